@@ -1,0 +1,131 @@
+"""Explanations: contributions -> heat maps, selected patches, boxes.
+
+Everything is read off one forward pass of the model, ``model.forward_patches``: nothing is estimated afterwards. Boxes
+are x0, y0, x1, y1 in pixels of the model's input, x1 and y1 exclusive; ``image_io.Preprocessed`` maps them to the file.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .attention import PatchPrediction
+
+__all__ = ['Explanation', 'explain', 'patches_to_pixels', 'square_box']
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which part of each of B images decided.
+
+    Attributes:
+        prediction: what the model computed, on the CPU in float32.
+        target: (B,) the class that is explained, by default the predicted one.
+        grid: (H', W') of the patch grid; M = H'·W'.
+        input_size: (H, W) of the model's input in pixels.
+        patch_boxes: (M, 4) nominal pixels of each patch.
+        selected: (B, M) bool; α > 0 for loss attention, α > ξ/M for attention and gated attention, all for the rest.
+    """
+    prediction: PatchPrediction
+    target: torch.Tensor
+    grid: tuple[int, int]
+    input_size: tuple[int, int]
+    patch_boxes: torch.Tensor
+    selected: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """(B, K) softmax of the image logits."""
+        return self.prediction.logits.softmax(dim=1)
+
+    @property
+    def evidence(self) -> torch.Tensor:
+        """(B, M) what each patch adds to the target's logit; the sum over M is that logit."""
+        index = self.target.view(-1, 1, 1).expand(-1, self.prediction.contributions.shape[1], 1)
+        return self.prediction.contributions.gather(2, index).squeeze(2)
+
+    @property
+    def boxes(self) -> torch.Tensor:
+        """(B, 4) estimated box: the smallest square that contains all selected patches, within the image."""
+        return torch.stack([square_box(self.patch_boxes[s], self.input_size) for s in self.selected])
+
+    def pixel_map(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, M) values of patches to (B, H, W) in pixels, see ``patches_to_pixels``."""
+        return patches_to_pixels(values, self.patch_boxes, self.input_size)
+
+
+@torch.inference_mode()
+def explain(model: nn.Module, images: torch.Tensor, target: Sequence[int] | torch.Tensor | None = None) -> Explanation:
+    """Explain a batch of images in one forward pass without gradients.
+
+    Args:
+        model: patch model with a classifier, in eval mode.
+        images: (B, C, H, W) normalised images, any size of at least one patch.
+        target: class to explain for each image; by default the predicted one.
+
+    Raises:
+        TypeError: the model is not a patch model.
+        ValueError: the model is in train mode, or a target does not exist.
+    """
+    if not hasattr(model, 'forward_patches'):
+        raise TypeError(f'model must have forward_patches, as patch models do; {type(model).__name__} has not.')
+    if model.training:
+        raise ValueError('model must be in eval mode: call model.eval() first.')
+    parameter = next(model.parameters())
+    output = model.forward_patches(images.to(device=parameter.device, dtype=parameter.dtype))
+    prediction = PatchPrediction(*(t.float().cpu() for t in output))
+    B, K = prediction.logits.shape
+    classes = prediction.logits.argmax(dim=1) if target is None else torch.as_tensor(target).reshape(-1).cpu()
+    if classes.shape != (B,) or int(classes.min()) < 0 or int(classes.max()) >= K:
+        raise ValueError(f'target must hold {B} classes in [0, {K - 1}], got {classes.tolist()}.')
+
+    M = prediction.alpha.shape[1]
+    if model.global_pool == 'lossattn':
+        selected = prediction.alpha > 0
+    elif model.global_pool in ('attn', 'gatedattn'):
+        selected = prediction.alpha > model.xi / M
+    else:
+        selected = torch.ones_like(prediction.alpha, dtype=torch.bool)
+    height, width = images.shape[-2:]
+    return Explanation(
+        prediction, classes, model.patch_grid(height, width), (height, width), model.patch_boxes(height, width), selected)
+
+
+def patches_to_pixels(values: torch.Tensor, patch_boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Spread the value of each patch over its nominal pixels, averaged where patches overlap.
+
+    Args:
+        values: (B, M).
+        patch_boxes: (M, 4) integers x0, y0, x1, y1 (exclusive).
+        size: (H, W) of the map.
+
+    Returns:
+        (B, H, W); pixels that no patch covers nominally (a margin at the right and bottom) are NaN.
+    """
+    total = values.new_zeros((len(values), *size))
+    count = values.new_zeros(size)
+    for m, (x0, y0, x1, y1) in enumerate(patch_boxes.tolist()):
+        total[:, y0:y1, x0:x1] += values[:, m, None, None]
+        count[y0:y1, x0:x1] += 1
+    return total / count.where(count > 0, torch.nan)
+
+
+def square_box(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Smallest square that contains all boxes, moved into the image; clipped if the image is narrower than it.
+
+    Args:
+        boxes: (N, 4) with N > 0.
+        size: (H, W) of the image.
+
+    Returns:
+        (4,) x0, y0, x1, y1.
+    """
+    low, high = boxes[:, :2].amin(dim=0), boxes[:, 2:].amax(dim=0)
+    limit = torch.tensor([size[1], size[0]])
+    side = (high - low).max()
+    start = torch.div(low + high - side, 2, rounding_mode='floor')
+    start = start.minimum(limit - side).clamp(min=0)
+    return torch.cat([start, (start + side).minimum(limit)])

@@ -1,0 +1,256 @@
+"""ResNet backbones without pooling (CIFAR form) and the models built on them.
+
+ResNet18 and ResNet34 are those of K. He et al., "Deep Residual Learning for Image Recognition", with a 3×3 stem of
+stride 1. The paper's ResNet50 differs from the usual one: see ``Bottleneck3x3``.
+"""
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import ConvNormAct, DropPath, calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock
+from torch import nn
+
+from .patch_classifier import PatchClassifier, create_patch_classifier, patch_model_args, patch_model_cfg
+
+__all__ = ['Bottleneck3x3', 'ResNetBackbone']
+
+
+class Bottleneck3x3(nn.Module):
+    """Bottleneck of the paper's ResNet50: 3×3, 3×3, 1×1 convolutions, ReLU also after the third batch norm."""
+    expansion = 4
+
+    def __init__(
+            self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None,
+            drop_path: nn.Module | None = None, device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.conv1 = ConvNormAct(inplanes, planes, 3, **dd)
+        self.conv2 = ConvNormAct(planes, planes, 3, stride=stride, **dd)
+        self.conv3 = ConvNormAct(planes, planes * self.expansion, 1, **dd)
+        self.downsample = downsample if downsample is not None else nn.Identity()
+        self.drop_path = drop_path if drop_path is not None else nn.Identity()
+
+    def zero_init_last(self) -> None:
+        """Nothing: behind the third ReLU a zero batch-norm scale would have no gradient."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.drop_path(self.conv3(self.conv2(self.conv1(x)))) + self.downsample(x))
+
+
+class ResNetBackbone(nn.Module):
+    """Residual stages without max-pooling: (B, in_chans, H, W) -> (B, num_features, ceil(H/s), ceil(W/s)).
+
+    Args:
+        in_chans: image channels.
+        backbone_stride: s; 2 strides stage 2, 4 also stage 3, 8 also stage 4.
+        drop_path_rate: stochastic depth, rising linearly over the blocks.
+        block: BasicBlock or Bottleneck3x3.
+        depths: blocks in each stage.
+        widths: planes of each stage.
+    """
+
+    def __init__(
+            self,
+            in_chans: int,
+            backbone_stride: int,
+            drop_path_rate: float,
+            block: type[nn.Module] = BasicBlock,
+            depths: tuple[int, ...] = (2, 2, 2, 2),
+            widths: tuple[int, ...] = (64, 128, 256, 512),
+            device=None,
+            dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.stem = ConvNormAct(in_chans, widths[0], 3, **dd)
+        self.feature_info: list[dict[str, Any]] = []
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        chs, reduction = widths[0], 1
+        stages = []
+        for i, (depth, width) in enumerate(zip(depths, widths)):
+            blocks = []
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 and reduction < backbone_stride else 1
+                out_chs = width * block.expansion
+                downsample = None
+                if stride > 1 or chs != out_chs:
+                    downsample = ConvNormAct(chs, out_chs, 1, stride=stride, apply_act=False, **dd)
+                drop_path = DropPath(rates[i][j]) if rates[i][j] > 0. else None
+                blocks.append(block(chs, width, stride=stride, downsample=downsample, drop_path=drop_path, **dd))
+                chs, reduction = out_chs, reduction * stride
+            stages.append(nn.Sequential(*blocks))
+            self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f'stages.{i}'))
+        self.stages = nn.Sequential(*stages)
+        self.num_features = chs
+
+
+default_cfgs = generate_default_cfgs({
+    'resnet18_lossattn_conv.cifar10': patch_model_cfg(),
+    'resnet18_meanpool_conv.cifar10': patch_model_cfg(),
+    'resnet18_attn_conv.cifar10': patch_model_cfg(),
+    'resnet18_gatedattn_conv.cifar10': patch_model_cfg(),
+    'resnet18_lossattn_caps.cifar10': patch_model_cfg(),
+    'resnet18_routing_caps.cifar10': patch_model_cfg(fixed_input_size=True),
+    'resnet18_lossattn_conv_s2.tiny_imagenet': patch_model_cfg(size=64),
+    'resnet18_meanpool_conv_s2.tiny_imagenet': patch_model_cfg(size=64),
+    'resnet18_attn_conv_s2.tiny_imagenet': patch_model_cfg(size=64),
+    'resnet18_gatedattn_conv_s2.tiny_imagenet': patch_model_cfg(size=64),
+    'resnet18_lossattn_caps_s2.tiny_imagenet': patch_model_cfg(size=64),
+    'resnet18_routing_caps_s2.tiny_imagenet': patch_model_cfg(size=64, fixed_input_size=True),
+    'resnet18_lossattn_conv_s8.in1k': patch_model_cfg(size=224, min_input_size=(3, 160, 160)),
+    'resnet34_lossattn_conv.cifar10': patch_model_cfg(),
+    'resnet50_lossattn_conv.cifar10': patch_model_cfg(),
+    'resnet50_lossattn_conv_s8.in1k': patch_model_cfg(size=224, min_input_size=(3, 160, 160)),
+    'resnet18_lossattn_conv_nano.cifar10': patch_model_cfg(),
+    'resnet18_lossattn_caps_nano.cifar10': patch_model_cfg(),
+    'resnet18_lossattn_conv_nano_s2.tiny_imagenet': patch_model_cfg(size=64),
+    'resnet18_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
+    'resnet50_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
+})
+
+
+_BACKBONES: dict[str, dict[str, Any]] = {
+    'resnet18': dict(depths=(2, 2, 2, 2)),
+    'resnet34': dict(depths=(3, 4, 6, 3)),
+    'resnet50': dict(depths=(3, 4, 6, 3), block=Bottleneck3x3),
+}
+
+
+def _create_resnet(variant: str, pretrained: bool, **kwargs: Any) -> PatchClassifier:
+    name = variant.split('_')[0]
+    widths = (8, 16, 32, 64) if '_nano' in variant else (64, 128, 256, 512)
+    if variant.endswith('_cifar'):
+        model_args = dict(patch='none', global_pool='avg', backbone_stride=8)
+    else:
+        model_args = patch_model_args(variant)
+    backbone = partial(ResNetBackbone, widths=widths, **_BACKBONES[name])
+    return create_patch_classifier(
+        variant, pretrained, num_stages=4, **dict(model_args, backbone=backbone, **kwargs))
+
+
+@register_model
+def resnet18_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, loss attention on convolutional patches, for 32×32 images."""
+    return _create_resnet('resnet18_lossattn_conv', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_meanpool_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, mean pooling of convolutional patches, for 32×32 images."""
+    return _create_resnet('resnet18_meanpool_conv', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_attn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, attention of Ilse et al. on convolutional patches, for 32×32 images."""
+    return _create_resnet('resnet18_attn_conv', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_gatedattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, gated attention of Ilse et al. on convolutional patches, for 32×32 images."""
+    return _create_resnet('resnet18_gatedattn_conv', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_lossattn_caps(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, loss attention on capsules, for 32×32 images."""
+    return _create_resnet('resnet18_lossattn_caps', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_routing_caps(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, dynamic routing of primary capsules, for 32×32 images."""
+    return _create_resnet('resnet18_routing_caps', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_lossattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, loss attention on convolutional patches, backbone stride 2, for 64×64 images."""
+    return _create_resnet('resnet18_lossattn_conv_s2', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_meanpool_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, mean pooling of convolutional patches, backbone stride 2, for 64×64 images."""
+    return _create_resnet('resnet18_meanpool_conv_s2', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_attn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, attention of Ilse et al. on convolutional patches, backbone stride 2, for 64×64 images."""
+    return _create_resnet('resnet18_attn_conv_s2', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_gatedattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, gated attention of Ilse et al. on convolutional patches, backbone stride 2, for 64×64 images."""
+    return _create_resnet('resnet18_gatedattn_conv_s2', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_lossattn_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, loss attention on capsules, backbone stride 2, for 64×64 images."""
+    return _create_resnet('resnet18_lossattn_caps_s2', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_routing_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, dynamic routing of primary capsules, backbone stride 2, for 64×64 images."""
+    return _create_resnet('resnet18_routing_caps_s2', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_lossattn_conv_s8(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18, loss attention on convolutional patches, backbone stride 8, for 224×224 images."""
+    return _create_resnet('resnet18_lossattn_conv_s8', pretrained, **kwargs)
+
+
+@register_model
+def resnet34_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet34, loss attention on convolutional patches, for 32×32 images."""
+    return _create_resnet('resnet34_lossattn_conv', pretrained, **kwargs)
+
+
+@register_model
+def resnet50_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """The paper's ResNet50, loss attention on convolutional patches, for 32×32 images."""
+    return _create_resnet('resnet50_lossattn_conv', pretrained, **kwargs)
+
+
+@register_model
+def resnet50_lossattn_conv_s8(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """The paper's ResNet50, loss attention on convolutional patches, backbone stride 8, for 224×224 images."""
+    return _create_resnet('resnet50_lossattn_conv_s8', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_lossattn_conv_nano(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18 with 1/8 of the widths, loss attention on convolutional patches, for 32×32 images."""
+    return _create_resnet('resnet18_lossattn_conv_nano', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_lossattn_caps_nano(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18 with 1/8 of the widths, loss attention on capsules, for 32×32 images."""
+    return _create_resnet('resnet18_lossattn_caps_nano', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_lossattn_conv_nano_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """ResNet18 with 1/8 of the widths, loss attention on convolutional patches, for 64×64 images."""
+    return _create_resnet('resnet18_lossattn_conv_nano_s2', pretrained, **kwargs)
+
+
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """Plain ResNet18 in CIFAR form, the baseline: mean pooling over an 8 times smaller feature map."""
+    return _create_resnet('resnet18_cifar', pretrained, **kwargs)
+
+
+@register_model
+def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
+    """The paper's ResNet50 as a plain classifier in CIFAR form."""
+    return _create_resnet('resnet50_cifar', pretrained, **kwargs)

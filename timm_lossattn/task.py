@@ -1,0 +1,155 @@
+"""LossAttentionTask: the loss-attention loss as a timm TrainingTask."""
+from typing import Any, Optional
+
+import torch
+from timm.models import group_parameters
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from .attention import PatchPrediction
+from .loss import LossAttentionLoss, gamma_rampup
+
+__all__ = ['LossAttentionTask', 'PatchTrainingModule']
+
+
+class PatchTrainingModule(nn.Module):
+    """Gives ``forward_patches`` a ``__call__``, which is what DistributedDataParallel and torch.compile wrap.
+
+    Args:
+        model: a patch model; checkpoints hold its state dict, not this module's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def no_weight_decay(self) -> set[str]:
+        """The model's own, under this module's names."""
+        model = unwrap_model(self.model)
+        return {f'model.{name}' for name in model.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False):
+        """The model's own, under this module's names."""
+        model = unwrap_model(self.model)
+        layer_map = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        return lambda name: layer_map[name.removeprefix('model.')]
+
+    def forward(self, x: torch.Tensor) -> PatchPrediction:
+        """(B, C, H, W) images to PatchPrediction."""
+        return self.model.forward_patches(x)
+
+
+class LossAttentionTask(TrainingTask):
+    """Training task for patch models: Eqs. 9 and 10 with the ramp-up of γ.
+
+    Time τ comes from ``set_epoch`` (fractions allowed). With ``updates_per_epoch`` it also follows the ``step`` that a
+    training loop hands to ``update_ema`` at each update, as timm's train.py does with or without an EMA.
+
+    Args:
+        model: model with ``forward_patches``.
+        loss: LossAttentionLoss; by default for single-label targets.
+        gamma_max: γ_max, the weight of the patch term after the ramp.
+        rampup_epochs: length of the ramp in epochs.
+        updates_per_epoch: optimizer updates in an epoch, to follow τ by update.
+        device: device of the task.
+        dtype: dtype of the task.
+        verbose: log what the task does.
+
+    Raises:
+        TypeError: the model has no ``forward_patches``.
+        ValueError: negative gamma_max or rampup_epochs.
+
+    Examples:
+        >>> task = LossAttentionTask(model)
+        >>> task.set_epoch(3)
+        >>> result = task(images, target)    # {'loss', 'output', 'image_loss', 'patch_loss', 'gamma'}
+        >>> result['loss'].backward()
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            loss: Optional[LossAttentionLoss] = None,
+            gamma_max: float = 0.1,
+            rampup_epochs: float = 80.,
+            updates_per_epoch: Optional[int] = None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        if not hasattr(unwrap_model(model), 'forward_patches'):
+            raise TypeError(f'model must have forward_patches, as patch models do; {type(model).__name__} has not.')
+        gamma_rampup(0., gamma_max, rampup_epochs)  # checks the arguments
+        self.trainable_module = PatchTrainingModule(model)
+        self.loss = (loss if loss is not None else LossAttentionLoss()).to(self.device)
+        self.gamma_max = gamma_max
+        self.rampup_epochs = rampup_epochs
+        self.updates_per_epoch = updates_per_epoch
+        self.epoch = 0.
+
+    @property
+    def gamma(self) -> float:
+        """γ(τ) at the present time."""
+        return gamma_rampup(self.epoch, self.gamma_max, self.rampup_epochs)
+
+    def set_epoch(self, epoch: float) -> None:
+        """Set τ, in epochs."""
+        self.epoch = float(epoch)
+
+    def update_ema(self, step: Optional[int] = None) -> None:
+        """Update the EMA, if there is one, and τ, if ``updates_per_epoch`` and ``step`` are known."""
+        super().update_ema(step=step)
+        if self.updates_per_epoch is not None and step is not None:
+            self.set_epoch(step / self.updates_per_epoch)
+
+    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'LossAttentionTask':
+        """Wrap the trainable module in DistributedDataParallel."""
+        self.trainable_module = nn.parallel.DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the training forward (all patch outputs) and the evaluation forward (plain logits)."""
+        self.eval_model = torch.compile(self.trainable_module.model, backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        return self.eval_model
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        """The bare model behind the wrappers, so that checkpoints are those of the model."""
+        resolved = super().get_eval_model(module=module, ema=ema)
+        inner = unwrap_model(resolved) if resolved is not None else None
+        return inner.model if isinstance(inner, PatchTrainingModule) else resolved
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> dict[str, Any]:
+        """τ, for checkpoints."""
+        return {} if ema else {'epoch': self.epoch}
+
+    def load_task_state(
+            self, state: Optional[dict[str, Any]], strict: bool = True, module: Optional[nn.Module] = None,
+            ema: bool = False) -> None:
+        """Restore τ."""
+        if state and not ema:
+            self.set_epoch(state['epoch'])
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
+        """Loss of a batch.
+
+        Args:
+            input: (B, C, H, W) images.
+            target: (B,) class indices or (B, K) probabilities.
+
+        Returns:
+            'loss' (for backward), 'output' (B, K) logits, 'image_loss', 'patch_loss' (before γ), and 'gamma'.
+        """
+        prediction = self.trainable_module(input)
+        gamma = self.gamma
+        loss, image_loss, patch_loss = self.loss(prediction, target, gamma)
+        return {
+            'loss': loss,
+            'output': prediction.logits,
+            'image_loss': image_loss.detach(),
+            'patch_loss': patch_loss.detach(),
+            'gamma': gamma,
+        }
