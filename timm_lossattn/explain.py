@@ -5,9 +5,9 @@ are x0, y0, x1, y1 in pixels of the model's input, x1 and y1 exclusive; ``image_
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from .attention import PatchPrediction
 
@@ -58,7 +58,7 @@ class Explanation:
 
 
 @torch.inference_mode()
-def explain(model: nn.Module, images: torch.Tensor, target: Sequence[int] | torch.Tensor | None = None) -> Explanation:
+def explain(model: Any, images: torch.Tensor, target: Sequence[int] | torch.Tensor | None = None) -> Explanation:
     """Explain a batch of images in one forward pass without gradients.
 
     Args:
@@ -79,8 +79,10 @@ def explain(model: nn.Module, images: torch.Tensor, target: Sequence[int] | torc
     prediction = PatchPrediction(*(t.float().cpu() for t in output))
     B, K = prediction.logits.shape
     classes = prediction.logits.argmax(dim=1) if target is None else torch.as_tensor(target).reshape(-1).cpu()
-    if classes.shape != (B,) or int(classes.min()) < 0 or int(classes.max()) >= K:
+    if (classes.shape != (B,) or classes.is_floating_point() or classes.dtype == torch.bool
+            or int(classes.min()) < 0 or int(classes.max()) >= K):
         raise ValueError(f'target must hold {B} classes in [0, {K - 1}], got {classes.tolist()}.')
+    classes = classes.long()
 
     M = prediction.alpha.shape[1]
     if model.global_pool == 'lossattn':
@@ -91,7 +93,8 @@ def explain(model: nn.Module, images: torch.Tensor, target: Sequence[int] | torc
         selected = torch.ones_like(prediction.alpha, dtype=torch.bool)
     height, width = images.shape[-2:]
     return Explanation(
-        prediction, classes, model.patch_grid(height, width), (height, width), model.patch_boxes(height, width), selected)
+        prediction, classes, model.patch_grid(height, width), (height, width), model.patch_boxes(height, width),
+        selected)
 
 
 def patches_to_pixels(values: torch.Tensor, patch_boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -36,7 +36,8 @@ class InceptionBlock(nn.Module):
         self.branch5 = nn.Sequential(
             ConvNormAct(in_chs, branch5[0], 1, **dd), ConvNormAct(*branch5, 3, **dd),
             ConvNormAct(branch5[1], branch5[1], 3, **dd))
-        self.branch_pool = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), ConvNormAct(in_chs, branch_pool, 1, **dd))
+        self.branch_pool = nn.Sequential(
+            nn.MaxPool2d(3, stride=1, padding=1), ConvNormAct(in_chs, branch_pool, 1, **dd))
         self.out_chs = branch1 + branch3[1] + branch5[1] + branch_pool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,8 +85,9 @@ class GoogLeNetBackbone(nn.Module):
                 layers.append(nn.MaxPool2d(3, stride=2, padding=1))
                 reduction *= 2
             for block in blocks:
-                layers.append(InceptionBlock(chs, *block, device=device, dtype=dtype))
-                chs = layers[-1].out_chs
+                inception = InceptionBlock(chs, *block, device=device, dtype=dtype)
+                layers.append(inception)
+                chs = inception.out_chs
             stages.append(nn.Sequential(*layers))
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import CenterCropOrPad, ResizeKeepRatio, create_transform, resolve_model_data_config
 from torch import nn
 from torchvision.transforms import CenterCrop, Resize
 
@@ -23,16 +23,23 @@ def open_image(path: str | Path) -> Image.Image:
         with Image.open(path) as file:
             file.seek(0)
             file.load()
-            image = ImageOps.exif_transpose(file)
+            return to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError:
         raise ValueError(f'image: no such file: {path}') from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f'image: cannot read {path}: {error}') from None
+    except Exception as error:  # broken files: RuntimeError, NotImplementedError and more
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(f'image: cannot read {path}: {reason}') from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB, transparent parts over white."""
     if image.mode.startswith('I') or image.mode == 'F':  # 16-bit or float grey; convert('RGB') would clip it
         grey = np.asarray(image, dtype=np.float64)
-        if image.mode == 'F':
-            low, high = float(np.nanmin(grey)), float(np.nanmax(grey))
-            grey = (np.nan_to_num(grey, nan=low) - low) * (255. / (high - low) if high > low else 0.)
+        if image.mode == 'F':  # its range to [0, 255]; NaN and -inf are black, inf is white
+            finite = grey[np.isfinite(grey)]
+            low, high = (float(finite.min()), float(finite.max())) if finite.size else (0., 0.)
+            grey = (np.nan_to_num(grey, nan=low, posinf=high, neginf=low) - low) * (
+                255. / (high - low) if high > low else 0.)
         elif image.mode.startswith('I;16') or grey.max() > 255:
             grey = grey / 257.  # 16-bit PNGs
         image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
@@ -71,27 +78,29 @@ def preprocess(model: nn.Module, image: Image.Image) -> Preprocessed:
 
     Args:
         model: timm model; its pretrained_cfg gives size, mean, std, interpolation, crop.
-        image: RGB image.
+        image: RGB image. A model with one input channel gets it in grey, normalised by the mean of mean and std, as
+            timm's loader does.
+
+    Raises:
+        ValueError: the model has neither one nor three input channels.
     """
     config: dict[str, Any] = resolve_model_data_config(model)
-    transform = create_transform(**config, is_training=False)
-    if config['input_size'][0] == 1:
-        transform.transforms.insert(0, lambda img: img.convert('L'))
-    x = transform(image)
-    height, width = config['input_size'][1:]
-    scaled = image.size  # (width, height) after the resizing step
-    for step in transform.transforms:
-        if isinstance(step, Resize):
-            with_short_side = step.size if isinstance(step.size, int) else None
-            if with_short_side is None and len(step.size) == 1:
-                with_short_side = step.size[0]
-            if with_short_side is None:
-                scaled = (step.size[1], step.size[0])
-            else:
-                short = min(image.size)
-                scaled = tuple(int(with_short_side * side / short) for side in image.size)
-        elif isinstance(step, CenterCrop):
-            height, width = step.size
-    scale = image.size[0] / scaled[0], image.size[1] / scaled[1]
-    left, top = round((scaled[0] - width) / 2.), round((scaled[1] - height) / 2.)
-    return Preprocessed(image, x, scale, (left * scale[0], top * scale[1]))
+    channels = getattr(model, 'in_chans', config['input_size'][0])
+    if channels not in (1, 3):
+        raise ValueError(f'model must have 1 or 3 input channels, got {channels}.')
+    if channels == 1:
+        config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
+    steps: list[Any] = create_transform(**config, is_training=False).transforms
+    x: Any = image.convert('L') if channels == 1 else image
+    size, offset = image.size, (0., 0.)  # of the whole image at the input's scale; of the input's corner in it
+    for step in steps:
+        before = x
+        x = step(before)
+        if isinstance(step, (Resize, ResizeKeepRatio)):
+            size = x.size
+        elif isinstance(step, (CenterCrop, CenterCropOrPad)):
+            # torchvision and timm round an odd crop to the nearest even number, and put an odd padding to the right
+            left, top = (round((b - a) / 2.) if b >= a else -((a - b) // 2) for a, b in zip(x.size, before.size))
+            offset = (float(left), float(top))
+    scale = (image.size[0] / size[0], image.size[1] / size[1])
+    return Preprocessed(image, x, scale, (offset[0] * scale[0], offset[1] * scale[1]))

@@ -62,7 +62,9 @@ class LossAttentionLoss(nn.Module):
             smoothing: float = 0.,
     ) -> None:
         super().__init__()
-        smoothing = getattr(criterion, 'smoothing', None) or getattr(criterion, 'label_smoothing', None) or smoothing
+        for name in ('smoothing', 'label_smoothing'):  # timm's name, torch's name
+            own = getattr(criterion, name, None)
+            smoothing = smoothing if own is None else own
         if not 0. <= smoothing < 1.:
             raise ValueError(f'smoothing must lie in [0, 1), got {smoothing!r}.')
         self.multi_label = multi_label

@@ -1,4 +1,4 @@
-"""PatchClassifier: the one module that carries timm's model API for every combination of backbone, patch layers, head."""
+"""PatchClassifier: the one module that carries timm's model API for every backbone, patch layers and head."""
 import re
 from collections.abc import Callable
 from typing import Any, Optional, Union
@@ -7,19 +7,23 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint_seq
+
 # Private, but every timm model imports it: the one definition of how `indices` selects feature levels.
 from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock
 from torch import nn
 
-from .attention import PatchPrediction, create_head
+from .attention import CapsuleLossAttentionHead, ConvPatchHead, PatchPrediction
+from .dynamic_routing import DynamicRoutingHead
 from .patch_layers import CapsulePatchLayers, ConvPatchLayers, NoPatchLayers, PrimaryCapsules
 
 __all__ = ['BACKBONE_STRIDES', 'PatchClassifier', 'create_patch_classifier', 'patch_model_args', 'patch_model_cfg']
 
 BACKBONE_STRIDES = (1, 2, 4, 8)
 
-_PATCH_LAYERS: dict[str, Callable[..., nn.Module]] = {
+_PATCH_LAYERS: dict[str, Callable[..., Any]] = {
     'conv': ConvPatchLayers, 'caps': CapsulePatchLayers, 'primarycaps': PrimaryCapsules, 'none': NoPatchLayers}
+_DEFAULT_POOL = {'conv': 'lossattn', 'caps': 'lossattn', 'primarycaps': 'routing', 'none': 'avg'}
 
 
 class PatchClassifier(nn.Module):
@@ -46,7 +50,7 @@ class PatchClassifier(nn.Module):
 
     def __init__(
             self,
-            backbone: Callable[..., nn.Module],
+            backbone: Callable[..., Any],
             patch: str = 'conv',
             patch_args: Optional[dict[str, Any]] = None,
             num_classes: int = 10,
@@ -69,6 +73,7 @@ class PatchClassifier(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
+        self.classifier_pool = global_pool or _DEFAULT_POOL[patch]
         self.backbone_stride = backbone_stride
         self.xi = xi
         self.drop_rate = drop_rate
@@ -80,19 +85,26 @@ class PatchClassifier(nn.Module):
         self.patch_layers = _PATCH_LAYERS[patch](
             self.backbone.num_features, backbone_stride=backbone_stride, **(patch_args or {}), **dd)
         self.patch_kind = patch
-        self.patch_kernel, self.patch_stride = self.patch_layers.kernel, self.patch_layers.stride
-        self.capsules = self.patch_layers.capsules
-        self.num_features = self.patch_layers.num_features
+        self.patch_kernel: int = self.patch_layers.kernel
+        self.patch_stride: int = self.patch_layers.stride
+        self.capsules: int = self.patch_layers.capsules
+        self.num_features: int = self.patch_layers.num_features
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid_size = self.patch_grid(height, width)
         self.head = self._create_head(**dd)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size: int = self.head.num_features
         self.init_weights()
 
-    def _create_head(self, device=None, dtype=None) -> nn.Module:
-        return create_head(
-            self.patch_kind, self.num_features, self.num_classes, self.global_pool, capsules=self.capsules,
-            grid_size=self.grid_size, xi=self.xi, drop_rate=self.drop_rate, device=device, dtype=dtype)
+    def _create_head(self, device=None, dtype=None) -> Any:
+        kwargs: dict[str, Any] = dict(
+            num_classes=self.num_classes, pool_type=self.global_pool, drop_rate=self.drop_rate,
+            device=device, dtype=dtype)
+        if not self.capsules:
+            return ConvPatchHead(self.num_features, xi=self.xi, **kwargs)
+        capsule_dim = self.num_features // self.capsules
+        if self.patch_kind == 'primarycaps':
+            return DynamicRoutingHead(self.capsules, capsule_dim, self.grid_size, **kwargs)
+        return CapsuleLossAttentionHead(self.capsules, capsule_dim, xi=self.xi, **kwargs)
 
     def init_weights(self) -> None:
         """He initialisation of all convolutions; residual branches start at zero where the backbone has them."""
@@ -101,7 +113,7 @@ class PatchClassifier(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif hasattr(module, 'zero_init_last'):
+            elif isinstance(module, BasicBlock):
                 module.zero_init_last()
 
     @torch.jit.ignore
@@ -127,7 +139,7 @@ class PatchClassifier(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """θ; for loss attention, mean and attention heads ``θ(forward_head(x, pre_logits=True))`` is the image logits."""
+        """θ; except for routing, ``θ(forward_head(x, pre_logits=True))`` is the image logits."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
@@ -135,22 +147,21 @@ class PatchClassifier(nn.Module):
 
         Args:
             num_classes: new K; 0 removes the classifier.
-            global_pool: new head, '' for no pooling; None keeps the present one.
+            global_pool: new head, '' for no pooling; None keeps the present one (a classifier that comes back after
+                '' gets the head that was there before).
 
         Raises:
             ValueError: this kind of patch features has no such global_pool.
         """
-        dd = get_device_dtype(self)
-        frozen_attn = [p for p in self.head.attn.parameters() if not p.requires_grad]
-        attn = self.head.attn if global_pool is None or global_pool == self.global_pool else None
+        if global_pool is None:
+            global_pool = self.classifier_pool if num_classes > 0 and not self.global_pool else self.global_pool
+        old_attn = self.head.attn if global_pool == self.global_pool else None
         self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pool
-        head = self._create_head(**dd)
-        if attn is not None and any(True for _ in attn.parameters()):
-            head.attn = attn  # learned attention does not depend on the classes
-        elif frozen_attn:
-            head.attn.requires_grad_(False)
+        self.global_pool = global_pool
+        self.classifier_pool = global_pool or self.classifier_pool
+        head = self._create_head(**get_device_dtype(self))
+        if old_attn is not None and list(old_attn.parameters()):
+            head.attn = old_attn  # learned attention does not depend on the classes
         self.head = head.train(self.training)
         self.head_hidden_size = self.head.num_features
 
@@ -215,7 +226,8 @@ class PatchClassifier(nn.Module):
         self.backbone.stages = self.backbone.stages[:max_index + 1]
         if prune_norm or prune_end:
             self.patch_layers = nn.Identity()
-            self.patch_kind, self.capsules = 'conv', 0  # a head now sees plain feature maps
+            self.patch_kind, self.capsules = 'none', 0  # a head now sees plain feature maps
+            self.classifier_pool = _DEFAULT_POOL[self.patch_kind]
             self.num_features = self.feature_info[max_index]['num_chs']
         if prune_head or prune_end:
             self.reset_classifier(0, '')
@@ -313,10 +325,11 @@ def create_patch_classifier(variant: str, pretrained: bool, num_stages: int, **k
 
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 
 def patch_model_cfg(size: int = 32, **kwargs: Any) -> dict[str, Any]:
-    """default_cfg of a patch model for images of size × size pixels: CIFAR-10 (32), Tiny ImageNet (64), ImageNet (224)."""
+    """default_cfg for images of size × size pixels: CIFAR-10 (32), Tiny ImageNet (64), ImageNet (224)."""
     num_classes, pool_size = {32: (10, (6, 6)), 64: (200, (6, 6)), 224: (1000, (5, 5))}[size]
     return {
         'num_classes': num_classes, 'input_size': (3, size, size), 'pool_size': pool_size,
@@ -324,6 +337,7 @@ def patch_model_cfg(size: int = 32, **kwargs: Any) -> dict[str, Any]:
         'mean': CIFAR_MEAN if size == 32 else IMAGENET_DEFAULT_MEAN,
         'std': CIFAR_STD if size == 32 else IMAGENET_DEFAULT_STD,
         'first_conv': 'backbone.stem.conv', 'classifier': 'head.fc', 'license': 'apache-2.0',
+        'label_names': CIFAR10_LABELS if size == 32 else None,
         'paper_name': 'Loss-based Attention for Interpreting Image-level Prediction of Convolutional Neural Networks',
         **kwargs,
     }

@@ -32,9 +32,6 @@ class Bottleneck3x3(nn.Module):
         self.downsample = downsample if downsample is not None else nn.Identity()
         self.drop_path = drop_path if drop_path is not None else nn.Identity()
 
-    def zero_init_last(self) -> None:
-        """Nothing: behind the third ReLU a zero batch-norm scale would have no gradient."""
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(self.drop_path(self.conv3(self.conv2(self.conv1(x)))) + self.downsample(x))
 
@@ -56,7 +53,7 @@ class ResNetBackbone(nn.Module):
             in_chans: int,
             backbone_stride: int,
             drop_path_rate: float,
-            block: type[nn.Module] = BasicBlock,
+            block: Any = BasicBlock,
             depths: tuple[int, ...] = (2, 2, 2, 2),
             widths: tuple[int, ...] = (64, 128, 256, 512),
             device=None,
@@ -66,7 +63,7 @@ class ResNetBackbone(nn.Module):
         super().__init__()
         self.stem = ConvNormAct(in_chans, widths[0], 3, **dd)
         self.feature_info: list[dict[str, Any]] = []
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         chs, reduction = widths[0], 1
         stages = []
         for i, (depth, width) in enumerate(zip(depths, widths)):
@@ -168,37 +165,37 @@ def resnet18_routing_caps(pretrained: bool = False, **kwargs: Any) -> PatchClass
 
 @register_model
 def resnet18_lossattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
-    """ResNet18, loss attention on convolutional patches, backbone stride 2, for 64×64 images."""
+    """ResNet18, loss attention on convolutional patches, for 64×64 images."""
     return _create_resnet('resnet18_lossattn_conv_s2', pretrained, **kwargs)
 
 
 @register_model
 def resnet18_meanpool_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
-    """ResNet18, mean pooling of convolutional patches, backbone stride 2, for 64×64 images."""
+    """ResNet18, mean pooling of convolutional patches, for 64×64 images."""
     return _create_resnet('resnet18_meanpool_conv_s2', pretrained, **kwargs)
 
 
 @register_model
 def resnet18_attn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
-    """ResNet18, attention of Ilse et al. on convolutional patches, backbone stride 2, for 64×64 images."""
+    """ResNet18, attention of Ilse et al. on convolutional patches, for 64×64 images."""
     return _create_resnet('resnet18_attn_conv_s2', pretrained, **kwargs)
 
 
 @register_model
 def resnet18_gatedattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
-    """ResNet18, gated attention of Ilse et al. on convolutional patches, backbone stride 2, for 64×64 images."""
+    """ResNet18, gated attention of Ilse et al. on convolutional patches, for 64×64 images."""
     return _create_resnet('resnet18_gatedattn_conv_s2', pretrained, **kwargs)
 
 
 @register_model
 def resnet18_lossattn_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
-    """ResNet18, loss attention on capsules, backbone stride 2, for 64×64 images."""
+    """ResNet18, loss attention on capsules, for 64×64 images."""
     return _create_resnet('resnet18_lossattn_caps_s2', pretrained, **kwargs)
 
 
 @register_model
 def resnet18_routing_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
-    """ResNet18, dynamic routing of primary capsules, backbone stride 2, for 64×64 images."""
+    """ResNet18, dynamic routing of primary capsules, for 64×64 images."""
     return _create_resnet('resnet18_routing_caps_s2', pretrained, **kwargs)
 
 

@@ -22,18 +22,19 @@ class PatchTrainingModule(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def no_weight_decay(self) -> set[str]:
         """The model's own, under this module's names."""
         model = unwrap_model(self.model)
-        return {f'model.{name}' for name in model.no_weight_decay()}
+        names = {name.replace('_orig_mod.', ''): name for name, _ in self.named_parameters()}
+        return {names[f'model.{name}'] for name in model.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False):
         """The model's own, under this module's names."""
         model = unwrap_model(self.model)
         layer_map = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
-        return lambda name: layer_map[name.removeprefix('model.')]
+        return lambda name: layer_map[name.replace('_orig_mod.', '').removeprefix('model.')]
 
     def forward(self, x: torch.Tensor) -> PatchPrediction:
         """(B, C, H, W) images to PatchPrediction."""
@@ -58,7 +59,7 @@ class LossAttentionTask(TrainingTask):
 
     Raises:
         TypeError: the model has no ``forward_patches``.
-        ValueError: negative gamma_max or rampup_epochs.
+        ValueError: negative gamma_max or rampup_epochs, or updates_per_epoch under 1.
 
     Examples:
         >>> task = LossAttentionTask(model)
@@ -82,7 +83,9 @@ class LossAttentionTask(TrainingTask):
         if not hasattr(unwrap_model(model), 'forward_patches'):
             raise TypeError(f'model must have forward_patches, as patch models do; {type(model).__name__} has not.')
         gamma_rampup(0., gamma_max, rampup_epochs)  # checks the arguments
-        self.trainable_module = PatchTrainingModule(model)
+        if updates_per_epoch is not None and updates_per_epoch < 1:
+            raise ValueError(f'updates_per_epoch must be at least 1, got {updates_per_epoch}.')
+        self.trainable_module: Any = PatchTrainingModule(model)
         self.loss = (loss if loss is not None else LossAttentionLoss()).to(self.device)
         self.gamma_max = gamma_max
         self.rampup_epochs = rampup_epochs
@@ -110,7 +113,8 @@ class LossAttentionTask(TrainingTask):
             self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]  # timm's signature
+            self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> Any:
         """Compile the training forward (all patch outputs) and the evaluation forward (plain logits)."""
         self.eval_model = torch.compile(self.trainable_module.model, backend=backend, mode=mode, **compile_kwargs)
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)

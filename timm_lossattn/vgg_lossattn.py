@@ -6,7 +6,6 @@ every max-pooling layer; where an image is larger, a stride stands in the last c
 from functools import partial
 from typing import Any
 
-import torch
 from timm.layers import ConvNormAct
 from timm.models import VGG, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vgg import ConvMlp
@@ -22,7 +21,8 @@ class VGGBackbone(nn.Module):
 
     Args:
         in_chans: image channels.
-        backbone_stride: s; 2 strides the last convolution of stage 3 (VGG11's 4th), 4 also of stage 4, 8 also of stage 5.
+        backbone_stride: s; 2 strides the last convolution of stage 3 (VGG11's 4th), 4 also that of stage 4,
+            8 also that of stage 5.
         drop_path_rate: VGG has no residual branches to drop; must be 0.
         depths: convolutions in each of the five stages; the first of all is the stem.
         widths: channels of each stage.
@@ -72,7 +72,8 @@ class VGGCifar(VGG):
 
     def __init__(self, cfg: list[Any], drop_rate: float = 0., device=None, dtype=None, **kwargs: Any) -> None:
         super().__init__(
-            cfg, drop_rate=drop_rate, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d, device=device, dtype=dtype, **kwargs)
+            cfg, drop_rate=drop_rate, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d, device=device, dtype=dtype,
+            **kwargs)
         # timm's has a 7×7 kernel for 224×224 images: 103 M parameters that nothing here would use
         self.pre_logits = ConvMlp(
             self.num_features, 4096, kernel_size=1, drop_rate=drop_rate, device=device, dtype=dtype)
@@ -156,37 +157,37 @@ def vgg11_bn_routing_caps(pretrained: bool = False, **kwargs: Any) -> PatchClass
 
 @register_model
 def vgg11_bn_lossattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
-    """VGG11 with batch norm, loss attention on convolutional patches, backbone stride 2, for 64×64 images."""
+    """VGG11 with batch norm, loss attention on convolutional patches, for 64×64 images."""
     return _create_vgg('vgg11_bn_lossattn_conv_s2', pretrained, **kwargs)
 
 
 @register_model
 def vgg11_bn_meanpool_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
-    """VGG11 with batch norm, mean pooling of convolutional patches, backbone stride 2, for 64×64 images."""
+    """VGG11 with batch norm, mean pooling of convolutional patches, for 64×64 images."""
     return _create_vgg('vgg11_bn_meanpool_conv_s2', pretrained, **kwargs)
 
 
 @register_model
 def vgg11_bn_attn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
-    """VGG11 with batch norm, attention of Ilse et al. on convolutional patches, backbone stride 2, for 64×64 images."""
+    """VGG11 with batch norm, attention of Ilse et al. on convolutional patches, for 64×64 images."""
     return _create_vgg('vgg11_bn_attn_conv_s2', pretrained, **kwargs)
 
 
 @register_model
 def vgg11_bn_gatedattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
-    """VGG11 with batch norm, gated attention of Ilse et al. on convolutional patches, backbone stride 2, for 64×64 images."""
+    """VGG11 with batch norm, gated attention of Ilse et al. on convolutional patches, for 64×64 images."""
     return _create_vgg('vgg11_bn_gatedattn_conv_s2', pretrained, **kwargs)
 
 
 @register_model
 def vgg11_bn_lossattn_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
-    """VGG11 with batch norm, loss attention on capsules, backbone stride 2, for 64×64 images."""
+    """VGG11 with batch norm, loss attention on capsules, for 64×64 images."""
     return _create_vgg('vgg11_bn_lossattn_caps_s2', pretrained, **kwargs)
 
 
 @register_model
 def vgg11_bn_routing_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
-    """VGG11 with batch norm, dynamic routing of primary capsules, backbone stride 2, for 64×64 images."""
+    """VGG11 with batch norm, dynamic routing of primary capsules, for 64×64 images."""
     return _create_vgg('vgg11_bn_routing_caps_s2', pretrained, **kwargs)
 
 

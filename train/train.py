@@ -49,7 +49,16 @@ _logger = logging.getLogger('train')
 
 
 def create_model(args) -> nn.Module:
-    """The model that the flags name, in train layout."""
+    """The model that the flags name, in train layout.
+
+    Raises:
+        ValueError: unknown model, missing checkpoint, or an argument that the model refuses.
+    """
+    if not timm.is_model(args.model):
+        raise ValueError(f'--model: timm has no model {args.model!r}, nor has timm_lossattn.')
+    for flag, path in (('--initial-checkpoint', args.initial_checkpoint), ('--resume', args.resume)):
+        if path and not Path(path).is_file():
+            raise ValueError(f'{flag}: no such file: {path}')
     kwargs = dict(args.model_kwargs)
     if args.xi is not None:
         kwargs['xi'] = args.xi
@@ -189,9 +198,24 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Train; errors in what the user gave are one line on stderr and exit code 2."""
     setup_default_logging()
-    args = parse_args(argv)
+    try:
+        run(parse_args(argv), shlex.join(['python', *(sys.argv if argv is None else argv)]))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args, command: str) -> None:
+    """Train as the flags say.
+
+    Args:
+        args: from ``parse_args``.
+        command: command line, for result.json.
+    """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     random_seed(args.seed)
 
@@ -266,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
             'seconds': round(seconds, 1),
             'seed': args.seed,
             'runs': 1,
-            'command': shlex.join(['python', *sys.argv]) if argv is None else shlex.join(argv),
+            'command': command,
             'args': vars(args),
             'data_config': data_config,
             'parameters': sum(p.numel() for p in model.parameters()),
@@ -284,4 +308,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -1,0 +1,37 @@
+# make demo: explain the images in tests/data with the shipped weights.   make test: the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint conformance conformance-quick benchmark clean
+.DEFAULT_GOAL := demo
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/timm-lossattn explain tests/data/cifar10_test_*.png --model resnet18_lossattn_conv_nano --out demo_output
+	@echo "The pictures and their numbers are in $(CURDIR)/demo_output"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# timm's own test suite on every model of this package; about half an hour on two cores
+conformance: $(INSTALLED)
+	$(BIN)/python tests/conformance.py
+
+conformance-quick: $(INSTALLED)
+	$(BIN)/python tests/conformance.py --quick
+
+benchmark: $(INSTALLED)
+	$(BIN)/python train/benchmark_capsules.py
+
+clean:
+	rm -rf $(VENV) .conformance demo_output

@@ -1,0 +1,57 @@
+"""Run timm's own tests/test_models.py, unchanged, on this package's models.
+
+    python tests/conformance.py           every test for every model
+    python tests/conformance.py --quick   every test for the nano models, meta-device and forward tests for all
+
+The tests come from the sdist of the installed timm on the package index and are unpacked into .conformance/. timm's
+intermediates tests select models by module name, so they run a second time with tests/conformance_plugin.py.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import timm
+
+ROOT = Path(__file__).parent.parent
+OURS = '(lossattn or meanpool_conv or attn_conv or routing_caps or _cifar) and not pretrained'
+
+
+def timm_sources() -> Path:
+    """Folder of timm's unpacked sdist, of the version that is installed."""
+    folder = ROOT / '.conformance'
+    sources = folder / f'timm-{timm.__version__}'
+    if not sources.exists():
+        folder.mkdir(exist_ok=True)
+        subprocess.run(
+            [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm', '--dest', folder,
+             f'timm=={timm.__version__}'], check=True)
+        with tarfile.open(folder / f'timm-{timm.__version__}.tar.gz') as archive:
+            archive.extractall(folder, filter='data')
+    return sources
+
+
+def run(select: str, *options: str) -> int:
+    """pytest on timm's test_models.py in timm's own folder; its exit code."""
+    environment = dict(
+        os.environ, TORCH_BACKEND='timm_lossattn', HF_HUB_OFFLINE='1', TIMEOUT='600', PYTHONPATH=str(ROOT / 'tests'))
+    return subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', *options, 'tests/test_models.py', '-k', select],
+        cwd=timm_sources(), env=environment).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true', help='the part that CI runs')
+    quick = parser.parse_args().quick
+    first, second = OURS, f'intermediate and {OURS}'
+    if quick:
+        first = f'{OURS} and (nano or default_cfgs or (test_model_forward and not (fx or features or torchscript)))'
+        second += ' and nano'
+    return run(first) or run(second, '-p', 'conformance_plugin')
+
+
+if __name__ == '__main__':
+    sys.exit(main())

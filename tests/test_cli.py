@@ -1,0 +1,365 @@
+"""cli.py in-process, and drawing.py through it: files, numbers, errors and exit codes."""
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from safetensors.torch import save_file
+
+from timm_lossattn.cli import class_labels, list_patch_models, main, unique_stems
+from timm_lossattn.drawing import draw_explanation, outline, shorten, view_window
+from timm_lossattn.explain import explain
+from timm_lossattn.image_io import open_image, preprocess
+
+DATA = Path(__file__).parent / 'data'
+CAT, SHIP = DATA / 'cifar10_test_00000_cat.png', DATA / 'cifar10_test_00001_ship.png'
+NANO, CAPS = 'resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano'
+
+
+def random_model(name):
+    """Random weights, the same in every call, with logits that are not all alike."""
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    torch.nn.init.normal_(model.head.fc.weight)
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    """Name -> (model, checkpoint file)."""
+    folder = tmp_path_factory.mktemp('checkpoints')
+    found = {}
+    for name in (NANO, CAPS):
+        model = random_model(name)
+        save_file(model.state_dict(), folder / f'{name}.safetensors')
+        found[name] = model, str(folder / f'{name}.safetensors')
+    return found
+
+
+@pytest.fixture
+def run(models, tmp_path):
+    """Run ``explain`` with a checkpoint into tmp_path/out."""
+    def run_explain(*args, model=NANO):
+        return main(['explain', *map(str, args), '--model', model, '--checkpoint', models[model][1],
+                     '--out', str(tmp_path / 'out')])
+    return run_explain
+
+
+def written(tmp_path):
+    """Names in the output folder, hidden ones too."""
+    return sorted(os.listdir(tmp_path / 'out')) if (tmp_path / 'out').exists() else []
+
+
+def error_line(capsys):
+    """The one line on stderr; nothing on stdout."""
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert err.startswith('error ')
+    assert err.count('\n') == 1
+    return err
+
+
+@pytest.mark.parametrize('name', [NANO, CAPS])
+def test_explain_numbers(run, models, tmp_path, capsys, name):
+    """The JSON holds what the model computes when it is called directly."""
+    assert run(CAT, model=name) == 0
+    assert written(tmp_path) == [f'{CAT.stem}.json', f'{CAT.stem}.png']
+    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
+    model = models[name][0]
+    with torch.no_grad():
+        expected = model.forward_patches(preprocess(model, open_image(CAT)).x[None])
+
+    logits, contributions = torch.tensor(numbers['logits']), torch.tensor(numbers['contributions'])
+    torch.testing.assert_close(logits, expected.logits[0])
+    torch.testing.assert_close(torch.tensor(numbers['alpha']).flatten(), expected.alpha[0])
+    torch.testing.assert_close(contributions, expected.contributions[0].view(6, 6, 10))
+    torch.testing.assert_close(contributions.sum((0, 1)), logits)
+    assert numbers['patch_grid'] == [6, 6]
+    assert numbers['image_size'] == numbers['input_size'] == [32, 32]
+    assert numbers['labels'] == list(model.pretrained_cfg['label_names'])
+    assert numbers['selected'] == (expected.alpha[0] > 0).view(6, 6).tolist()
+    assert numbers['model'] == name
+    assert numbers['image'] == str(CAT)
+
+    best = int(logits.argmax())
+    assert numbers['target'] == {'class': best, 'label': numbers['labels'][best]}
+    top = numbers['top5']
+    assert [t['class'] for t in top] == logits.topk(5).indices.tolist()
+    assert [t['label'] for t in top] == [numbers['labels'][t['class']] for t in top]
+    assert [t['logit'] for t in top] == pytest.approx(logits.topk(5).values.tolist())
+    assert [t['probability'] for t in top] == pytest.approx(logits.softmax(0).topk(5).values.tolist())
+    assert f'{CAT.name}: {top[0]["label"]} {100 * top[0]["probability"]:.1f} %' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('size', 'frame'), [
+    ((32, 32), (0, 0, 32, 32)), ((400, 100), (150, 0, 250, 100)), ((100, 400), (0, 150, 100, 250)),
+    ((3000, 5), (1497.5, 0, 1502.5, 5)), ((1, 1), (0, 0, 1, 1))])
+def test_shapes_of_images(run, tmp_path, size, frame):
+    """Pictures stay between 400 and 1800 pixels whatever the image; boxes are in its pixels, within the crop."""
+    path = tmp_path / 'photo.png'
+    Image.open(CAT).resize(size).save(path)
+    assert run(path) == 0
+    with Image.open(tmp_path / 'out' / 'photo.png') as picture:
+        picture.load()
+        assert all(400 <= side <= 1800 for side in picture.size)
+        low, high = picture.convert('L').getextrema()
+    assert low < 50
+    assert high == 255
+    numbers = json.loads((tmp_path / 'out' / 'photo.json').read_text())
+    assert numbers['image_size'] == list(size)
+    boxes = torch.tensor(numbers['patch_boxes']).view(-1, 4)
+    assert boxes[0].tolist() == pytest.approx([
+        frame[0], frame[1], frame[0] + 9 / 32 * (frame[2] - frame[0]), frame[1] + 9 / 32 * (frame[3] - frame[1])],
+        abs=min(size) / 32)
+    boxes = torch.cat([boxes, torch.tensor([numbers['box']])])
+    slack = min(size) / 32
+    assert (boxes[:, :2] >= torch.tensor(frame[:2]) - slack).all()
+    assert (boxes[:, 2:] <= torch.tensor(frame[2:]) + slack).all()
+    assert (boxes >= 0).all()
+    assert (boxes[:, 2:] <= torch.tensor(size)).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_equal_stems(run, tmp_path):
+    """Images of the same name from different folders, or with different endings, each get files of their own."""
+    sources = {'a/photo.png': CAT, 'b/photo.png': SHIP, 'b/photo.bmp': CAT, 'photo-2.png': SHIP}
+    for name, source in sources.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.open(source).save(tmp_path / name)
+    assert run(*(tmp_path / name for name in sources)) == 0
+    documents = [json.loads((tmp_path / 'out' / n).read_text()) for n in written(tmp_path) if n.endswith('.json')]
+    assert sorted(d['image'] for d in documents) == sorted(str(tmp_path / name) for name in sources)
+    assert len(written(tmp_path)) == 2 * len(sources)
+
+
+def test_unique_stems():
+    """Numbers never collide with names that look numbered, nor names with each other where case does not count."""
+    paths = [Path(p) for p in ('x/a.png', 'a.jpg', 'a-2.png', 'A.png', 'b.png', 'a.gif')]
+    stems = unique_stems(paths)
+    assert stems[0] == 'a'
+    assert stems[4] == 'b'
+    assert len({s.casefold() for s in stems}) == len(paths)
+
+
+@pytest.mark.parametrize(('target', 'index'), [('truck', 9), ('0', 0), ('9', 9)])
+def test_target(run, tmp_path, target, index):
+    """A class by name and by index."""
+    assert run(CAT, '--target', target) == 0
+    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
+    assert numbers['target'] == {'class': index, 'label': numbers['labels'][index]}
+
+
+def test_target_name_before_index(run, tmp_path, monkeypatch):
+    """Where a class is called '7', '--target 7' means that class."""
+    monkeypatch.setattr('timm_lossattn.cli.class_labels', lambda model: ['9', '8', '7', *'abcdefg'])
+    assert run(CAT, '--target', '7') == 0
+    assert json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())['target'] == {'class': 2, 'label': '7'}
+
+
+@pytest.mark.parametrize('target', ['zebra', '10', '-1', '1.5', ''])
+def test_bad_target(run, tmp_path, capsys, target):
+    """Names the option and the classes; nothing is written."""
+    assert run(CAT, f'--target={target}') == 2
+    message = error_line(capsys)
+    assert f"--target: no class '{target}'" in message
+    assert 'airplane' in message
+    assert written(tmp_path) == []
+
+
+@pytest.mark.parametrize(('model', 'what'), [
+    ('no_such_model', "--model: no model 'no_such_model'"),
+    ('resnet18', '--model: resnet18 is no patch model'),  # timm's own; before its weights are downloaded
+    ('vgg11_bn_lossattn_caps_nano', '--model: vgg11_bn_lossattn_caps_nano has no weights yet'),
+])
+def test_bad_model(tmp_path, capsys, model, what):
+    """Unknown, foreign, or without weights."""
+    assert main(['explain', str(CAT), '--model', model, '--out', str(tmp_path / 'out')]) == 2
+    assert what in error_line(capsys)
+    assert written(tmp_path) == []
+
+
+@pytest.mark.parametrize('kind', ['missing', 'directory', 'empty.pth', 'text.safetensors', 'other model.safetensors'])
+def test_bad_checkpoint(models, tmp_path, capsys, kind):
+    """One line that names the file, for all that is no checkpoint of the model."""
+    path = tmp_path / kind
+    if kind == 'directory':
+        path.mkdir()
+    elif kind == 'empty.pth':
+        path.touch()
+    elif kind == 'text.safetensors':
+        path.write_text('not a checkpoint')
+    elif kind.startswith('other'):
+        path.write_bytes(Path(models[CAPS][1]).read_bytes())
+    assert main(['explain', str(CAT), '--model', NANO, '--checkpoint', str(path), '--out', str(tmp_path / 'out')]) == 2
+    message = error_line(capsys)
+    assert message.startswith('error --checkpoint: ')
+    assert str(path) in message
+    assert len(message) < 1000
+    assert written(tmp_path) == []
+
+
+def test_bad_device(run, tmp_path, capsys):
+    """The message names the option."""
+    assert run(CAT, '--device', 'abacus') == 2
+    assert "--device: cannot use 'abacus'" in error_line(capsys)
+    assert written(tmp_path) == []
+
+
+def test_unreadable_image_among_good_ones(run, tmp_path, capsys):
+    """Good images are written all the same; each bad one is a line; the exit code says that something failed."""
+    text = tmp_path / 'text [red].png'  # what rich would take for markup
+    text.write_text('not an image')
+    missing = tmp_path / 'missing.png'
+    assert run(CAT, text, missing, SHIP) == 1
+    out = capsys.readouterr().out
+    errors = [line for line in out.splitlines() if line.startswith('error ')]
+    assert len(errors) == 2
+    assert str(text) in errors[0]
+    assert str(missing) in errors[1]
+    assert written(tmp_path) == sorted(f'{p.stem}.{e}' for p in (CAT, SHIP) for e in ('json', 'png'))
+
+
+@pytest.mark.parametrize('name', ['[bold]a.png', 'a [/].png', ':smile: $x$ 50%.png', '$\\frac.$.png', '図.png'])
+@pytest.mark.filterwarnings('ignore:Glyph')
+def test_odd_file_names(run, tmp_path, capsys, name):
+    """Brackets, dollar signs and colons in a file name are just that, on the terminal and in the picture."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(CAT.read_bytes())
+    missing = f'{path}.missing'
+    assert run(path, missing) == 1
+    out = capsys.readouterr().out
+    assert out.startswith(f'{path.name}: ')
+    assert f'no such file: {missing}\n' in out
+    assert written(tmp_path) == sorted(f'{path.stem}.{e}' for e in ('json', 'png'))
+
+
+def test_nothing_half_written(run, tmp_path, capsys, monkeypatch):
+    """A rename that fails leaves neither a new file nor a temporary one, and the old file as it was."""
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / f'{CAT.stem}.png').write_text('old')
+
+    def fail(source, target):
+        raise OSError('disk on fire')
+    monkeypatch.setattr(os, 'replace', fail)
+    assert run(CAT) == 2
+    assert 'disk on fire' in error_line(capsys)
+    assert written(tmp_path) == [f'{CAT.stem}.png']
+    assert (tmp_path / 'out' / f'{CAT.stem}.png').read_text() == 'old'
+
+
+def test_output_folder_is_a_file(run, tmp_path, capsys):
+    """An error line, not a traceback."""
+    (tmp_path / 'out').write_text('')
+    assert run(CAT) == 2
+    assert str(tmp_path / 'out') in error_line(capsys)
+
+
+@pytest.mark.parametrize('argv', [[], ['explain'], ['unknown'], ['explain', 'a.png', '--no-such-option']])
+def test_usage(argv, capsys):
+    """argparse's exit code and usage line."""
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert 'usage: timm-lossattn' in capsys.readouterr().err
+
+
+def test_list_with_filter(capsys):
+    """Names, input sizes, classes and parameters, untruncated."""
+    assert main(['list', '*resnet18*nano*']) == 0
+    out = capsys.readouterr().out
+    assert '…' not in out
+    rows = {cells[1]: cells[2:6] for cells in ([c.strip() for c in line.split('│')] for line in out.splitlines())
+            if len(cells) > 5}
+    assert sorted(rows) == list_patch_models('*resnet18*nano*')
+    for name in (NANO, CAPS):
+        parameters = sum(p.numel() for p in timm.create_model(name).parameters()) / 1e6
+        assert rows[name][:3] == ['32×32', '10', f'{parameters:.2f}']
+    assert rows['resnet18_lossattn_conv_nano_s2'][0] == '64×64'
+
+
+def test_list_without_filter(capsys):
+    """Every registered model, once, with the whole name."""
+    assert main(['list']) == 0
+    out = capsys.readouterr().out
+    names = [line.split('│')[1].strip() for line in out.splitlines() if line.startswith('│')]
+    assert names == list_patch_models()
+    assert {'resnet18_lossattn_conv', 'vgg11_bn_lossattn_caps', 'googlenet_lossattn_conv', NANO} <= set(names)
+
+
+def test_list_nothing(capsys):
+    """A filter that nothing matches is an error."""
+    assert main(['list', 'zebra*']) == 2
+    assert "no model matches 'zebra*'" in error_line(capsys)
+
+
+def test_class_labels():
+    """The names of the weights, or indices once the classes were changed."""
+    assert class_labels(timm.create_model(NANO))[:2] == ['airplane', 'automobile']
+    assert class_labels(timm.create_model(NANO, num_classes=3)) == ['class 0', 'class 1', 'class 2']
+
+
+def test_outline():
+    """An L of three cells has eight sides; together they close."""
+    segments = outline(torch.tensor([[True, False], [True, True]]).numpy())
+    assert sorted(map(str, segments.astype(int).tolist())) == sorted(map(str, [
+        [[0, 0], [1, 0]], [[0, 0], [0, 1]], [[1, 0], [1, 1]], [[0, 1], [0, 2]], [[0, 2], [1, 2]], [[1, 1], [2, 1]],
+        [[1, 2], [2, 2]], [[2, 1], [2, 2]]]))
+    assert outline(torch.zeros(2, 2, dtype=torch.bool).numpy()).shape == (0, 2, 2)
+
+
+@pytest.mark.parametrize(('size', 'frame', 'window'), [
+    ((32, 32), [0, 0, 32, 32], (0, 0, 32, 32)),
+    ((400, 100), [150, 0, 250, 100], (0, 0, 400, 100)),
+    ((1000, 100), [450, 0, 550, 100], (300, 0, 700, 100)),
+    ((100, 1000), [0, 0, 100, 100], (0, 0, 100, 400)),
+    ((1000, 100), [0, 0, 1000, 100], (0, 0, 1000, 100)),  # all of it goes into the model
+    ((1000, 100), [0, -450, 1000, 550], (0, 0, 1000, 100)),  # padded
+])
+def test_view_window(size, frame, window):
+    """What is shown lies in the image and contains the input's part of it."""
+    assert view_window(size, frame) == window
+
+
+def test_shorten():
+    """Both ends stay, and the length is kept."""
+    assert shorten('short', 5) == 'short'
+    assert shorten('abcdefghij', 5) == 'ab…ij'
+    assert shorten('abcdefghij', 6) == 'abc…ij'
+
+
+@pytest.mark.parametrize('size', [(32, 32), (400, 100), (100, 400), (3000, 20), (20, 3000)])
+def test_text_of_the_picture(models, size):
+    """No text is clipped and none overlaps another, with long names too."""
+    model = models[NANO][0]
+    source = preprocess(model, Image.open(CAT).resize(size))
+    explanation = explain(model, source.x[None])
+    chosen = torch.zeros_like(explanation.selected)
+    chosen[0, 8] = True
+    explanation = dataclasses.replace(explanation, selected=chosen)
+    figure = draw_explanation(
+        explanation, 0, source, ['American Staffordshire bull terrier'] * 10, title='long title ' * 30)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    texts = [*figure.texts, *(ax.title for ax in figure.axes), *figure.legends[0].get_texts()]
+    for ax in figure.axes:
+        low, high = ax.get_ylim()  # ticks outside are not drawn
+        texts += [label for label, at in zip(ax.get_yticklabels(), ax.get_yticks()) if low <= at <= high]
+    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts if t.get_text()]
+    assert len(boxes) > 10
+    assert '1 of 36 patches selected' in [text for text, _ in boxes]
+    width, height = figure.get_size_inches() * figure.dpi
+    for text, box in boxes:
+        assert box.x0 >= 0, text
+        assert box.y0 >= 0, text
+        assert box.x1 <= width, text
+        assert box.y1 <= height, text
+    for n, (text, box) in enumerate(boxes):
+        for other, other_box in boxes[n + 1:]:
+            assert not box.overlaps(other_box), (text, other)

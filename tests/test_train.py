@@ -1,0 +1,135 @@
+"""train/train.py end to end on images made here, as a user runs it: in a process of its own."""
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_lossattn  # noqa: F401  (registers the models)
+
+ROOT = Path(__file__).parent.parent
+QUICK = ('--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--val-split', 'val', '--batch-size', '8',
+         '--epochs', '2', '--warmup-epochs', '0', '--workers', '0', '--lr', '0.02', '--device', 'cpu',
+         '--color-jitter', '0', '--scale', '0.8', '1')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Image folder of two classes, a bright disc of noise on the left or on the right."""
+    root = tmp_path_factory.mktemp('data')
+    generator = torch.Generator().manual_seed(0)
+    for split, n in (('train', 16), ('val', 8)):
+        for k, name in enumerate(('left', 'right')):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                x = torch.randint(0, 80, (32, 32, 3), generator=generator)
+                x[8:24, 16 * k:16 * k + 16] += 150
+                Image.fromarray(x.byte().numpy()).save(root / split / name / f'{i}.png')
+    return root
+
+
+def train(*flags, script=ROOT / 'train' / 'train.py', **environment):
+    """Run a training script; the finished process."""
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, flags)], capture_output=True, text=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', **environment))
+
+
+@pytest.fixture(scope='module')
+def run(folder, tmp_path_factory):
+    """Folder of a finished two-epoch run with EMA."""
+    out = tmp_path_factory.mktemp('out')
+    done = train('--data-dir', folder, *QUICK, '--model-ema', '--model-ema-decay', '0.5', '--channels-last',
+                 '--output', out, '--experiment', 'run')
+    assert done.returncode == 0, done.stderr
+    return out / 'run'
+
+
+def test_run_writes_its_files(run):
+    """result.json, summary.csv with the loss terms by name, and a checkpoint of the bare model."""
+    result = json.loads((run / 'result.json').read_text())
+    rows = list(csv.DictReader((run / 'summary.csv').open()))
+    assert [int(r['epoch']) for r in rows] == [0, 1] == [e['epoch'] for e in result['epochs']]
+    assert {'train_loss', 'train_image_loss', 'train_patch_loss', 'train_gamma', 'eval_top1'} <= set(rows[0])
+    first, second = (float(r['train_gamma']) for r in rows)
+    assert 0 < first < second <= 0.1
+    assert result['seed'] == 42
+    assert 'train.py' in result['command']
+    assert result['best']['top1'] == max(e['eval']['top1'] for e in result['epochs'])
+    model = timm.create_model('resnet18_lossattn_conv_nano', num_classes=2, checkpoint_path=str(run / 'last.pth.tar'))
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
+def test_resume(run, folder):
+    """--resume goes on after the last epoch and keeps the history."""
+    done = train('--data-dir', folder, *QUICK, '--epochs', '3', '--model-ema', '--resume', run / 'last.pth.tar',
+                 '--output', run.parent, '--experiment', 'run')
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / 'result.json').read_text())
+    assert [e['epoch'] for e in result['epochs']] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(('flags', 'loss_terms'), [
+    (('--no-patch-loss',), {'loss'}),
+    (('--mixup', '0.2', '--train-img-sizes', '16', '24', '--train-size-schedule', 'progressive'), {'patch_loss'}),
+    (('--model-kwargs', 'global_pool=attn'), {'loss'}),
+    (('--amp', '--amp-dtype', 'bfloat16', '--xi', '0.5', '--clip-grad', '1', '--sched-on-updates'), {'patch_loss'}),
+])
+def test_variants(folder, tmp_path, flags, loss_terms):
+    """Other heads and flags train; the patch term appears for loss attention only, unless it is switched off."""
+    done = train('--data-dir', folder, *QUICK, '--epochs', '1', '--output', tmp_path, '--experiment', 'x', *flags)
+    assert done.returncode == 0, done.stderr
+    terms = json.loads((tmp_path / 'x' / 'result.json').read_text())['epochs'][0]['train']
+    assert loss_terms <= set(terms)
+    assert ('patch_loss' in terms) == ('patch_loss' in loss_terms)
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    (('--xi', '2'), '--xi must lie in [0, 1]'),
+    (('--gamma-max', '-1'), '--gamma-max must lie in'),
+    (('--batch-size', '0'), '--batch-size must lie in'),
+    (('--nonsense',), 'unrecognized arguments'),
+    (('--num-classes', '3'), '--num-classes'),
+    (('--model', 'no_such_model'), 'no_such_model'),
+    (('--data-dir', '/no/such/folder'), '/no/such/folder'),
+])
+def test_bad_flags(folder, tmp_path, flags, message):
+    """What is wrong stands in the last line, without a traceback; the exit code is not zero."""
+    done = train('--data-dir', folder, *QUICK, '--output', tmp_path, *flags)
+    assert done.returncode == 2
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert 'Traceback' not in done.stderr
+
+
+def test_config_file(folder, tmp_path):
+    """A --config file gives defaults, the command line wins, unknown keys are refused."""
+    config = tmp_path / 'config.yaml'
+    config.write_text('epochs: 1\nlr: 0.5\nmodel: resnet18_lossattn_caps_nano\n')
+    flags = [f for f in QUICK if f not in ('--model', 'resnet18_lossattn_conv_nano')]
+    flags[flags.index('--epochs'):flags.index('--epochs') + 2] = []
+    done = train('-c', config, '--data-dir', folder, *flags, '--output', tmp_path, '--experiment', 'x')
+    assert done.returncode == 0, done.stderr
+    args = json.loads((tmp_path / 'x' / 'result.json').read_text())['args']
+    assert (args['epochs'], args['lr'], args['model']) == (1, 0.02, 'resnet18_lossattn_caps_nano')
+    config.write_text('epoch: 1\n')
+    done = train('-c', config, '--data-dir', folder, *flags)
+    assert done.returncode == 2
+    assert "unknown keys ['epoch']" in done.stderr
+
+
+@pytest.mark.skipif('TIMM_REPO' not in os.environ, reason='TIMM_REPO is not set: no checkout of timm with its train.py')
+def test_unmodified_timm_train_script(folder, tmp_path):
+    """timm's own train.py trains a model of this package when --device-modules imports it."""
+    done = train(
+        '--device-modules', 'timm_lossattn', '--data-dir', folder, '--val-split', 'val', '--device', 'cpu',
+        '--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--epochs', '1', '--warmup-epochs', '0',
+        '--batch-size', '8', '--workers', '0', '--output', tmp_path, '--experiment', 'x',
+        script=Path(os.environ['TIMM_REPO']) / 'train.py')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'x' / 'summary.csv').exists()

@@ -1,0 +1,216 @@
+"""The command line: ``timm-lossattn explain`` and ``timm-lossattn list``."""
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .drawing import draw_explanation, shorten
+from .explain import Explanation, explain
+from .image_io import Preprocessed, open_image, preprocess
+
+__all__ = ['explanation_to_dict', 'list_patch_models', 'main']
+
+DEFAULT_MODEL = 'resnet18_lossattn_conv_nano'
+
+
+def list_patch_models(filter: str = '*') -> list[str]:
+    """Names of the models that this package registers, without tags."""
+    modules = ('resnet_lossattn', 'vgg_lossattn', 'googlenet_lossattn')
+    return sorted(name for module in modules for name in timm.list_models(module=module) if fnmatch(name, filter))
+
+
+def load_model(name: str, checkpoint: str | None, device: str) -> Any:
+    """Patch model with weights, in eval mode.
+
+    Raises:
+        ValueError: no such model, no patch model, no weights, weights that do not fit, or no such device.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f'--model: no model {name!r}; `timm-lossattn list` shows the models.')
+    if name.split('.')[0] not in list_patch_models():  # before anything is downloaded
+        raise ValueError(f'--model: {name} is no patch model; `timm-lossattn list` shows the models.')
+    if checkpoint is None and not timm.models.is_model_pretrained(name):
+        with_weights = [n for n in list_patch_models() if timm.models.is_model_pretrained(n)]
+        others = f', or choose one of {with_weights}' if with_weights else ''
+        raise ValueError(f'--model: {name} has no weights yet; give --checkpoint FILE{others}.')
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise ValueError(f'--checkpoint: no such file: {checkpoint}')
+    if checkpoint is None:
+        model = timm.create_model(name, pretrained=True)
+    else:
+        try:
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=checkpoint))
+        except Exception as error:  # a broken file raises whatever its reader raises
+            raise ValueError(f'--checkpoint: cannot load {checkpoint} into {name}: '
+                             f'{shorten(str(error) or type(error).__name__, 300)}') from error
+    if not hasattr(model, 'forward_patches'):
+        raise ValueError(f'--model: {name} is no patch model.')
+    try:
+        return model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise ValueError(f'--device: cannot use {device!r}: {error}') from None
+
+
+def class_labels(model: Any) -> list[str]:
+    """Label names of the weights, or the class indices."""
+    labels = model.pretrained_cfg.get('label_names') or ()
+    return list(labels) if len(labels) == model.num_classes else [f'class {k}' for k in range(model.num_classes)]
+
+
+def explanation_to_dict(
+        explanation: Explanation, index: int, source: Preprocessed, labels: Sequence[str]) -> dict[str, Any]:
+    """The numbers of one explanation: maps as lists over patch rows and columns, boxes in pixels of the image."""
+    grid = explanation.grid
+    prediction = explanation.prediction
+    probabilities = explanation.probabilities[index]
+    target = int(explanation.target[index])
+    return {
+        'image_size': list(source.image.size),
+        'input_size': list(explanation.input_size[::-1]),
+        'labels': list(labels),
+        'logits': prediction.logits[index].tolist(),
+        'top5': [
+            {'class': k, 'label': labels[k], 'probability': p, 'logit': float(prediction.logits[index, k])}
+            for p, k in zip(*(t.tolist() for t in probabilities.topk(min(5, len(labels)))))],
+        'target': {'class': target, 'label': labels[target]},
+        'patch_grid': list(grid),
+        'alpha': prediction.alpha[index].view(grid).tolist(),
+        'contributions': prediction.contributions[index].view(*grid, -1).tolist(),
+        'selected': explanation.selected[index].view(grid).tolist(),
+        'patch_boxes': source.to_image(explanation.patch_boxes).view(*grid, 4).tolist(),
+        'box': source.to_image(explanation.boxes[index]).tolist(),
+    }
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write to a temporary file beside it, then rename."""
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def unique_stems(paths: Sequence[Path]) -> list[str]:
+    """A file stem for each path; equal stems (some file systems do not tell case) get a number."""
+    seen: set[str] = set()
+    stems = []
+    for path in paths:
+        stem, count = path.stem, 1
+        while stem.casefold() in seen:
+            count += 1
+            stem = f'{path.stem}-{count}'
+        seen.add(stem.casefold())
+        stems.append(stem)
+    return stems
+
+
+def print_error(console: Console, error: Exception) -> None:
+    """One line; what stands in brackets is text, not rich's markup."""
+    console.print(Text.assemble(('error', 'red'), ' ', ' '.join(str(error).split())), soft_wrap=True)
+
+
+def run_explain(args: argparse.Namespace, console: Console) -> int:
+    """One PNG and one JSON for each image; unreadable images are reported and skipped. Returns the exit code."""
+    import io
+
+    model = load_model(args.model, args.checkpoint, args.device)
+    labels = class_labels(model)
+    target = None
+    if args.target is not None:
+        if args.target in labels:
+            target = labels.index(args.target)
+        elif args.target.isdecimal() and int(args.target) < len(labels):
+            target = int(args.target)
+        else:
+            raise ValueError(f'--target: no class {args.target!r}; choose one of {labels} or an index.')
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    paths = [Path(p) for p in args.images]
+    for path, stem in zip(paths, unique_stems(paths)):
+        try:
+            source = preprocess(model, open_image(path))
+        except ValueError as error:
+            print_error(console, error)
+            failed += 1
+            continue
+        explanation = explain(model, source.x.unsqueeze(0), None if target is None else [target])
+        numbers = {'image': str(path), 'model': args.model, 'checkpoint': args.checkpoint,
+                   **explanation_to_dict(explanation, 0, source, labels)}
+        buffer = io.BytesIO()
+        draw_explanation(explanation, 0, source, labels, title=f'{path.name} · {args.model}').savefig(buffer)
+        encoded = json.dumps(numbers, indent=1).encode()
+        replace_file(out / f'{stem}.png', buffer.getvalue())
+        replace_file(out / f'{stem}.json', encoded)
+        best = numbers['top5'][0]
+        line = f'{path.name}: {best["label"]} {100 * best["probability"]:.1f} %  ->  {out / stem}.png, .json'
+        console.print(Text(line), soft_wrap=True)
+    return 1 if failed else 0
+
+
+def run_list(args: argparse.Namespace, console: Console) -> int:
+    """Table of models, their parameters and weights."""
+    table = Table(title='timm-lossattn models', title_justify='left')
+    table.add_column('model', no_wrap=True)
+    for column in ('input', 'classes', 'params (M)'):
+        table.add_column(column, justify='right', no_wrap=True)
+    table.add_column('weights', overflow='fold')
+    for name in list_patch_models(args.filter):
+        with torch.device('meta'):
+            model: Any = timm.create_model(name, device='meta')
+        tags = [n.split('.', 1)[1] for n in timm.list_pretrained(name)]
+        height, width = model.default_cfg['input_size'][1:]
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        table.add_row(name, f'{width}×{height}', str(model.num_classes), f'{parameters:.2f}', ', '.join(tags) or '-')
+    if not table.rows:
+        raise ValueError(f'FILTER: no model matches {args.filter!r}.')
+    if not console.is_terminal:  # a file or a pipe has no width to fit into
+        console.width = max(console.width, console.measure(table, options=console.options.update(width=999)).maximum)
+    console.print(table)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
+    parser = argparse.ArgumentParser(prog='timm-lossattn', description=__doc__)
+    commands = parser.add_subparsers(dest='command', required=True)
+
+    command = commands.add_parser('explain', help='which part of each image decided: a PNG and a JSON for each')
+    command.add_argument('images', nargs='+', metavar='IMAGE', help='any image that Pillow opens')
+    command.add_argument('--model', default=DEFAULT_MODEL, metavar='NAME', help=f'default: {DEFAULT_MODEL}')
+    command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
+    command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')
+    command.add_argument('--out', default='explanations', metavar='DIR', help='default: explanations')
+    command.add_argument('--device', default='cpu', metavar='DEVICE')
+    command.set_defaults(run=run_explain)
+
+    command = commands.add_parser('list', help='models, parameters, weights')
+    command.add_argument('filter', nargs='?', default='*', metavar='FILTER', help='e.g. "*caps*"')
+    command.set_defaults(run=run_list)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Errors in what the user gave are one line on stderr and exit code 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args, Console())
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        print_error(Console(stderr=True), error)
+        return 2
+
+
+if __name__ == '__main__':
+    sys.exit(main())

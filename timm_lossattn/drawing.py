@@ -1,0 +1,152 @@
+"""Pictures of explanations. Needs matplotlib, the ``viz`` extra."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .explain import Explanation
+from .image_io import Preprocessed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['draw_explanation']
+
+SELECTED_COLOR, BOX_COLOR = '#56B4E9', '#E69F00'  # Okabe & Ito's palette, safe for colour-blind readers
+MAX_ASPECT = 4.  # of longer images only the part around the model's input is shown
+MAX_PIXELS = 1200  # larger images are drawn at a lower resolution
+
+
+def shorten(text: str, length: int) -> str:
+    """At most length characters, with an ellipsis in the middle."""
+    half = (length - 1) // 2
+    return text if len(text) <= length else f'{text[:length - 1 - half]}…{text[len(text) - half:]}'
+
+
+def view_window(size: tuple[int, int], frame: list[float]) -> tuple[int, int, int, int]:
+    """Part of an image of size (width, height) to show: all of it, or of a long image what is around the frame."""
+    low, high = [], []
+    for length, start, end in ((size[0], frame[0], frame[2]), (size[1], frame[1], frame[3])):
+        shown = int(min(length, max(MAX_ASPECT * min(size), end - start)))
+        low.append(max(0, min(round((start + end - shown) / 2.), length - shown)))
+        high.append(low[-1] + shown)
+    return low[0], low[1], high[0], high[1]
+
+
+def outline(chosen: np.ndarray) -> np.ndarray:
+    """Borders of the True cells of an (H, W) array: (N, 2, 2) segments, each two points x, y on the cells' corners."""
+    padded = np.pad(chosen, 1)
+    segments = []
+    for r, c in zip(*np.nonzero(chosen)):  # an edge wherever a neighbour is not chosen
+        for inside, line in (
+                (padded[r, c + 1], ((c, r), (c + 1, r))),
+                (padded[r + 2, c + 1], ((c, r + 1), (c + 1, r + 1))),
+                (padded[r + 1, c], ((c, r), (c, r + 1))),
+                (padded[r + 1, c + 2], ((c + 1, r), (c + 1, r + 1)))):
+            if not inside:
+                segments.append(line)
+    return np.array(segments, dtype=float).reshape(-1, 2, 2)
+
+
+def draw_explanation(
+        explanation: Explanation, index: int, source: Preprocessed, labels: list[str], title: str = '') -> Figure:
+    """Image, α map, class evidence, and selected patches with the estimated box, in one row (wide images: in two).
+
+    Maps are drawn by nominal patch geometry, averaged where patches overlap; pixels that belong to no patch stay grey.
+    Of an image more than four times as long as wide, the part around the model's input is shown.
+
+    Args:
+        explanation: of a batch.
+        index: which image of the batch.
+        source: that image, before and after preprocessing.
+        labels: name of each class.
+        title: what stands above the panels.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.collections import LineCollection
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from matplotlib.patches import Rectangle
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise ImportError("Drawing needs matplotlib: pip install 'timm-lossattn[viz]'") from None
+
+    one = slice(index, index + 1)
+    target = int(explanation.target[index])
+    alpha = explanation.pixel_map(explanation.prediction.alpha[one])[0].numpy()
+    evidence = explanation.pixel_map(explanation.evidence[one])[0].numpy()
+    chosen = explanation.pixel_map(explanation.selected[one].float())[0].nan_to_num(0.).numpy() > 0
+    probabilities, order = explanation.probabilities[index].topk(min(5, len(labels)))
+    logit = float(explanation.prediction.logits[index, target])
+
+    height, width = explanation.input_size
+    (ox, oy), (sx, sy) = source.offset, source.scale
+    frame = [ox, oy, ox + sx * width, oy + sy * height]  # may reach outside the image where timm's transform pads
+    x0, y0, x1, y1 = view_window(source.image.size, frame)
+    shown = source.image.crop((x0, y0, x1, y1))
+    shown.thumbnail((MAX_PIXELS, MAX_PIXELS))
+    image, grey = np.asarray(shown), np.asarray(shown.convert('L'))
+    part = '' if (x1 - x0, y1 - y0) == source.image.size else ', part of it'
+
+    # All sizes in inches; text has a place of its own, whatever the shape of the image.
+    aspect = min(max((y1 - y0) / (x1 - x0), 1 / MAX_ASPECT), MAX_ASPECT)
+    columns = 4 if aspect > 0.6 else 2
+    panel_w = min(2.6 if columns == 4 else 5.4, 5.2 / aspect)
+    panel_h = panel_w * aspect
+    cell_w, cell_h = max(panel_w, 2.3) + 0.95, panel_h + 0.6
+    figure_w, figure_h = columns * cell_w + 0.1, 4 // columns * cell_h + 1.1
+    figure = Figure(figsize=(figure_w, figure_h), dpi=110)
+
+    def panel(number: int, name: str) -> Any:
+        left = 0.15 + number % columns * cell_w + (cell_w - 0.95 - panel_w) / 2.
+        bottom = figure_h - 0.35 - (number // columns + 1) * cell_h
+        ax = figure.add_axes((left / figure_w, bottom / figure_h, panel_w / figure_w, panel_h / figure_h))
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(name, fontsize=11, parse_math=False)
+        return ax
+
+    def show(ax: Any, pixels: np.ndarray, **kwargs: Any) -> None:
+        ax.imshow(pixels, extent=(x0, x1, y1, y0), interpolation='nearest', **kwargs)
+        ax.set(xlim=(x0, x1), ylim=(y1, y0), aspect='auto')
+
+    def heat(ax: Any, values: np.ndarray, **kwargs: Any) -> None:
+        mapped = ax.imshow(
+            np.ma.masked_invalid(values), extent=(frame[0], frame[2], frame[3], frame[1]), interpolation='nearest',
+            alpha=0.75, **kwargs)
+        show(ax, grey, cmap='gray', vmin=0, vmax=255, alpha=0.5, zorder=-1)
+        at = ax.get_position()
+        bar = figure.colorbar(mapped, cax=figure.add_axes((at.x1 + 0.06 / figure_w, at.y0, 0.12 / figure_w, at.height)),
+                              ticks=MaxNLocator(max(2, min(8, int(panel_h / 0.35)))))
+        bar.ax.tick_params(labelsize=8)
+
+    show(panel(0, f'image ({source.image.width}×{source.image.height}){part}'), image)
+    heat(panel(1, 'patch weight α'), alpha, cmap='viridis', vmin=0.)
+    limit = float(np.nanmax(np.abs(evidence))) or 1.
+    heat(panel(2, f'evidence for "{shorten(labels[target], 20)}"\n(logit {logit:.2f})'), evidence,
+         cmap='PuOr_r', vmin=-limit, vmax=limit)
+
+    ax = panel(3, f'{int(explanation.selected[index].sum())} of {explanation.selected.shape[1]} patches selected')
+    show(ax, image)
+    segments = outline(chosen) * (sx, sy) + (ox, oy)
+    segments = segments.clip((x0, y0), (x1, y1))
+    ax.add_collection(LineCollection(  # unclipped, so that lines on the image's border have their full width
+        list(segments), colors=SELECTED_COLOR, linewidths=4, capstyle='projecting', clip_on=False, zorder=4))
+    left, top, right, bottom = source.to_image(explanation.boxes[index]).tolist()
+    ax.add_patch(Rectangle(
+        (left, top), right - left, bottom - top, fill=False, edgecolor=BOX_COLOR, linewidth=2, linestyle='--', zorder=5,
+        clip_on=False))
+    figure.legend(
+        handles=[Line2D([], [], color=SELECTED_COLOR, linewidth=4, label='selected patches'),
+                 Line2D([], [], color=BOX_COLOR, linewidth=2, linestyle='--', label='estimated box')],
+        loc='center', bbox_to_anchor=(0.5, 0.53 / figure_h), ncols=2, frameon=False, fontsize=9)
+    best = '   '.join(
+        f'{shorten(labels[k], 20)} {100 * p:.1f} %' for p, k in zip(probabilities.tolist(), order.tolist()))
+    # a $ in a file's or a class's name is just that
+    middle: dict[str, Any] = dict(ha='center', va='center', parse_math=False)
+    figure.text(0.5, 0.22 / figure_h, f'top {len(order)}:  {best}', fontsize=9, **middle)
+    figure.text(0.5, 1 - 0.22 / figure_h, shorten(title, 110), fontsize=12, **middle)
+    return figure
