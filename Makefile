@@ -2,17 +2,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+INSTALLED := $(VENV)/.dev
 
 .PHONY: demo test lint conformance conformance-quick benchmark clean
 .DEFAULT_GOAL := demo
 
-$(INSTALLED): pyproject.toml
+$(VENV)/.viz: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e '.[viz]'
+	touch $@
+
+$(INSTALLED): $(VENV)/.viz
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
 
-demo: $(INSTALLED)
+demo: $(VENV)/.viz
 	$(BIN)/timm-lossattn explain tests/data/cifar10_test_*.png --model resnet18_lossattn_conv_nano --out demo_output
 	@echo "The pictures and their numbers are in $(CURDIR)/demo_output"
 

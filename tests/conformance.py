@@ -8,9 +8,10 @@ intermediates tests select models by module name, so they run a second time with
 """
 import argparse
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
+import tempfile
 from pathlib import Path
 
 import timm
@@ -28,8 +29,9 @@ def timm_sources() -> Path:
         subprocess.run(
             [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm', '--dest', folder,
              f'timm=={timm.__version__}'], check=True)
-        with tarfile.open(folder / f'timm-{timm.__version__}.tar.gz') as archive:
-            archive.extractall(folder, filter='data')
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            shutil.unpack_archive(folder / f'timm-{timm.__version__}.tar.gz', temporary)
+            (Path(temporary) / sources.name).rename(sources)
     return sources
 
 

@@ -1,4 +1,5 @@
 """cli.py in-process, and drawing.py through it: files, numbers, errors and exit codes."""
+import argparse
 import dataclasses
 import json
 import os
@@ -36,8 +37,9 @@ def models(tmp_path_factory):
     found = {}
     for name in (NANO, CAPS):
         model = random_model(name)
-        save_file(model.state_dict(), folder / f'{name}.safetensors')
-        found[name] = model, str(folder / f'{name}.safetensors')
+        args = argparse.Namespace(label_names=list(model.pretrained_cfg['label_names']), xi=None, model_kwargs={})
+        torch.save({'state_dict': model.state_dict(), 'args': args}, folder / f'{name}.pth.tar')  # as timm's saver
+        found[name] = model, str(folder / f'{name}.pth.tar')
     return found
 
 
@@ -296,6 +298,29 @@ def test_list_nothing(capsys):
     """A filter that nothing matches is an error."""
     assert main(['list', 'zebra*']) == 2
     assert "no model matches 'zebra*'" in error_line(capsys)
+
+
+def test_bare_weights_have_no_labels(models, tmp_path):
+    """A safetensors file says nothing about classes: they are numbered, whatever the model's own weights mean."""
+    file = tmp_path / 'weights.safetensors'
+    save_file(models[NANO][0].state_dict(), file)
+    assert main(['explain', str(CAT), '--model', NANO, '--checkpoint', str(file), '--out', str(tmp_path / 'out')]) == 0
+    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
+    assert numbers['labels'] == [f'class {k}' for k in range(10)]
+
+
+def test_checkpoint_arguments(tmp_path):
+    """ξ, stride and the number of classes of a training checkpoint are those of the explained model."""
+    model = timm.create_model(NANO, num_classes=3, xi=1., backbone_stride=2).eval()
+    args = argparse.Namespace(num_classes=3, xi=1., model_kwargs={'backbone_stride': 2}, label_names=None)
+    torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'last.pth.tar')
+    flags = ['explain', str(CAT), '--model', NANO, '--checkpoint', str(tmp_path / 'last.pth.tar')]
+    assert main([*flags, '--out', str(tmp_path)]) == 0
+    numbers = json.loads((tmp_path / f'{CAT.stem}.json').read_text())
+    with torch.no_grad():
+        expected = model(preprocess(model, open_image(CAT)).x[None])[0]
+    assert numbers['patch_grid'] == [2, 2]
+    assert numbers['logits'] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_class_labels():

@@ -2,13 +2,14 @@
 import io
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 
-from timm_lossattn import PatchClassifier
+from timm_lossattn import PatchClassifier, ResNetBackbone
 from timm_lossattn.cli import list_patch_models
 
 # the paper's Table 2, in millions of parameters for 10 classes; the capsule models without the paper's unused shortcuts
@@ -65,6 +66,23 @@ def test_completeness(name, train):
     assert (error <= 1e-5 * out.logits.abs().clamp(min=1)).all()
     assert out.alpha.dtype == torch.float32
     torch.testing.assert_close(out.alpha.sum(1), torch.ones(3))
+
+
+def routing_model() -> PatchClassifier:
+    """Dynamic routing with small widths."""
+    torch.manual_seed(0)
+    return timm.create_model(
+        'resnet18_routing_caps', backbone=partial(ResNetBackbone, widths=(4, 8, 8, 16)), patch_args=dict(capsules=4))
+
+
+@pytest.mark.parametrize('pool', [*CONV_HEADS, 'routing'])
+@pytest.mark.parametrize('autocast', [False, True])
+def test_completeness_of_every_head(pool, autocast):
+    model = (routing_model() if pool == 'routing' else nano(pool)).eval()
+    with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast), torch.no_grad():
+        out = model.forward_patches(torch.randn(2, 3, 32, 32))
+    tolerance = 2 ** -7 if autocast else 1e-5
+    torch.testing.assert_close(out.contributions.sum(1), out.logits.float(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize('name', ['resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano'])
@@ -129,6 +147,24 @@ def test_bad_pools():
         timm.create_model('vgg11_bn_lossattn_conv_nano', drop_path_rate=0.1)
     with pytest.raises(ValueError, match='num_classes=0'):
         nano(num_classes=0).forward_patches(torch.randn(1, 3, 32, 32))
+
+
+def test_refused_reset_changes_nothing():
+    model = nano().eval()
+    with pytest.raises(ValueError, match='global_pool'):
+        model.reset_classifier(5, 'max')
+    assert (model.num_classes, model.global_pool) == (10, 'lossattn')
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_classifier_on_a_pruned_backbone():
+    """After pruning, each position of the last kept feature map is a patch."""
+    model = nano(backbone_stride=4).eval()
+    model.prune_intermediate_layers([1])
+    model.reset_classifier(3)
+    out = model.forward_patches(torch.randn(1, 3, 32, 32))
+    assert out.alpha.shape[1] == 16 * 16 == model.patch_grid(32, 32)[0] * model.patch_grid(32, 32)[1]
+    assert model.patch_boxes(32, 32)[1].tolist() == [2, 0, 4, 2]
 
 
 def test_headless_is_the_mean():
@@ -273,14 +309,6 @@ def test_stated_accuracy(name):
             worst = max(worst, float(error.max()))
     assert correct / 100 == pytest.approx(result['shipped']['top1'], abs=0.03)  # float32 kernels differ by machine
     assert worst <= 1e-5
-
-
-def test_readme_table_is_true():
-    """The table of models in the README is what train/model_table.py prints."""
-    import runpy
-    root = Path(__file__).parent.parent
-    table = runpy.run_path(str(root / 'train' / 'model_table.py'))['model_table']()
-    assert table in (root / 'README.md').read_text()
 
 
 def test_parameter_table_matches_the_paper_file():

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,8 @@ def test_run_writes_its_files(run):
     first, second = (float(r['train_gamma']) for r in rows)
     assert 0 < first < second <= 0.1
     assert result['seed'] == 42
-    assert 'train.py' in result['command']
+    assert len(result['commands']) == 1
+    assert 'train.py' in result['commands'][0]
     assert result['best']['top1'] == max(e['eval']['top1'] for e in result['epochs'])
     model = timm.create_model('resnet18_lossattn_conv_nano', num_classes=2, checkpoint_path=str(run / 'last.pth.tar'))
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
@@ -73,12 +75,30 @@ def test_resume(run, folder):
     assert done.returncode == 0, done.stderr
     result = json.loads((run / 'result.json').read_text())
     assert [e['epoch'] for e in result['epochs']] == [0, 1, 2]
+    assert len(result['commands']) == 2
+    assert '--resume' in result['commands'][1]
+
+
+def test_a_run_is_not_overwritten(run, folder):
+    done = train('--data-dir', folder, *QUICK, '--output', run.parent, '--experiment', 'run')
+    assert done.returncode == 2
+    assert 'holds a run' in done.stderr.strip().splitlines()[-1]
+
+
+def test_explain_reads_how_the_checkpoint_was_built(run, tmp_path):
+    """Number of classes and labels come from the training checkpoint."""
+    from timm_lossattn.cli import main
+    image = ROOT / 'tests' / 'data' / 'cifar10_test_00001_ship.png'
+    assert main(['explain', str(image), '--checkpoint', str(run / 'last.pth.tar'), '--out', str(tmp_path)]) == 0
+    numbers = json.loads((tmp_path / f'{image.stem}.json').read_text())
+    assert numbers['labels'] == ['left', 'right']
 
 
 @pytest.mark.parametrize(('flags', 'loss_terms'), [
     (('--no-patch-loss',), {'loss'}),
     (('--mixup', '0.2', '--train-img-sizes', '16', '24', '--train-size-schedule', 'progressive'), {'patch_loss'}),
-    (('--model-kwargs', 'global_pool=attn'), {'loss'}),
+    (('--model-kwargs', 'global_pool=attn', '--in-chans', '1', '--input-size', '1', '32', '32'), {'loss'}),
+    (('--pretrained-backbone', 'resnet18_lossattn_caps_nano', '--sched', 'plateau'), {'patch_loss'}),
     (('--amp', '--amp-dtype', 'bfloat16', '--xi', '0.5', '--clip-grad', '1', '--sched-on-updates'), {'patch_loss'}),
 ])
 def test_variants(folder, tmp_path, flags, loss_terms):
@@ -98,6 +118,9 @@ def test_variants(folder, tmp_path, flags, loss_terms):
     (('--num-classes', '3'), '--num-classes'),
     (('--model', 'no_such_model'), 'no_such_model'),
     (('--data-dir', '/no/such/folder'), '/no/such/folder'),
+    (('--batch-size', '1000'), '--batch-size: 1000 is more than the 32 training images'),
+    (('--resume', 'no_such_file'), '--resume: no such file'),
+    (('--pretrained-backbone', 'resnet18_lossattn_conv'), '--pretrained-backbone'),
 ])
 def test_bad_flags(folder, tmp_path, flags, message):
     """What is wrong stands in the last line, without a traceback; the exit code is not zero."""
@@ -125,11 +148,16 @@ def test_config_file(folder, tmp_path):
 
 @pytest.mark.skipif('TIMM_REPO' not in os.environ, reason='TIMM_REPO is not set: no checkout of timm with its train.py')
 def test_unmodified_timm_train_script(folder, tmp_path):
-    """timm's own train.py trains a model of this package when --device-modules imports it."""
+    """timm's own train.py trains a model of this package when --device-modules imports it.
+
+    A copy outside the checkout, so that it imports the installed timm and not the checkout's.
+    """
+    script = tmp_path / 'train.py'
+    shutil.copy(Path(os.environ['TIMM_REPO']) / 'train.py', script)
     done = train(
         '--device-modules', 'timm_lossattn', '--data-dir', folder, '--val-split', 'val', '--device', 'cpu',
         '--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--epochs', '1', '--warmup-epochs', '0',
         '--batch-size', '8', '--workers', '0', '--output', tmp_path, '--experiment', 'x',
-        script=Path(os.environ['TIMM_REPO']) / 'train.py')
+        script=script)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'x' / 'summary.csv').exists()

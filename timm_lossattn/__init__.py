@@ -1,4 +1,4 @@
-"""Loss-attention models for timm: image logits that are a weighted sum of patch logits. Importing registers them."""
+"""Loss-attention models for timm: image logits that are a sum of patch contributions. Importing registers them."""
 from .attention import PatchPrediction
 from .googlenet_lossattn import GoogLeNetBackbone
 from .loss import LossAttentionLoss, MarginLoss, gamma_rampup

@@ -1,5 +1,6 @@
 """The command line: ``timm-lossattn explain`` and ``timm-lossattn list``."""
 import argparse
+import io
 import json
 import os
 import sys
@@ -49,7 +50,11 @@ def load_model(name: str, checkpoint: str | None, device: str) -> Any:
         model = timm.create_model(name, pretrained=True)
     else:
         try:
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=checkpoint))
+            kwargs, labels = checkpoint_args(checkpoint)
+            overlay: dict[str, Any] = dict(file=checkpoint, label_names=labels)
+            if 'num_classes' in kwargs:
+                overlay['num_classes'] = kwargs['num_classes']
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
         except Exception as error:  # a broken file raises whatever its reader raises
             raise ValueError(f'--checkpoint: cannot load {checkpoint} into {name}: '
                              f'{shorten(str(error) or type(error).__name__, 300)}') from error
@@ -59,6 +64,17 @@ def load_model(name: str, checkpoint: str | None, device: str) -> Any:
         return model.eval().to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
         raise ValueError(f'--device: cannot use {device!r}: {error}') from None
+
+
+def checkpoint_args(checkpoint: str) -> tuple[dict[str, Any], list[str] | None]:
+    """How train.py built the model of a training checkpoint, and its labels; nothing for bare weights."""
+    if Path(checkpoint).suffix == '.safetensors':
+        return {}, None
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(checkpoint, map_location='cpu', weights_only=True)
+    args = vars(content['args']) if isinstance(content, dict) and 'args' in content else {}
+    kwargs = {k: args[k] for k in ('num_classes', 'in_chans', 'xi') if args.get(k) is not None}
+    return {**kwargs, **(args.get('model_kwargs') or {})}, args.get('label_names')
 
 
 def class_labels(model: Any) -> list[str]:
@@ -123,8 +139,6 @@ def print_error(console: Console, error: Exception) -> None:
 
 def run_explain(args: argparse.Namespace, console: Console) -> int:
     """One PNG and one JSON for each image; unreadable images are reported and skipped. Returns the exit code."""
-    import io
-
     model = load_model(args.model, args.checkpoint, args.device)
     labels = class_labels(model)
     target = None
@@ -168,8 +182,7 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
         table.add_column(column, justify='right', no_wrap=True)
     table.add_column('weights', overflow='fold')
     for name in list_patch_models(args.filter):
-        with torch.device('meta'):
-            model: Any = timm.create_model(name, device='meta')
+        model: Any = timm.create_model(name, device='meta')
         tags = [n.split('.', 1)[1] for n in timm.list_pretrained(name)]
         height, width = model.default_cfg['input_size'][1:]
         parameters = sum(p.numel() for p in model.parameters()) / 1e6

@@ -20,6 +20,8 @@ class Explanation:
 
     Attributes:
         prediction: what the model computed, on the CPU in float32.
+        probabilities: (B, K) softmax of the image logits; for routing, whose logits are lengths of class capsules and
+            stand for the probability that the class is there, the logits themselves.
         target: (B,) the class that is explained, by default the predicted one.
         grid: (H', W') of the patch grid; M = H'·W'.
         input_size: (H, W) of the model's input in pixels.
@@ -27,6 +29,7 @@ class Explanation:
         selected: (B, M) bool; α > 0 for loss attention, α > ξ/M for attention and gated attention, all for the rest.
     """
     prediction: PatchPrediction
+    probabilities: torch.Tensor
     target: torch.Tensor
     grid: tuple[int, int]
     input_size: tuple[int, int]
@@ -35,11 +38,6 @@ class Explanation:
 
     def __len__(self) -> int:
         return len(self.target)
-
-    @property
-    def probabilities(self) -> torch.Tensor:
-        """(B, K) softmax of the image logits."""
-        return self.prediction.logits.softmax(dim=1)
 
     @property
     def evidence(self) -> torch.Tensor:
@@ -57,7 +55,7 @@ class Explanation:
         return patches_to_pixels(values, self.patch_boxes, self.input_size)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def explain(model: Any, images: torch.Tensor, target: Sequence[int] | torch.Tensor | None = None) -> Explanation:
     """Explain a batch of images in one forward pass without gradients.
 
@@ -92,9 +90,16 @@ def explain(model: Any, images: torch.Tensor, target: Sequence[int] | torch.Tens
     else:
         selected = torch.ones_like(prediction.alpha, dtype=torch.bool)
     height, width = images.shape[-2:]
+    logits = prediction.logits
     return Explanation(
-        prediction, classes, model.patch_grid(height, width), (height, width), model.patch_boxes(height, width),
-        selected)
+        prediction=prediction,
+        probabilities=logits if model.global_pool == 'routing' else logits.softmax(dim=1),
+        target=classes,
+        grid=model.patch_grid(height, width),
+        input_size=(height, width),
+        patch_boxes=model.patch_boxes(height, width),
+        selected=selected,
+    )
 
 
 def patches_to_pixels(values: torch.Tensor, patch_boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

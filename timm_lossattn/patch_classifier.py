@@ -1,6 +1,7 @@
 """PatchClassifier: the one module that carries timm's model API for every backbone, patch layers and head."""
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
@@ -17,7 +18,7 @@ from .attention import CapsuleLossAttentionHead, ConvPatchHead, PatchPrediction
 from .dynamic_routing import DynamicRoutingHead
 from .patch_layers import CapsulePatchLayers, ConvPatchLayers, NoPatchLayers, PrimaryCapsules
 
-__all__ = ['BACKBONE_STRIDES', 'PatchClassifier', 'create_patch_classifier', 'patch_model_args', 'patch_model_cfg']
+__all__ = ['BACKBONE_STRIDES', 'PatchClassifier']
 
 BACKBONE_STRIDES = (1, 2, 4, 8)
 
@@ -27,7 +28,7 @@ _DEFAULT_POOL = {'conv': 'lossattn', 'caps': 'lossattn', 'primarycaps': 'routing
 
 
 class PatchClassifier(nn.Module):
-    """Image classifier whose logits are a weighted sum of patch logits: backbone -> patch layers -> head.
+    """Image classifier whose logits are the sum of patch contributions: backbone -> patch layers -> head.
 
     Args:
         backbone: called with (in_chans, backbone_stride, drop_path_rate, device, dtype), gives a module with ``stem``,
@@ -91,14 +92,13 @@ class PatchClassifier(nn.Module):
         self.num_features: int = self.patch_layers.num_features
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid_size = self.patch_grid(height, width)
-        self.head = self._create_head(**dd)
+        self.head = self._create_head(num_classes, global_pool, **dd)
         self.head_hidden_size: int = self.head.num_features
         self.init_weights()
 
-    def _create_head(self, device=None, dtype=None) -> Any:
+    def _create_head(self, num_classes: int, global_pool: str, device=None, dtype=None) -> Any:
         kwargs: dict[str, Any] = dict(
-            num_classes=self.num_classes, pool_type=self.global_pool, drop_rate=self.drop_rate,
-            device=device, dtype=dtype)
+            num_classes=num_classes, pool_type=global_pool, drop_rate=self.drop_rate, device=device, dtype=dtype)
         if not self.capsules:
             return ConvPatchHead(self.num_features, xi=self.xi, **kwargs)
         capsule_dim = self.num_features // self.capsules
@@ -155,13 +155,12 @@ class PatchClassifier(nn.Module):
         """
         if global_pool is None:
             global_pool = self.classifier_pool if num_classes > 0 and not self.global_pool else self.global_pool
-        old_attn = self.head.attn if global_pool == self.global_pool else None
+        head = self._create_head(num_classes, global_pool, **get_device_dtype(self))  # first: it may refuse
+        if global_pool == self.global_pool and list(self.head.attn.parameters()):
+            head.attn = self.head.attn  # learned attention does not depend on the classes
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.classifier_pool = global_pool or self.classifier_pool
-        head = self._create_head(**get_device_dtype(self))
-        if old_attn is not None and list(old_attn.parameters()):
-            head.attn = old_attn  # learned attention does not depend on the classes
         self.head = head.train(self.training)
         self.head_hidden_size = self.head.num_features
 
@@ -225,10 +224,11 @@ class PatchClassifier(nn.Module):
         prune_end = max_index < len(self.backbone.stages) - 1
         self.backbone.stages = self.backbone.stages[:max_index + 1]
         if prune_norm or prune_end:
-            self.patch_layers = nn.Identity()
-            self.patch_kind, self.capsules = 'none', 0  # a head now sees plain feature maps
-            self.classifier_pool = _DEFAULT_POOL[self.patch_kind]
             self.num_features = self.feature_info[max_index]['num_chs']
+            self.backbone_stride = self.feature_info[max_index]['reduction']
+            self.patch_layers = NoPatchLayers(self.num_features)  # a head now sees the feature map itself
+            self.patch_kind, self.capsules, self.patch_kernel, self.patch_stride = 'none', 0, 1, 1
+            self.classifier_pool = _DEFAULT_POOL[self.patch_kind]
         if prune_head or prune_end:
             self.reset_classifier(0, '')
         return take_indices
@@ -326,6 +326,11 @@ def create_patch_classifier(variant: str, pretrained: bool, num_stages: int, **k
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+
+
+def bundled_weights(name: str) -> str:
+    """Path of weights that ship inside the package, for ``file`` in a default_cfg."""
+    return str(Path(__file__).parent / 'weights' / f'{name}.safetensors')
 
 
 def patch_model_cfg(size: int = 32, **kwargs: Any) -> dict[str, Any]:

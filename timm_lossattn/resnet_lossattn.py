@@ -12,7 +12,13 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 from torch import nn
 
-from .patch_classifier import PatchClassifier, create_patch_classifier, patch_model_args, patch_model_cfg
+from .patch_classifier import (
+    PatchClassifier,
+    bundled_weights,
+    create_patch_classifier,
+    patch_model_args,
+    patch_model_cfg,
+)
 
 __all__ = ['Bottleneck3x3', 'ResNetBackbone']
 
@@ -100,8 +106,10 @@ default_cfgs = generate_default_cfgs({
     'resnet34_lossattn_conv.cifar10': patch_model_cfg(),
     'resnet50_lossattn_conv.cifar10': patch_model_cfg(),
     'resnet50_lossattn_conv_s8.in1k': patch_model_cfg(size=224, min_input_size=(3, 160, 160)),
-    'resnet18_lossattn_conv_nano.cifar10': patch_model_cfg(),
-    'resnet18_lossattn_caps_nano.cifar10': patch_model_cfg(),
+    'resnet18_lossattn_conv_nano.cifar10': patch_model_cfg(
+        file=bundled_weights('resnet18_lossattn_conv_nano.cifar10')),
+    'resnet18_lossattn_caps_nano.cifar10': patch_model_cfg(
+        file=bundled_weights('resnet18_lossattn_caps_nano.cifar10')),
     'resnet18_lossattn_conv_nano_s2.tiny_imagenet': patch_model_cfg(size=64),
     'resnet18_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
     'resnet50_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),

@@ -3,7 +3,7 @@ from typing import Any, Optional
 
 import torch
 from timm.models import group_parameters
-from timm.task import TrainingTask
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator, TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
@@ -28,7 +28,7 @@ class PatchTrainingModule(nn.Module):
         """The model's own, under this module's names."""
         model = unwrap_model(self.model)
         names = {name.replace('_orig_mod.', ''): name for name, _ in self.named_parameters()}
-        return {names[f'model.{name}'] for name in model.no_weight_decay()}
+        return {names[f'model.{name}'] for name in model.no_weight_decay() if f'model.{name}' in names}
 
     def group_matcher(self, coarse: bool = False):
         """The model's own, under this module's names."""
@@ -120,11 +120,21 @@ class LossAttentionTask(TrainingTask):
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.eval_model
 
-    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Any:
         """The bare model behind the wrappers, so that checkpoints are those of the model."""
         resolved = super().get_eval_model(module=module, ema=ema)
         inner = unwrap_model(resolved) if resolved is not None else None
         return inner.model if isinstance(inner, PatchTrainingModule) else resolved
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """Parameters to clip; without the head for adaptive gradient clipping."""
+        named = self.get_eval_model().named_parameters()
+        return [p for name, p in named if not (exclude_head and 'head.' in name)]
+
+    def create_evaluator(self, **kwargs: Any) -> Any:
+        """timm's evaluator for single-label or, if the loss is, for multi-label targets."""
+        evaluator = MultiLabelClassificationEvaluator if self.loss.multi_label else ClassificationEvaluator
+        return evaluator(device=self.device, **kwargs)
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> dict[str, Any]:
         """τ, for checkpoints."""

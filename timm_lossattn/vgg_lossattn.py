@@ -77,6 +77,7 @@ class VGGCifar(VGG):
         # timm's has a 7×7 kernel for 224×224 images: 103 M parameters that nothing here would use
         self.pre_logits = ConvMlp(
             self.num_features, 4096, kernel_size=1, drop_rate=drop_rate, device=device, dtype=dtype)
+        self._initialize_weights()
 
 
 default_cfgs = generate_default_cfgs({

@@ -9,6 +9,7 @@ outputs and input gradients can be compared before anything is timed. Prints bot
 """
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 
@@ -76,11 +77,12 @@ def seconds(function: Callable[[], object], device: str, repeats: int) -> list[f
     return times
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--minimum', type=float, default=1.5, help='exit with 1 under this median ratio')
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -104,7 +106,8 @@ def main() -> None:
         'loops_seconds': [round(b, 4) for _, b in pairs],
         'median_ratio_loops_over_one': round(ratios[len(ratios) // 2], 2),
     }, indent=2))
+    return 0 if ratios[len(ratios) // 2] >= args.minimum else 1
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -38,6 +38,21 @@ def shipped_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
+def check_is_default(result: dict, model: nn.Module) -> None:
+    """Refuse what ``pretrained=True`` could not restore.
+
+    Raises:
+        SystemExit: the run changed the model or its preprocessing.
+    """
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in resolve_model_data_config(model).items()}
+    changed = {k: v for k, v in result['data_config'].items() if k in config and config[k] != v}
+    changed |= {k: result['args'][k] for k in ('xi', 'model_kwargs', 'in_chans') if result['args'][k]}
+    if result['args']['num_classes'] != model.num_classes:
+        changed['num_classes'] = result['args']['num_classes']
+    if changed:
+        raise SystemExit(f'{result["model"]}: the run differs from the registered model in {changed}')
+
+
 @torch.inference_mode()
 def evaluate(model: nn.Module, args: argparse.Namespace) -> dict[str, float]:
     """Loss, top-1 and top-5 on the whole split."""
@@ -66,7 +81,8 @@ def main() -> None:
 
     result = json.loads((args.run / 'result.json').read_text())
     name = f'{result["model"]}.{args.tag}'
-    model = timm.create_model(result['model'], num_classes=result['args']['num_classes'])
+    model = timm.create_model(result['model'])
+    check_is_default(result, model)
     model.load_state_dict(load_state_dict(str(args.run / args.checkpoint)))
     file = ROOT / 'timm_lossattn' / 'weights' / f'{name}.safetensors'
     file.parent.mkdir(exist_ok=True)
@@ -74,7 +90,7 @@ def main() -> None:
     save_file(shipped_state_dict(model), temporary, metadata={'format': 'pt'})
     os.replace(temporary, file)
 
-    fresh = timm.create_model(result['model'], num_classes=result['args']['num_classes'])
+    fresh = timm.create_model(result['model'])
     fresh.load_state_dict(load_file(file))
     metrics = evaluate(fresh.eval().to(args.device), args)
     result['shipped'] = {

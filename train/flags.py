@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('dataset')
     group.add_argument('--dataset', default='', metavar='NAME',
-                       help='"<type>/<name>" as in timm, e.g. hfds/uoft-cifar10 or hfds/FOLDER (default: image folder)')
+                       help='"<type>/<name>" as in timm: hfds/uoft-cs/cifar10, hfds/FOLDER (default: image folder)')
     group.add_argument('--data-dir', metavar='DIR', help='dataset root')
     group.add_argument('--train-split', default='train', metavar='NAME')
     group.add_argument('--val-split', default='validation', metavar='NAME')
@@ -29,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='resnet18_lossattn_conv', metavar='NAME')
     group.add_argument('--pretrained', action='store_true', help='start from the pretrained weights')
+    group.add_argument('--pretrained-backbone', metavar='MODEL',
+                       help='start the backbone from the pretrained weights of another model of this package')
     group.add_argument('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in this file')
     group.add_argument('--resume', default='', metavar='FILE', help='continue the run that wrote this checkpoint')
     group.add_argument('--num-classes', type=int, metavar='N')
@@ -113,13 +115,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     config = parser.parse_known_args(argv)[0].config
     if config:
-        values = yaml.safe_load(Path(config).read_text()) or {}
+        try:
+            values = yaml.safe_load(Path(config).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            parser.error(f'--config {config}: {" ".join(str(error).split())}')
+        if not isinstance(values, dict):
+            parser.error(f'--config {config}: must hold flags and values')
         values = {key.replace('-', '_'): value for key, value in values.items()}
         unknown = set(values) - {action.dest for action in parser._actions}
         if unknown:
             parser.error(f'--config {config}: unknown keys {sorted(unknown)}')
         parser.set_defaults(**values)
     args = parser.parse_args(argv)
+    if args.pretrained_backbone and (args.pretrained or args.initial_checkpoint):
+        parser.error('--pretrained-backbone: goes with neither --pretrained nor --initial-checkpoint')
     if args.rampup_epochs is None:
         args.rampup_epochs = 0.4 * args.epochs
     for name, low, high in (

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Markdown table of all models: input, parameters, GMACs, weights. The README holds its output.
+"""Markdown tables of models and of weights, for README.md and MODEL_CARD.md.
 
-    python train/model_table.py [--write README.md]
+    python train/model_table.py [--write]
 
 GMACs are half the FLOPs that torch.utils.flop_counter counts for convolutions and matrix products in one forward pass
 of one image, on the meta device.
@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_lossattn.cli import list_patch_models
 
 BEGIN, END = '<!-- begin: python train/model_table.py -->', '<!-- end -->'
-RESULTS = Path(__file__).parent / 'results'
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / 'train' / 'results'
 
 
 def weights(name: str) -> str:
@@ -43,17 +44,42 @@ def model_table() -> str:
     return '\n'.join([*lines, '', END])
 
 
+def weights_table() -> str:
+    """Every file in train/results: what was measured on the weights that ship, and how they were made."""
+    lines = [BEGIN, '', '| weights | top-1 | top-5 | images | file | epochs | seed | hours | on |',
+             '|---|--:|--:|--:|--:|--:|--:|--:|---|']
+    commands = []
+    for file in sorted(RESULTS.glob('*.json')):
+        result = json.loads(file.read_text())
+        shipped = result['shipped']
+        lines.append(
+            f'| `{file.stem}` | {shipped["top1"]:.2f} % | {shipped["top5"]:.2f} % | {shipped["images"]:,} | '
+            f'{shipped["bytes"] / 1e6:.2f} MB | {len(result["epochs"])} | {result["seed"]} | '
+            f'{result["seconds"] / 3600:.2f} | {result["hardware"]} |')
+        commands += ['', f'`{file.stem}`:', '', '```bash']
+        for command in (*result['commands'], shipped['command']):
+            commands += wrap(command)
+        commands.append('```')
+    return '\n'.join([*lines, *commands, '', END])
+
+
+def wrap(command: str) -> list[str]:
+    """A command over several lines, one flag on each but the first."""
+    first, *flags = command.split(' --')
+    return [f'{first} \\', *(f'    --{flag} \\' for flag in flags[:-1]), f'    --{flags[-1]}'] if flags else [first]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--write', metavar='FILE', help='replace the table in this file')
+    parser.add_argument('--write', action='store_true', help='replace the tables in README.md and MODEL_CARD.md')
     args = parser.parse_args()
-    table = model_table()
-    if not args.write:
-        print(table)
-        return
-    path = Path(args.write)
-    before, rest = path.read_text().split(BEGIN)
-    path.write_text(before + table + rest.split(END, 1)[1])
+    for name, table in (('README.md', model_table()), ('MODEL_CARD.md', weights_table())):
+        if not args.write:
+            print(table)
+            continue
+        path = ROOT / name
+        before, rest = path.read_text().split(BEGIN)
+        path.write_text(before + table + rest.split(END, 1)[1])
 
 
 if __name__ == '__main__':

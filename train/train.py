@@ -11,6 +11,7 @@ continues a run. Accuracy is measured after each epoch on --val-split, on the EM
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -31,7 +32,6 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import (
-    AverageMeter,
     CheckpointSaver,
     NativeScaler,
     dispatch_clip_grad,
@@ -46,6 +46,7 @@ import timm_lossattn
 from timm_lossattn import LossAttentionLoss, LossAttentionTask, MarginLoss
 
 _logger = logging.getLogger('train')
+LOG_INTERVAL = 20  # updates between two looks at the loss
 
 
 def create_model(args) -> nn.Module:
@@ -66,18 +67,38 @@ def create_model(args) -> nn.Module:
         args.model,
         pretrained=args.pretrained,
         num_classes=args.num_classes,
-        in_chans=args.in_chans,
+        in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
         drop_rate=args.drop,
         drop_path_rate=args.drop_path,
         checkpoint_path=args.initial_checkpoint,
         **kwargs,
     )
+    if args.pretrained_backbone and not args.resume:
+        load_backbone(model, args.pretrained_backbone)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     model.to(device=args.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     return model
+
+
+def load_backbone(model: nn.Module, source: str) -> None:
+    """Copy the backbone's weights from a pretrained model of this package, where names and shapes agree; log the rest.
+
+    Raises:
+        ValueError: no such weights, or none that fit.
+    """
+    if not timm.is_model(source) or not timm.models.is_model_pretrained(source):
+        raise ValueError(f'--pretrained-backbone: {source!r} is no model with weights.')
+    state = timm.create_model(source, pretrained=True).state_dict()
+    own = {k: v for k, v in model.state_dict().items() if k.startswith('backbone.')}
+    fits = {k: state[k] for k, v in own.items() if k in state and state[k].shape == v.shape}
+    if not fits:
+        raise ValueError(f'--pretrained-backbone: no weight of {source} fits.')
+    model.load_state_dict(fits, strict=False)
+    missing = sorted(set(own) - set(fits))
+    _logger.info(f'Backbone: {len(fits)} of {len(own)} tensors from {source}; not loaded: {missing}')
 
 
 def create_task(args, model: nn.Module, updates_per_epoch: int) -> TrainingTask:
@@ -99,7 +120,7 @@ def create_loaders(args, data_config: dict[str, Any], num_classes: int):
     """timm loaders for training and evaluation.
 
     Raises:
-        ValueError: the dataset has another number of classes than the model.
+        ValueError: the dataset has another number of classes than the model, or fewer images than a batch.
     """
     dataset_kwargs = dict(
         root=args.data_dir, download=args.dataset_download, batch_size=args.batch_size, seed=args.seed,
@@ -110,6 +131,7 @@ def create_loaders(args, data_config: dict[str, Any], num_classes: int):
     classes = getattr(getattr(train_set, 'reader', None), 'class_to_idx', None)
     if classes and len(classes) != num_classes:
         raise ValueError(f'--num-classes: the dataset has {len(classes)} classes, the model {num_classes}.')
+    args.label_names = sorted(classes, key=classes.get) if classes else None  # for checkpoints and result.json
 
     common = dict(
         input_size=data_config['input_size'], mean=data_config['mean'], std=data_config['std'],
@@ -126,6 +148,8 @@ def create_loaders(args, data_config: dict[str, Any], num_classes: int):
         input_size_choices=args.train_img_sizes, batch_choice_seed=args.seed,
         batch_choice_schedule=args.train_size_schedule,
         batch_schedule_epochs=args.epochs if args.train_size_schedule == 'progressive' else None, **common)
+    if not len(train_loader):
+        raise ValueError(f'--batch-size: {args.batch_size} is more than the {len(train_set)} training images.')
     eval_loader = create_loader(
         eval_set, batch_size=args.validation_batch_size or args.batch_size, is_training=False,
         crop_pct=data_config['crop_pct'], **common)
@@ -136,7 +160,7 @@ def train_one_epoch(epoch, args, task, loader, optimizer, scheduler, autocast, s
     """One pass over the training set. Returns the means of loss terms, γ, images/s and the loader's share of time."""
     task.train()
     updates = len(loader)
-    meters: dict[str, AverageMeter] = {}
+    sums: dict[str, Any] = {}  # tensors stay on the device: reading one waits for it
     images = 0
     start = end = time.perf_counter()
     waited = 0.
@@ -165,15 +189,16 @@ def train_one_epoch(epoch, args, task, loader, optimizer, scheduler, autocast, s
         images += len(x)
         for name, value in result.items():
             if name != 'output':
-                meters.setdefault(name, AverageMeter()).update(float(torch.as_tensor(value).detach()), len(x))
-        if not torch.isfinite(result['loss']):
-            raise FloatingPointError(f'loss is {float(result["loss"])} at update {step}; try a lower --lr')
-        bar.set_postfix({k: f'{m.avg:.4g}' for k, m in meters.items()} | {
-            'images/s': f'{images / (time.perf_counter() - start):.0f}'}, refresh=False)
+                sums[name] = sums.get(name, 0.) + torch.as_tensor(value).detach() * len(x)
+        if (i + 1) % LOG_INTERVAL == 0 or i + 1 == updates:
+            means = {name: float(value) / images for name, value in sums.items()}
+            if not math.isfinite(means['loss']):
+                raise FloatingPointError(f'loss is {means["loss"]} by update {step}; try a lower --lr')
+            bar.set_postfix({k: f'{v:.4g}' for k, v in means.items()} | {
+                'images/s': f'{images / (time.perf_counter() - start):.0f}'}, refresh=False)
         end = time.perf_counter()
     seconds = time.perf_counter() - start
-    return {name: m.avg for name, m in meters.items()} | {
-        'images_per_second': images / seconds, 'loader_share': waited / seconds}
+    return means | {'images_per_second': images / seconds, 'loader_share': waited / seconds}
 
 
 @torch.inference_mode()
@@ -222,6 +247,7 @@ def run(args, command: str) -> None:
     model = create_model(args)
     args.num_classes = model.num_classes
     data_config = resolve_data_config(vars(args), model=model)
+    data_config['input_size'] = (model.in_chans, *data_config['input_size'][1:])
     train_loader, eval_loader = create_loaders(args, data_config, model.num_classes)
     task = create_task(args, model, updates_per_epoch=len(train_loader))
     optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
@@ -236,6 +262,7 @@ def run(args, command: str) -> None:
     start_epoch = 0
     if args.resume:
         start_epoch = resume_task_checkpoint(task, args.resume, optimizer=optimizer, loss_scaler=scaler) or 0
+        random_seed(args.seed + start_epoch)  # or the first epoch's order and augmentation would come again
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
         if args.resume:
@@ -252,6 +279,8 @@ def run(args, command: str) -> None:
 
     experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}'
     output = Path(args.output) / experiment
+    if (output / 'summary.csv').exists() and not args.resume:
+        raise ValueError(f'--experiment: {output} holds a run; continue it with --resume, or choose a new name.')
     output.mkdir(parents=True, exist_ok=True)
     (output / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
     saver = CheckpointSaver(
@@ -260,23 +289,25 @@ def run(args, command: str) -> None:
     history: list[dict[str, Any]] = []
     result_file = output / 'result.json'
     seconds = 0.
+    commands = [command]
     if args.resume:
         saver.load_state_dict_from_checkpoint(args.resume)
         if result_file.exists():
             previous = json.loads(result_file.read_text())
             history = [entry for entry in previous['epochs'] if entry['epoch'] < start_epoch]
             seconds = sum(entry['seconds'] for entry in history)
+            commands = [*previous['commands'], command]
 
     for epoch in range(start_epoch, num_epochs):
         start = time.perf_counter()
-        for sampler in (train_loader.batch_sampler, train_loader.sampler):
-            if hasattr(sampler, 'set_epoch'):
-                sampler.set_epoch(epoch)
+        for shuffled in (train_loader.dataset, train_loader.batch_sampler, train_loader.sampler):
+            if hasattr(shuffled, 'set_epoch'):
+                shuffled.set_epoch(epoch)
         train_metrics = train_one_epoch(epoch, args, task, train_loader, optimizer, scheduler, autocast, scaler)
         lr = optimizer.param_groups[0]['lr']
         eval_metrics = evaluate(args, task, eval_loader, autocast)
         if scheduler is not None:
-            scheduler.step(epoch + 1)
+            scheduler.step(epoch + 1, eval_metrics['top1'])
         best_metric, best_epoch = saver.save_checkpoint(epoch, metric=eval_metrics['top1'])
         elapsed = time.perf_counter() - start
         seconds += elapsed
@@ -289,8 +320,7 @@ def run(args, command: str) -> None:
             'last': {'epoch': epoch, **eval_metrics},
             'seconds': round(seconds, 1),
             'seed': args.seed,
-            'runs': 1,
-            'command': command,
+            'commands': commands,
             'args': vars(args),
             'data_config': data_config,
             'parameters': sum(p.numel() for p in model.parameters()),

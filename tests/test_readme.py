@@ -1,0 +1,46 @@
+"""The documents are true: snippets run as printed, tables are what the commands print, links point somewhere."""
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_readme_snippets(monkeypatch, capsys):
+    """The Python snippets of the README, in order, in one session, from the root of the repository."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    snippets = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), flags=re.DOTALL)
+    assert len(snippets) >= 4
+    namespace: dict = {}
+    for snippet in snippets:
+        exec(compile(snippet, 'README.md', 'exec'), namespace)
+
+
+@pytest.mark.parametrize(('document', 'function'), [('README.md', 'model_table'), ('MODEL_CARD.md', 'weights_table')])
+def test_tables_are_current(document, function):
+    """The tables are what `python train/model_table.py` prints."""
+    table = runpy.run_path(str(ROOT / 'train' / 'model_table.py'))[function]()
+    assert table in (ROOT / document).read_text()
+
+
+@pytest.mark.parametrize('document', ['README.md', 'MODEL_CARD.md', 'docs/paper_to_code.md'])
+def test_links_exist(document):
+    """Relative links and pictures exist."""
+    text = (ROOT / document).read_text()
+    links = [link for link in re.findall(r'\]\(([^)#]+)\)', text) if '://' not in link]
+    for link in links:
+        assert ((ROOT / document).parent / link).exists(), link
+
+
+def test_paper_to_code_names_exist():
+    """`module.name` entries of the paper-to-code table are there."""
+    import importlib
+    text = (ROOT / 'docs' / 'paper_to_code.md').read_text()
+    modules = '|'.join(p.stem for p in (ROOT / 'timm_lossattn').glob('*.py') if p.stem != '__init__')
+    names = re.findall(rf'`({modules})\.(\w+)', text)
+    assert len(names) > 10
+    for module, name in names:
+        assert hasattr(importlib.import_module(f'timm_lossattn.{module}'), name), f'{module}.{name}'
