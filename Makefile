@@ -20,8 +20,9 @@ demo: $(VENV)/.viz
 	$(BIN)/timm-lossattn explain tests/data/cifar10_test_*.png --model resnet18_lossattn_conv_nano --out demo_output
 	@echo "The pictures and their numbers are in $(CURDIR)/demo_output"
 
+# one thread a worker process: more would only wait for each other
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

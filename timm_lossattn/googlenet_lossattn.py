@@ -102,11 +102,11 @@ default_cfgs = generate_default_cfgs({
 
 def _create_googlenet(variant: str, pretrained: bool, **kwargs: Any) -> PatchClassifier:
     if variant.endswith('_cifar'):
-        model_args = dict(patch='none', global_pool='avg', backbone_stride=4)
+        model_args: dict[str, Any] = dict(patch='none', global_pool='avg', backbone_stride=4)
     else:
         model_args = patch_model_args(variant)
-    return create_patch_classifier(
-        variant, pretrained, num_stages=3, **dict(model_args, backbone=GoogLeNetBackbone, **kwargs))
+    model_args['backbone'] = GoogLeNetBackbone
+    return create_patch_classifier(variant, pretrained, num_stages=3, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -128,7 +128,7 @@ class PatchClassifier(nn.Module):
             stem=r'^backbone\.stem',
             blocks=[
                 (r'^backbone\.stages\.(\d+)' if coarse else r'^backbone\.stages\.(\d+)\.(\d+)', None),
-                (r'^patch_layers', (99999,)),
+                (r'^patch_layers', (1000,)),  # after all stages, before the head
             ],
         )
 

@@ -127,12 +127,11 @@ def _create_resnet(variant: str, pretrained: bool, **kwargs: Any) -> PatchClassi
     name = variant.split('_')[0]
     widths = (8, 16, 32, 64) if '_nano' in variant else (64, 128, 256, 512)
     if variant.endswith('_cifar'):
-        model_args = dict(patch='none', global_pool='avg', backbone_stride=8)
+        model_args: dict[str, Any] = dict(patch='none', global_pool='avg', backbone_stride=8)
     else:
         model_args = patch_model_args(variant)
-    backbone = partial(ResNetBackbone, widths=widths, **_BACKBONES[name])
-    return create_patch_classifier(
-        variant, pretrained, num_stages=4, **dict(model_args, backbone=backbone, **kwargs))
+    model_args['backbone'] = partial(ResNetBackbone, widths=widths, **_BACKBONES[name])
+    return create_patch_classifier(variant, pretrained, num_stages=4, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -106,9 +106,9 @@ _DEPTHS = {'vgg11': (1, 1, 2, 2, 2), 'vgg16': (2, 2, 3, 3, 3)}
 
 def _create_vgg(variant: str, pretrained: bool, **kwargs: Any) -> PatchClassifier:
     widths = (8, 16, 32, 64, 64) if '_nano' in variant else (64, 128, 256, 512, 512)
-    backbone = partial(VGGBackbone, widths=widths, depths=_DEPTHS[variant.split('_')[0]])
-    return create_patch_classifier(
-        variant, pretrained, num_stages=5, **dict(patch_model_args(variant), backbone=backbone, **kwargs))
+    model_args = patch_model_args(variant)
+    model_args['backbone'] = partial(VGGBackbone, widths=widths, depths=_DEPTHS[variant.split('_')[0]])
+    return create_patch_classifier(variant, pretrained, num_stages=5, **dict(model_args, **kwargs))
 
 
 def _create_vgg_cifar(variant: str, pretrained: bool, **kwargs: Any) -> VGGCifar:
