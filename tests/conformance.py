@@ -38,7 +38,8 @@ def timm_sources() -> Path:
 def run(select: str, *options: str) -> int:
     """pytest on timm's test_models.py in timm's own folder; its exit code."""
     environment = dict(
-        os.environ, OMP_NUM_THREADS='1', TORCH_BACKEND='timm_lossattn', HF_HUB_OFFLINE='1', TIMEOUT='600', PYTHONPATH=str(ROOT / 'tests'))
+        os.environ, OMP_NUM_THREADS='1', TORCH_BACKEND='timm_lossattn', HF_HUB_OFFLINE='1', TIMEOUT='600',
+        PYTHONPATH=str(ROOT / 'tests'))
     return subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-n', 'auto', *options, 'tests/test_models.py', '-k', select],
         cwd=timm_sources(), env=environment).returncode
