@@ -300,6 +300,24 @@ def test_list_nothing(capsys):
     assert "no model matches 'zebra*'" in error_line(capsys)
 
 
+def test_inputs_are_not_overwritten(run, tmp_path, capsys):
+    """An output that would fall on an input is refused before anything is written."""
+    (tmp_path / 'out').mkdir()
+    image = tmp_path / 'out' / 'a.png'
+    image.write_bytes(CAT.read_bytes())
+    assert run(image) == 2
+    assert 'would overwrite' in error_line(capsys)
+    assert image.read_bytes() == CAT.read_bytes()
+
+
+def test_hints(run, capsys):
+    """A near miss gets a suggestion; a plain word filters by part of the name."""
+    assert main(['explain', str(CAT), '--model', 'resnet18_lossattn_con']) == 2
+    assert 'did you mean resnet18_lossattn_conv?' in error_line(capsys)
+    assert main(['list', 'nano']) == 0
+    assert 'vgg11_bn_lossattn_caps_nano' in capsys.readouterr().out
+
+
 def test_bare_weights_have_no_labels(models, tmp_path):
     """A safetensors file says nothing about classes: they are numbered, whatever the model's own weights mean."""
     file = tmp_path / 'weights.safetensors'

@@ -5,7 +5,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,9 @@ def load_model(name: str, checkpoint: str | None, device: str) -> Any:
         ValueError: no such model, no patch model, no weights, weights that do not fit, or no such device.
     """
     if not timm.is_model(name):
-        raise ValueError(f'--model: no model {name!r}; `timm-lossattn list` shows the models.')
+        close = get_close_matches(name, list_patch_models(), n=1)
+        hint = f', did you mean {close[0]}?' if close else ';'
+        raise ValueError(f'--model: no model {name!r}{hint} `timm-lossattn list` shows the models.')
     if name.split('.')[0] not in list_patch_models():  # before anything is downloaded
         raise ValueError(f'--model: {name} is no patch model; `timm-lossattn list` shows the models.')
     if checkpoint is None and not timm.models.is_model_pretrained(name):
@@ -47,6 +51,9 @@ def load_model(name: str, checkpoint: str | None, device: str) -> Any:
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise ValueError(f'--checkpoint: no such file: {checkpoint}')
     if checkpoint is None:
+        file = timm.get_pretrained_cfg_value(name, 'file')
+        if file and not Path(file).is_file():
+            raise ValueError(f'--model: the weights of {name} are missing from this installation: {file}')
         model = timm.create_model(name, pretrained=True)
     else:
         try:
@@ -134,7 +141,8 @@ def unique_stems(paths: Sequence[Path]) -> list[str]:
 
 def print_error(console: Console, error: Exception) -> None:
     """One line; what stands in brackets is text, not rich's markup."""
-    console.print(Text.assemble(('error', 'red'), ' ', ' '.join(str(error).split())), soft_wrap=True)
+    message = ' '.join(str(error).split()) or type(error).__name__
+    console.print(Text.assemble(('error', 'red'), ' ', message), soft_wrap=True)
 
 
 def run_explain(args: argparse.Namespace, console: Console) -> int:
@@ -150,10 +158,17 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
         else:
             raise ValueError(f'--target: no class {args.target!r}; choose one of {labels} or an index.')
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'--out: {error}') from None
     failed = 0
     paths = [Path(p) for p in args.images]
-    for path, stem in zip(paths, unique_stems(paths)):
+    stems = unique_stems(paths)
+    taken = {p.resolve() for p in paths} & {(out / f'{s}{end}').resolve() for s in stems for end in ('.png', '.json')}
+    if taken:
+        raise ValueError(f'--out: {out} would overwrite an input, {min(taken)}; choose another folder.')
+    for path, stem in zip(paths, stems):
         try:
             source = preprocess(model, open_image(path))
         except ValueError as error:
@@ -181,7 +196,7 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
     for column in ('input', 'classes', 'params (M)'):
         table.add_column(column, justify='right', no_wrap=True)
     table.add_column('weights', overflow='fold')
-    for name in list_patch_models(args.filter):
+    for name in list_patch_models(args.filter if set(args.filter) & set('*?[') else f'*{args.filter}*'):
         model: Any = timm.create_model(name, device='meta')
         tags = [n.split('.', 1)[1] for n in timm.list_pretrained(name)]
         height, width = model.default_cfg['input_size'][1:]
@@ -197,7 +212,9 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of the command line."""
-    parser = argparse.ArgumentParser(prog='timm-lossattn', description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog='timm-lossattn', description='Image classifiers that say which part of the image decided.')
+    parser.add_argument('--version', action='version', version=f'%(prog)s {version("timm-lossattn")}')
     commands = parser.add_subparsers(dest='command', required=True)
 
     command = commands.add_parser('explain', help='which part of each image decided: a PNG and a JSON for each')
@@ -206,11 +223,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')
     command.add_argument('--out', default='explanations', metavar='DIR', help='default: explanations')
-    command.add_argument('--device', default='cpu', metavar='DEVICE')
+    command.add_argument('--device', default='cpu', metavar='DEVICE', help='default: cpu')
     command.set_defaults(run=run_explain)
 
     command = commands.add_parser('list', help='models, parameters, weights')
-    command.add_argument('filter', nargs='?', default='*', metavar='FILTER', help='e.g. "*caps*"')
+    command.add_argument(
+        'filter', nargs='?', default='*', metavar='FILTER', help='part of a name, or a pattern such as "*caps*s2"')
     command.set_defaults(run=run_list)
     return parser
 

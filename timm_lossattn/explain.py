@@ -66,12 +66,14 @@ def explain(model: Any, images: torch.Tensor, target: Sequence[int] | torch.Tens
 
     Raises:
         TypeError: the model is not a patch model.
-        ValueError: the model is in train mode, or a target does not exist.
+        ValueError: the model is in train mode, images are no batch, or a target does not exist.
     """
     if not hasattr(model, 'forward_patches'):
         raise TypeError(f'model must have forward_patches, as patch models do; {type(model).__name__} has not.')
     if model.training:
         raise ValueError('model must be in eval mode: call model.eval() first.')
+    if images.dim() != 4:
+        raise ValueError(f'images must be a batch (B, C, H, W), got a tensor of shape {tuple(images.shape)}.')
     parameter = next(model.parameters())
     output = model.forward_patches(images.to(device=parameter.device, dtype=parameter.dtype))
     prediction = PatchPrediction(*(t.float().cpu() for t in output))
