@@ -120,8 +120,10 @@ def create_loaders(args, data_config: dict[str, Any], num_classes: int):
     """timm loaders for training and evaluation.
 
     Raises:
-        ValueError: the dataset has another number of classes than the model, or fewer images than a batch.
+        ValueError: the dataset has another number of classes than the model, fewer images than a batch, or no folder.
     """
+    if args.data_dir and not Path(args.data_dir).exists() and not args.dataset_download:
+        raise ValueError(f'--data-dir: no such folder: {args.data_dir}')
     dataset_kwargs = dict(
         root=args.data_dir, download=args.dataset_download, batch_size=args.batch_size, seed=args.seed,
         input_img_mode='RGB' if data_config['input_size'][0] == 3 else 'L',
@@ -189,7 +191,8 @@ def train_one_epoch(epoch, args, task, loader, optimizer, scheduler, autocast, s
         images += len(x)
         for name, value in result.items():
             if name != 'output':
-                sums[name] = sums.get(name, 0.) + torch.as_tensor(value).detach() * len(x)
+                value = value.detach() if torch.is_tensor(value) else value
+                sums[name] = sums.get(name, 0.) + value * len(x)
         if (i + 1) % LOG_INTERVAL == 0 or i + 1 == updates:
             means = {name: float(value) / images for name, value in sums.items()}
             if not math.isfinite(means['loss']):
