@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_heads import create_head, linear, naive_capsules, naive_conv, naive_routing, softmax, threshold
 from torch.func import functional_call
 
+from naive_heads import create_head, linear, naive_capsules, naive_conv, naive_routing, softmax, threshold
 from timm_lossattn.attention import (
     CapsuleLossAttentionHead,
     ConvPatchHead,

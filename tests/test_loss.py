@@ -6,9 +6,9 @@ import timm.loss
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_heads import create_head
 from torch import nn
 
+from naive_heads import create_head
 from timm_lossattn import LossAttentionLoss, MarginLoss, PatchPrediction, gamma_rampup
 
 B, M, K = 3, 4, 5

@@ -1,9 +1,12 @@
 """The documents are true: snippets run as printed, tables are what the commands print, links point somewhere."""
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
+
+import flags
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +29,7 @@ def test_tables_are_current(document, function):
     assert table in (ROOT / document).read_text()
 
 
-@pytest.mark.parametrize('document', ['README.md', 'MODEL_CARD.md', 'docs/paper_to_code.md'])
+@pytest.mark.parametrize('document', ['README.md', 'MODEL_CARD.md', 'docs/paper_to_code.md', 'train/TRAINING.md'])
 def test_links_exist(document):
     """Relative links and pictures exist."""
     text = (ROOT / document).read_text()
@@ -44,3 +47,15 @@ def test_paper_to_code_names_exist():
     assert len(names) > 10
     for module, name in names:
         assert hasattr(importlib.import_module(f'timm_lossattn.{module}'), name), f'{module}.{name}'
+
+
+@pytest.mark.parametrize('document', ['README.md', 'MODEL_CARD.md', 'train/TRAINING.md'])
+def test_training_commands_parse(document):
+    """train.py accepts the flags of every command that a document prints."""
+    text = (ROOT / document).read_text().replace('\\\n', ' ')
+    commands = re.findall(r'train/train\.py ([^`\n|]*)', text)
+    assert commands or document == 'README.md'
+    for command in commands:
+        if not command.strip() or '...' in command:
+            continue
+        assert flags.parse_args(shlex.split(command)).model

@@ -1,6 +1,5 @@
 """train/train.py end to end on images made here, as a user runs it: in a process of its own."""
 import csv
-import importlib
 import json
 import os
 import shutil
@@ -11,9 +10,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import timm_lossattn  # noqa: F401  (registers the models)
+import train as train_script
 
 ROOT = Path(__file__).parent.parent
 QUICK = ('--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--val-split', 'val', '--batch-size', '8',
@@ -21,26 +20,11 @@ QUICK = ('--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--val-
          '--color-jitter', '0', '--scale', '0.8', '1')
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """Image folder of two classes, a bright disc of noise on the left or on the right."""
-    root = tmp_path_factory.mktemp('data')
-    generator = torch.Generator().manual_seed(0)
-    for split, n in (('train', 16), ('val', 8)):
-        for k, name in enumerate(('left', 'right')):
-            (root / split / name).mkdir(parents=True)
-            for i in range(n):
-                x = torch.randint(0, 80, (32, 32, 3), generator=generator)
-                x[8:24, 16 * k:16 * k + 16] += 150
-                Image.fromarray(x.byte().numpy()).save(root / split / name / f'{i}.png')
-    return root
-
-
-def train(*flags, script=ROOT / 'train' / 'train.py', **environment):
+def train(*flags, script=ROOT / 'train' / 'train.py', **kwargs):
     """Run a training script; the finished process."""
     return subprocess.run(
         [sys.executable, str(script), *map(str, flags)], capture_output=True, text=True,
-        env=dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', **environment))
+        env=dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1'), **kwargs)
 
 
 @pytest.fixture(scope='module')
@@ -121,14 +105,22 @@ def test_variants(folder, tmp_path, flags, loss_terms):
     (('--data-dir', '/no/such/folder'), '/no/such/folder'),
     (('--batch-size', '1000'), '--batch-size: 1000 is more than the 32 training images'),
     (('--resume', 'no_such_file'), '--resume: no such file'),
+    (('--resume', 'auto'), '--resume auto: needs the --experiment'),
     (('--pretrained-backbone', 'resnet18_lossattn_conv'), '--pretrained-backbone'),
+    (('--pretrained-backbone', 'resnet18_lossattn_conv_nano', '--model', 'vgg11_bn_cifar'), 'no separate backbone'),
+    (('--recipe', 'best'), "no recipe 'best'; there are sgd, adam, fast, smoke"),
+    (('--recipe', 'sgd/mnist'), "no dataset 'mnist'"),
+    (('--multi-label', '--mixup', '0.2'), '--multi-label: goes with'),
+    (('--cache-dataset', '--aa', 'rand-m9'), '--cache-dataset: goes with none of --aa'),
+    (('--crop-padding', '4', '--color-jitter', '0.4'), '--crop-padding: goes with none of'),
+    (('--model-kwargs', 'no_such_argument=1'), 'no_such_argument'),
+    (('--eval-metric', 'top7', '--cache-dataset'), "--eval-metric: 'top7' is none of loss, top1, top5"),
+    (('--log-wandb', '--workers', '0'), '--log-wandb: not installed'),
 ])
-def test_bad_flags(folder, tmp_path, flags, message, monkeypatch, capsys):
+def test_bad_flags(folder, tmp_path, flags, message, capsys):
     """What is wrong stands in the last line, without a traceback; the exit code is 2."""
-    monkeypatch.syspath_prepend(ROOT / 'train')
-    script = importlib.import_module('train')
     try:
-        code = script.main(['--data-dir', str(folder), *QUICK, '--output', str(tmp_path), *flags])
+        code = train_script.main(['--data-dir', str(folder), *QUICK, '--output', str(tmp_path), *flags])
     except SystemExit as error:  # argparse
         code = error.code
     assert code == 2

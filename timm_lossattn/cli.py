@@ -1,4 +1,4 @@
-"""The command line: ``timm-lossattn explain`` and ``timm-lossattn list``."""
+"""The command line: ``timm-lossattn explain``, ``list`` and ``run``."""
 import argparse
 import io
 import json
@@ -20,6 +20,7 @@ from rich.text import Text
 from .drawing import draw_explanation, shorten
 from .explain import Explanation, explain
 from .image_io import Preprocessed, open_image, preprocess
+from .script_runner import run_script
 
 __all__ = ['explanation_to_dict', 'list_patch_models', 'main']
 
@@ -80,7 +81,7 @@ def checkpoint_args(checkpoint: str) -> tuple[dict[str, Any], list[str] | None]:
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(checkpoint, map_location='cpu', weights_only=True)
     args = vars(content['args']) if isinstance(content, dict) and 'args' in content else {}
-    kwargs = {k: args[k] for k in ('num_classes', 'in_chans', 'xi') if args.get(k) is not None}
+    kwargs = {k: args[k] for k in ('num_classes', 'in_chans', 'xi', 'backbone_stride') if args.get(k) is not None}
     return {**kwargs, **(args.get('model_kwargs') or {})}, args.get('label_names')
 
 
@@ -210,6 +211,19 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def existing_file(path: str) -> Path:
+    """For argparse: the path of a file that exists."""
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f'no such file: {path}')
+    return Path(path)
+
+
+def run_timm_script(args: argparse.Namespace, console: Console) -> int:
+    """Returns 0; a script that fails ends the process itself."""
+    run_script(args.script, args.arguments, args.gamma_max, args.rampup_epochs)
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -230,12 +244,24 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         'filter', nargs='?', default='*', metavar='FILTER', help='part of a name, or a pattern such as "*caps*s2"')
     command.set_defaults(run=run_list)
+
+    command = commands.add_parser(
+        'run', help="one of timm's own scripts, with our models and, for train.py, the loss-attention loss",
+        description="Runs an unmodified script of a timm checkout. Our flags stand before it, its own after it.")
+    command.add_argument('--gamma-max', type=float, default=0.1, metavar='G', help='weight of the patch term (0.1)')
+    command.add_argument('--rampup-epochs', type=float, metavar='N', help='length of its ramp (0.4 × epochs)')
+    command.add_argument(
+        'script', type=existing_file, metavar='SCRIPT', help='path of train.py, validate.py, benchmark.py, ...')
+    command.add_argument('arguments', nargs=argparse.REMAINDER, metavar='...', help="the script's own arguments")
+    command.set_defaults(run=run_timm_script)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Errors in what the user gave are one line on stderr and exit code 2."""
     args = build_parser().parse_args(argv)
+    if args.command == 'run':  # what goes wrong in another's script is shown as it is
+        return args.run(args, Console())
     try:
         return args.run(args, Console())
     except (ValueError, ImportError, OSError, RuntimeError) as error:

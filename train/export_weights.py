@@ -6,7 +6,8 @@
 Takes model_best.pth.tar and result.json of the run (EMA weights if it has them), stores convolutions and linear layers
 as float16 and everything of a normalisation layer as float32, writes timm_lossattn/weights/<model>.<tag>.safetensors,
 loads that file again into a fresh model, evaluates it on the whole split in float32, and writes
-train/results/<model>.<tag>.json: the run's result.json with the accuracy after conversion under "shipped".
+train/results/<model>.<tag>.json: the run's result.json with the accuracy after conversion under "shipped" and, if the
+run started from another run's checkpoint, that run's result.json under "initial".
 """
 import argparse
 import hashlib
@@ -46,7 +47,7 @@ def check_is_default(result: dict, model: nn.Module) -> None:
     """
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in resolve_model_data_config(model).items()}
     changed = {k: v for k, v in result['data_config'].items() if k in config and config[k] != v}
-    changed |= {k: result['args'][k] for k in ('xi', 'model_kwargs', 'in_chans') if result['args'][k]}
+    changed |= {k: result['args'][k] for k in ('xi', 'model_kwargs', 'backbone_stride') if result['args'].get(k)}
     if result['args']['num_classes'] != model.num_classes:
         changed['num_classes'] = result['args']['num_classes']
     if changed:
@@ -93,6 +94,9 @@ def main() -> None:
     fresh = timm.create_model(result['model'])
     fresh.load_state_dict(load_file(file))
     metrics = evaluate(fresh.eval().to(args.device), args)
+    if result['args']['initial_checkpoint']:
+        initial = Path(result['args']['initial_checkpoint']).parent / 'result.json'
+        result['initial'] = json.loads(initial.read_text())
     result['shipped'] = {
         'file': str(file.relative_to(ROOT)), 'bytes': file.stat().st_size,
         'sha256': hashlib.sha256(file.read_bytes()).hexdigest(), **metrics,

@@ -52,12 +52,18 @@ def weights_table() -> str:
     for file in sorted(RESULTS.glob('*.json')):
         result = json.loads(file.read_text())
         shipped = result['shipped']
+        runs = [result]
+        while 'initial' in runs[0]:  # started from another run's checkpoint
+            runs.insert(0, runs[0]['initial'])
+        epochs = ' + '.join(str(len(run['epochs'])) for run in runs)
+        seeds = ', '.join(str(run['seed']) for run in runs)
+        seconds = sum(run['seconds'] for run in runs)
         lines.append(
             f'| `{file.stem}` | {shipped["top1"]:.2f} % | {shipped["top5"]:.2f} % | {shipped["images"]:,} | '
-            f'{shipped["bytes"] / 1e6:.2f} MB | {len(result["epochs"])} | {result["seed"]} | '
-            f'{result["seconds"] / 3600:.2f} | {result["hardware"]} |')
+            f'{shipped["bytes"] / 1e6:.2f} MB | {epochs} | {seeds} | '
+            f'{seconds / 3600:.2f} | {result["hardware"]} |')
         commands += ['', f'`{file.stem}`:', '', '```bash']
-        for command in (*result['commands'], shipped['command']):
+        for command in (*(command for run in runs for command in run['commands']), shipped['command']):
             commands += wrap(command)
         commands.append('```')
     return '\n'.join([*lines, *commands, '', END])

@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Train 20 steps in one process or, under torchrun, in several, on the same global batches; save the weights.
+
+    python tests/ddp_steps.py frozen one.pt
+    torchrun --nproc-per-node 2 tests/ddp_steps.py frozen two.pt
+
+Mode ``frozen``: batch norm with fixed statistics; ``sync``: statistics of the global batch.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / 'train'))
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.layers import freeze_batch_norm_2d
+from timm.utils import world_info_from_env
+
+from cached_loader import BatchAugment, CachedLoader
+from sync_batch_norm import convert_sync_batch_norm
+from timm_lossattn import LossAttentionTask
+
+STEPS, GLOBAL_BATCH = 20, 16
+
+
+def main(mode: str, file: str) -> None:
+    _, rank, world_size = world_info_from_env()
+    if world_size > 1:
+        dist.init_process_group('gloo')
+    torch.manual_seed(0)
+    model = timm.create_model('resnet18_lossattn_conv_nano', num_classes=4)
+    images = torch.randint(256, (GLOBAL_BATCH * STEPS, 3, 12, 12), dtype=torch.uint8)
+    targets = torch.randint(4, (len(images),))
+    if mode == 'frozen':
+        model = freeze_batch_norm_2d(model)
+    elif world_size > 1:
+        model = convert_sync_batch_norm(model)
+    task = LossAttentionTask(model, gamma_max=0.1, rampup_epochs=0)
+    if world_size > 1:
+        task.prepare_distributed()
+    augment = BatchAugment((12, 12), (0.5,) * 3, (0.25,) * 3, enabled=False)
+    loader = CachedLoader(images, targets, GLOBAL_BATCH // world_size, augment, rank=rank, world_size=world_size)
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.001, momentum=0.9)  # larger: rounding grows chaotically
+    assert len(loader) == STEPS
+    for x, y in loader:
+        task.train()
+        task(x, y)['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if rank == 0:
+        torch.save(task.get_eval_model().state_dict(), file)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

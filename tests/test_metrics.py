@@ -1,0 +1,152 @@
+"""Measures against loops written from their definitions, planted cases with known answers, and many processes."""
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from timm_lossattn.metrics import (
+    BoxLocalization,
+    PatchLocalization,
+    VOCMeanAveragePrecision,
+    box_iou,
+    patches_in_boxes,
+)
+
+GRID = torch.tensor([[4 * j, 4 * i, 4 * j + 9, 4 * i + 9] for i in range(6) for j in range(6)])  # 32×32, stride 1
+
+
+def naive_inside(patch_boxes, boxes):
+    """Count the pixels of each patch in each box, one by one."""
+    result = []
+    for x0, y0, x1, y1 in patch_boxes.tolist():
+        best = 0
+        for a0, b0, a1, b1 in boxes.tolist():
+            best = max(best, sum(a0 <= x < a1 and b0 <= y < b1 for y in range(y0, y1) for x in range(x0, x1)))
+        result.append(best > 0.5 * (x1 - x0) * (y1 - y0))
+    return torch.tensor(result)
+
+
+corners = st.tuples(*(st.integers(0, 31) for _ in range(4))).map(
+    lambda c: [min(c[0], c[2]), min(c[1], c[3]), max(c[0], c[2]) + 1, max(c[1], c[3]) + 1])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(corners, min_size=1, max_size=3))
+def test_patches_in_boxes(boxes):
+    boxes = torch.tensor(boxes)
+    assert torch.equal(patches_in_boxes(GRID, boxes), naive_inside(GRID, boxes))
+
+
+@settings(max_examples=50, deadline=None)
+@given(corners, corners)
+def test_iou_counts_pixels(a, b):
+    """Integer boxes: intersection and union are sets of pixels."""
+    def pixels(box):
+        return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
+
+    want = len(pixels(a) & pixels(b)) / len(pixels(a) | pixels(b))
+    assert box_iou(torch.tensor([a]), torch.tensor([b])).item() == pytest.approx(want)
+
+
+def random_batch(seed, multi_label, B=5, K=3):
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randint(2, (B, K), generator=g) if multi_label else torch.randint(K, (B,), generator=g)
+    boxes = []
+    for _ in range(B):
+        count = int(torch.randint(0, 3, (), generator=g))
+        a, b = (torch.randint(0, 31, (count, 2), generator=g) for _ in range(2))
+        boxes.append(torch.cat([a.minimum(b), a.maximum(b) + 1], dim=1))
+    selected = torch.rand(B, 36, generator=g) < 0.6
+    return selected, torch.randn(B, 36, K, generator=g), target, boxes
+
+
+@pytest.mark.parametrize('multi_label', [False, True])
+@pytest.mark.parametrize('seed', range(3))
+def test_patch_localization(seed, multi_label):
+    """Against loops over images and patches; batches and processes (merged states) do not matter."""
+    hits = chosen = inside_count = 0
+    whole, parts = PatchLocalization(), [PatchLocalization(), PatchLocalization()]
+    for step in range(3):
+        selected, p, target, boxes = random_batch(10 * seed + step, multi_label)
+        for metric in (whole, parts[step % 2]):
+            metric.update(selected, p, target, GRID, boxes)
+        for i in range(len(p)):
+            inside = naive_inside(GRID, boxes[i])
+            for m in range(36):
+                if multi_label:
+                    consistent = any(target[i, k] == 1 and 1 / (1 + (-p[i, m, k]).exp()) > 0.5 for k in range(3))
+                else:
+                    consistent = int(p[i, m].argmax()) == int(target[i])
+                choose = bool(selected[i, m]) and consistent
+                hits += choose and bool(inside[m])
+                chosen += choose
+                inside_count += bool(inside[m])
+    result = whole.compute()
+    precision, recall = hits / chosen, hits / inside_count
+    assert result['patch_precision'].item() == pytest.approx(100 * precision)
+    assert result['patch_recall'].item() == pytest.approx(100 * recall)
+    assert result['patch_f'].item() == pytest.approx(200 * precision * recall / (precision + recall))
+    for name in ('hits', 'chosen', 'inside'):  # what torchmetrics sums over processes
+        assert getattr(whole, name) == sum(getattr(part, name) for part in parts)
+
+
+def test_planted_object():
+    """Patches on the object selected and right: everything is 100 %. None selected: precision and recall are 0."""
+    boxes = [torch.tensor([[0, 0, 12, 12]])]
+    inside = patches_in_boxes(GRID, boxes[0])
+    assert inside.view(6, 6).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    p = torch.zeros(1, 36, 2)
+    p[..., 1] = 1.
+    for selected, want in ((inside[None], 100.), (torch.zeros(1, 36, dtype=torch.bool), 0.)):
+        metric = PatchLocalization()
+        metric.update(selected, p, torch.tensor([1]), GRID, boxes)
+        assert set(map(float, metric.compute().values())) == {want}
+
+
+def test_box_localization():
+    """Right box and class, right box and wrong class, wrong box, an image without boxes, exactly IoU 0.5."""
+    truth = torch.tensor([[0, 0, 10, 10]])
+    estimated = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [0, 0, 1, 1], [0, 0, 10, 5]])
+    boxes = [truth, truth, truth, truth[:0], truth]
+    metric = BoxLocalization()
+    metric.update(estimated, boxes, torch.tensor([True, False, True, True, True]))
+    result = metric.compute()
+    assert result['localization_ap'].item() == pytest.approx(50.)  # 2 of 4: 0.5 is not more than 0.5
+    assert result['top1_localization'].item() == pytest.approx(25.)
+
+
+def naive_voc(scores, positives):
+    """VOC 2007: for every threshold its precision and recall; the mean over 11 recalls of the best precision."""
+    points = [(sum(positives[i] for i in above) / sum(positives), sum(positives[i] for i in above) / len(above))
+              for t in sorted(set(scores)) if (above := [i for i, s in enumerate(scores) if s >= t])]
+    return sum(max((p for r, p in points if r >= level / 10 - 1e-9), default=0.) for level in range(11)) / 11
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=25))
+def test_voc_average_precision(rows):
+    """With ties; a class without positives does not count."""
+    scores, positive = zip(*rows)
+    metric = VOCMeanAveragePrecision()
+    other = torch.zeros(len(rows), dtype=torch.bool)
+    metric.update(torch.tensor([scores, scores]).T.float(), torch.stack([torch.tensor(positive), other], dim=1))
+    want = 100 * naive_voc(scores, positive) if any(positive) else 0.
+    assert float(metric.compute()) == pytest.approx(want)
+
+
+def test_voc_by_hand():
+    """Ranking + − +: precision 1 up to recall 0.5 (6 levels), then 2/3 (5 levels)."""
+    metric = VOCMeanAveragePrecision()
+    metric.update(torch.tensor([[3.], [2.]]), torch.tensor([[1], [0]]))
+    metric.update(torch.tensor([[1.]]), torch.tensor([[1]]))
+    assert float(metric.compute()) == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
+
+
+def test_errors():
+    selected, p, target, boxes = random_batch(0, False)
+    with pytest.raises(ValueError, match=r'patch_boxes \(36, 4\)'):
+        PatchLocalization().update(selected, p, target, GRID[:5], boxes)
+    with pytest.raises(ValueError, match='one entry per image'):
+        BoxLocalization().update(GRID[:2], boxes, target == target)
+    with pytest.raises(ValueError, match=r'must be \(B, K\)'):
+        VOCMeanAveragePrecision().update(torch.zeros(3, 2), torch.zeros(3))

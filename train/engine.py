@@ -1,0 +1,107 @@
+"""One epoch of training, and evaluation."""
+import math
+import sys
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.task import TrainingTask, evaluation_sample_limit
+from timm.utils import dispatch_clip_grad
+from tqdm import tqdm
+
+__all__ = ['evaluate', 'train_one_epoch', 'updates_in_epoch']
+
+LOG_INTERVAL = 20  # batches between two looks at the loss
+
+
+def updates_in_epoch(args, loader) -> int:
+    """Optimizer updates in an epoch; the last one may have fewer than ``--grad-accum-steps`` batches."""
+    return -(-len(loader) // args.grad_accum_steps)
+
+
+def train_one_epoch(
+        epoch: int, args, task: TrainingTask, loader, optimizer, scheduler, autocast, scaler) -> dict[str, float]:
+    """One pass over the training set.
+
+    Returns:
+        Means over the images of the loss terms and of γ, images/s of all processes, and the share of the time in which
+        the step waited for the loader.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    task.train()
+    updates, batches = updates_in_epoch(args, loader), len(loader)
+    tail = batches % args.grad_accum_steps or args.grad_accum_steps  # batches in the last update
+    sums: dict[str, Any] = {}  # tensors stay on the device: reading one waits for it
+    images, step = 0, epoch * updates
+    start = end = time.perf_counter()
+    waited = 0.
+    bar = tqdm(total=batches, desc=f'epoch {epoch + 1}/{args.epochs}', leave=False, dynamic_ncols=True,
+               disable=args.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
+    optimizer.zero_grad()
+    for i, (x, y) in enumerate(loader):
+        waited += time.perf_counter() - end
+        if args.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        update = (i + 1) % args.grad_accum_steps == 0 or i + 1 == batches
+        with nullcontext() if update else task.no_sync():
+            with autocast():
+                result = task(x, y)
+            loss = result['loss'] / (tail if i >= batches - tail else args.grad_accum_steps)
+            parameters = task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+            if scaler is not None:
+                scaler(loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=parameters,
+                       need_update=update)
+            else:
+                loss.backward()
+        if update:
+            if scaler is None:
+                if args.clip_grad is not None:
+                    dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+                optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            task.update_ema(step=step)
+            if scheduler is not None:
+                scheduler.step_update(num_updates=step)
+
+        images += len(x)
+        for name, value in result.items():
+            if name != 'output':
+                value = value.detach() if torch.is_tensor(value) else value
+                sums[name] = sums.get(name, 0.) + value * len(x)
+        bar.update()
+        if (i + 1) % LOG_INTERVAL == 0 or i + 1 == batches:
+            means = {name: float(value) / images for name, value in sums.items()}
+            if not math.isfinite(means['loss']):
+                raise FloatingPointError(f'loss is {means["loss"]} by update {step}; try a lower --lr')
+            rate = images * args.world_size / (time.perf_counter() - start)
+            bar.set_postfix({k: f'{v:.4g}' for k, v in means.items()} | {'images/s': f'{rate:.0f}'}, refresh=False)
+        end = time.perf_counter()
+    bar.close()
+    total = torch.tensor([float(value) for value in sums.values()] + [images], dtype=torch.float64)
+    if args.distributed:  # of all processes
+        total = total.to(args.device)
+        dist.all_reduce(total)
+    seconds = time.perf_counter() - start
+    *values, images = total.tolist()
+    return {name: value / images for name, value in zip(sums, values)} | {
+        'images_per_second': images / seconds, 'loader_share': waited / seconds}
+
+
+@torch.inference_mode()
+def evaluate(args, task: TrainingTask, loader, autocast) -> dict[str, float]:
+    """Loss and accuracies (multi-label: mean average precision) of the EMA model, or without one of the model."""
+    model: Any = task.get_eval_model(ema=task.has_ema())
+    model.eval()
+    evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+    for x, y in loader:
+        if args.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with autocast():
+            logits = model(x)
+        evaluator.update(logits, y)
+    return dict(evaluator.compute(distributed=args.distributed))

@@ -1,0 +1,250 @@
+#!/usr/bin/env python3
+"""Turn the official archives of Tiny ImageNet and COCO into parquet datasets as the Hugging Face Hub stores them.
+
+    python train/prepare.py tiny-imagenet tiny-imagenet-200.zip data/tiny_imagenet
+    python train/prepare.py coco FOLDER data/coco2014 --size 64
+
+The source of Tiny ImageNet is the zip or the folder that it unpacks to; that of COCO a folder with train2014.zip,
+val2014.zip and annotations_trainval2014.zip, or what they unpack to (2017 works as well). Zips are never unpacked.
+Columns: image (the original bytes, or with --size PNG), label (Tiny ImageNet) or labels (COCO), boxes (x0, y0, x1, y1
+in pixels, x1 and y1 exclusive), and for COCO box_labels. Images without a label are left out, as the paper does.
+
+Every parquet file is written under a temporary name and renamed; a second run writes what is missing.
+"""
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+from PIL import Image as PillowImage
+from tqdm import tqdm
+
+MD5 = {  # of the archives that the publishers serve
+    'tiny-imagenet-200.zip': '90528d7ca1a48142e341f4ef8d21d0de',
+    'train2014.zip': '0da8c0bd3d6becc4dcb32757491aca88',
+    'val2014.zip': 'a3d79f5ed8d289b7a7554ce06a5782b3',
+}
+# images with labels; the paper, section 5.1
+COUNTS = {('tiny-imagenet', 200): (100_000, 10_000), ('coco', 2014): (82_081, 40_137)}
+
+
+class Source:
+    """Files of a folder, or of a zip without unpacking it, by their path below the top folder.
+
+    Args:
+        path: folder or zip.
+        top: folder inside the zip that names are relative to.
+
+    Raises:
+        ValueError: no such path, or a truncated or changed archive.
+    """
+
+    def __init__(self, path: Path, top: str) -> None:
+        self.path, self.zip, self.top = path, None, top
+        if path.is_dir():
+            self.folder = path / top if (path / top).is_dir() else path
+            return
+        if not path.is_file():
+            raise ValueError(f'SOURCE: no such file or folder: {path}')
+        try:
+            self.zip = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f'{path}: truncated, or no zip file ({error}); download it again') from error
+        expected = MD5.get(path.name)
+        if expected:
+            with path.open('rb') as file:
+                found = hashlib.file_digest(file, 'md5').hexdigest() if hasattr(hashlib, 'file_digest') else \
+                    hashlib.md5(file.read()).hexdigest()
+            if found != expected:
+                raise ValueError(f'{path}: MD5 is {found}, the published archive has {expected}; download it again')
+
+    def read(self, name: str) -> bytes:
+        """Contents of a file.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        try:
+            if self.zip is not None:
+                return self.zip.read(f'{self.top}/{name}')
+            return (self.folder / name).read_bytes()
+        except (KeyError, FileNotFoundError):
+            raise ValueError(f'{self.path}: has no {name}') from None
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f'{self.path}: {name} is damaged ({error})') from error
+
+
+Row = dict[str, Any]  # as stored, with a file name in place of the image
+
+
+def tiny_imagenet(path: Path) -> tuple[Features, dict[str, tuple[Source, list[Row]]], tuple[int, int] | None]:
+    """Features, rows of each split, and the official counts if it is the complete set."""
+    source = Source(path, 'tiny-imagenet-200')
+    wnids = sorted(source.read('wnids.txt').decode().split())
+    words = dict(line.split('\t', 1) for line in source.read('words.txt').decode().splitlines() if '\t' in line)
+    names = [words.get(wnid, wnid).split(',')[0].strip() for wnid in wnids]
+    names = [f'{name} ({wnid})' if names.count(name) > 1 else name for name, wnid in zip(names, wnids)]
+    label = {wnid: index for index, wnid in enumerate(wnids)}
+
+    def row(file: str, wnid: str, corners: list[str]) -> Row:
+        x0, y0, x1, y1 = map(float, corners)  # inclusive in the archive
+        return {'image': file, 'label': label[wnid], 'boxes': [[x0, y0, x1 + 1, y1 + 1]]}
+
+    train = [row(f'train/{wnid}/images/{name}', wnid, corners) for wnid in wnids
+             for name, *corners in _tsv(source.read(f'train/{wnid}/{wnid}_boxes.txt'))]
+    validation = [row(f'val/images/{name}', wnid, corners)
+                  for name, wnid, *corners in _tsv(source.read('val/val_annotations.txt')) if wnid in label]
+    features = Features({
+        'image': Image(), 'label': ClassLabel(names=names), 'boxes': Sequence(Sequence(Value('float32'), length=4))})
+    splits = {'train': (source, train), 'validation': (source, validation)}
+    return features, splits, COUNTS.get(('tiny-imagenet', len(wnids)))
+
+
+def _tsv(content: bytes) -> list[list[str]]:
+    return [line.split() for line in content.decode().splitlines() if line.strip()]
+
+
+def coco(path: Path) -> tuple[Features, dict[str, tuple[Source, list[Row]]], tuple[int, int] | None]:
+    """As ``tiny_imagenet``; class indices are the 80 categories in the order of their ids, crowds count as objects."""
+    if not path.is_dir():
+        raise ValueError(f'SOURCE: no such folder: {path}')
+    year = next((year for year in (2014, 2017) if list(path.glob(f'*{year}*'))
+                 or list(path.glob(f'annotations/*{year}*'))), None)
+    if year is None:
+        raise ValueError(f'SOURCE: {path} has neither *2014* nor *2017* of COCO')
+
+    def part(name: str, top: str, archive: str) -> Source:
+        return Source(path if (path / top).is_dir() else path / archive, top)
+
+    annotations = part('annotations', 'annotations', f'annotations_trainval{year}.zip')
+    splits, names = {}, None
+    for split, short in (('train', 'train'), ('validation', 'val')):
+        content = json.loads(annotations.read(f'instances_{short}{year}.json'))
+        categories = sorted(content['categories'], key=lambda category: category['id'])
+        names = [category['name'] for category in categories]
+        label = {category['id']: index for index, category in enumerate(categories)}
+        objects = defaultdict(list)
+        for item in content['annotations']:
+            x, y, width, height = item['bbox']
+            objects[item['image_id']].append((label[item['category_id']], [x, y, x + width, y + height]))
+        rows = [{
+            'image': image['file_name'], 'labels': sorted({k for k, _ in objects[image['id']]}),
+            'boxes': [box for _, box in objects[image['id']]], 'box_labels': [k for k, _ in objects[image['id']]],
+        } for image in sorted(content['images'], key=lambda image: image['id']) if objects[image['id']]]
+        splits[split] = part(short, f'{short}{year}', f'{short}{year}.zip'), rows
+    features = Features({
+        'image': Image(), 'labels': Sequence(ClassLabel(names=names)),
+        'boxes': Sequence(Sequence(Value('float32'), length=4)), 'box_labels': Sequence(ClassLabel(names=names))})
+    complete = sum(len(rows) for _, rows in splits.values()) > 1000  # not somebody's sample of it
+    return features, splits, COUNTS.get(('coco', year)) if complete else None
+
+
+def load_row(source: Source, row: Row, size: int | None) -> Row:
+    """The row with its image, if ``size`` is given stretched to size × size pixels together with its boxes.
+
+    Raises:
+        ValueError: the image is missing or unreadable.
+    """
+    content = source.read(row['image'])
+    try:
+        with PillowImage.open(io.BytesIO(content)) as image:
+            image.load()
+            width, height = image.size
+            if size:
+                resized = io.BytesIO()
+                image.convert('RGB').resize((size, size), PillowImage.Resampling.BICUBIC).save(resized, 'PNG')
+                content = resized.getvalue()
+    except OSError as error:
+        raise ValueError(f'{source.path}: {row["image"]} is no readable image ({error})') from error
+    boxes = row['boxes']
+    if size:
+        scale = [size / width, size / height] * 2
+        boxes = [[c * s for c, s in zip(box, scale)] for box in boxes]
+    return row | {'image': {'bytes': content, 'path': Path(row['image']).name}, 'boxes': boxes}
+
+
+def shards(rows: list[Row], shard_size: int) -> Iterator[tuple[int, int, list[Row]]]:
+    """(index, number of shards, rows) in order."""
+    count = max(1, -(-len(rows) // shard_size))
+    for index in range(count):
+        yield index, count, rows[index * shard_size:(index + 1) * shard_size]
+
+
+def write_split(out: Path, split: str, features: Features, source: Source, rows: list[Row], args) -> int:
+    """Write the parquet files that are not there yet. Returns the number of images of the split."""
+    for index, count, part in shards(rows, args.shard_size):
+        file = out / 'data' / f'{split}-{index:05d}-of-{count:05d}.parquet'
+        if file.is_file() and pq.read_metadata(file).num_rows == len(part):
+            continue
+        temporary = file.with_suffix('.tmp')
+        loaded = [load_row(source, row, args.size)
+                  for row in tqdm(part, desc=file.name, leave=False, dynamic_ncols=True)]
+        columns = {name: [row[name] for row in loaded] for name in features}
+        Dataset.from_dict(columns, features=features).to_parquet(temporary)
+        os.replace(temporary, file)
+    return len(rows)
+
+
+CARD = """---
+pretty_name: {title}
+task_categories: [image-classification]
+configs:
+- config_name: default
+  data_files:
+  - {{split: train, path: data/train-*}}
+  - {{split: validation, path: data/validation-*}}
+---
+# {title}
+
+{counts}, written by `{command}`. {terms}
+"""
+TERMS = {
+    'tiny-imagenet': ('Tiny ImageNet', 'ImageNet terms: non-commercial research and education.'),
+    'coco': ('COCO', 'Annotations CC BY 4.0; each image under its own Flickr licence.'),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prepare; errors in what the user gave are one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('dataset', choices=('tiny-imagenet', 'coco'))
+    parser.add_argument('source', type=Path, metavar='SOURCE')
+    parser.add_argument('out', type=Path, metavar='OUT')
+    parser.add_argument('--size', type=int, metavar='N', help='stretch images to N × N (the paper: 64 for COCO)')
+    parser.add_argument('--shard-size', type=int, default=10_000, metavar='N', help='images in a parquet file')
+    args = parser.parse_args(argv)
+    try:
+        if args.shard_size < 1 or (args.size is not None and args.size < 1):
+            raise ValueError('--shard-size and --size must be at least 1')
+        features, splits, official = (tiny_imagenet if args.dataset == 'tiny-imagenet' else coco)(args.source)
+        found = tuple(len(rows) for _, rows in splits.values())
+        if official and found != official:
+            raise ValueError(f'{args.source}: {found[0]} training and {found[1]} validation images with labels, the '
+                             f'complete set has {official[0]} and {official[1]}')
+        (args.out / 'data').mkdir(parents=True, exist_ok=True)
+        written = {split: write_split(args.out, split, features, source, rows, args)
+                   for split, (source, rows) in splits.items()}
+        title, terms = TERMS[args.dataset]
+        counts = ', '.join(f'{n:,} {split} images' for split, n in written.items())
+        size = f' --size {args.size}' if args.size else ''
+        (args.out / 'README.md').write_text(CARD.format(
+            title=title, terms=terms, counts=counts,
+            command=f'python train/prepare.py {args.dataset} {args.source.name} {args.out.name}{size}'))
+    except (ValueError, OSError) as error:
+        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
+        return 2
+    print(f'{args.out}: {counts}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
