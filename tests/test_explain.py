@@ -70,6 +70,17 @@ def test_planted_patch():
     torch.testing.assert_close(e.probabilities, e.prediction.logits.softmax(1))
 
 
+def test_why_not():
+    """The difference of two classes' contributions; its sum is the difference of the logits."""
+    e = explain(planted(), torch.zeros(2, 3, *SIZE), against=[4, 1])
+    assert e.evidence[0].tolist() == [0.] * 6 + [5.] + [0.] * 5
+    logits = e.prediction.logits
+    difference = torch.stack([logits[0, 2] - logits[0, 4], logits[1, 0] - logits[1, 1]])
+    torch.testing.assert_close(e.evidence.sum(1), difference)
+    with pytest.raises(ValueError, match=r'against must hold 2 classes in \[0, 4\], got \[5, 0\]'):
+        explain(planted(), torch.zeros(2, 3, *SIZE), against=[5, 0])
+
+
 @pytest.mark.parametrize('target', [[4, 1], torch.tensor([4, 1]), torch.tensor([[4], [1]], dtype=torch.int32)])
 def test_target_argument(target):
     """Evidence of the classes asked for, given as list or as tensor of any integer type."""

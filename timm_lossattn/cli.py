@@ -98,6 +98,7 @@ def explanation_to_dict(
     prediction = explanation.prediction
     probabilities = explanation.probabilities[index]
     target = int(explanation.target[index])
+    against = None if explanation.against is None else int(explanation.against[index])
     return {
         'image_size': list(source.image.size),
         'input_size': list(explanation.input_size[::-1]),
@@ -107,6 +108,8 @@ def explanation_to_dict(
             {'class': k, 'label': labels[k], 'probability': p, 'logit': float(prediction.logits[index, k])}
             for p, k in zip(*(t.tolist() for t in probabilities.topk(min(5, len(labels)))))],
         'target': {'class': target, 'label': labels[target]},
+        'against': None if against is None else {'class': against, 'label': labels[against]},
+        'evidence': explanation.evidence[index].view(grid).tolist(),
         'patch_grid': list(grid),
         'alpha': prediction.alpha[index].view(grid).tolist(),
         'contributions': prediction.contributions[index].view(*grid, -1).tolist(),
@@ -146,18 +149,27 @@ def print_error(console: Console, error: Exception) -> None:
     console.print(Text.assemble(('error', 'red'), ' ', message), soft_wrap=True)
 
 
+def class_index(flag: str, value: str | None, labels: Sequence[str]) -> list[int] | None:
+    """A class given by name or index, for a batch of one image.
+
+    Raises:
+        ValueError: no such class.
+    """
+    if value is None:
+        return None
+    if value in labels:
+        return [list(labels).index(value)]
+    if value.isdecimal() and int(value) < len(labels):
+        return [int(value)]
+    raise ValueError(f'{flag}: no class {value!r}; choose one of {labels} or an index.')
+
+
 def run_explain(args: argparse.Namespace, console: Console) -> int:
     """One PNG and one JSON for each image; unreadable images are reported and skipped. Returns the exit code."""
     model = load_model(args.model, args.checkpoint, args.device)
     labels = class_labels(model)
-    target = None
-    if args.target is not None:
-        if args.target in labels:
-            target = labels.index(args.target)
-        elif args.target.isdecimal() and int(args.target) < len(labels):
-            target = int(args.target)
-        else:
-            raise ValueError(f'--target: no class {args.target!r}; choose one of {labels} or an index.')
+    target, against = (class_index(flag, value, labels)
+                       for flag, value in (('--target', args.target), ('--against', args.against)))
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -176,7 +188,7 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
             print_error(console, error)
             failed += 1
             continue
-        explanation = explain(model, source.x.unsqueeze(0), None if target is None else [target])
+        explanation = explain(model, source.x.unsqueeze(0), target, against)
         numbers = {'image': str(path), 'model': args.model, 'checkpoint': args.checkpoint,
                    **explanation_to_dict(explanation, 0, source, labels)}
         buffer = io.BytesIO()
@@ -205,7 +217,8 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
         table.add_row(name, f'{width}×{height}', str(model.num_classes), f'{parameters:.2f}', ', '.join(tags) or '-')
     if not table.rows:
         raise ValueError(f'FILTER: no model matches {args.filter!r}.')
-    if not console.is_terminal:  # a file or a pipe has no width to fit into
+    if not console.is_terminal:  # a file or a pipe has no width to fit into, and lines are for grep
+        table.box = None
         console.width = max(console.width, console.measure(table, options=console.options.update(width=999)).maximum)
     console.print(table)
     return 0
@@ -236,6 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--model', default=DEFAULT_MODEL, metavar='NAME', help=f'default: {DEFAULT_MODEL}')
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')
+    command.add_argument('--against', metavar='CLASS', help='why not this class? evidence for the target minus its')
     command.add_argument('--out', default='explanations', metavar='DIR', help='default: explanations')
     command.add_argument('--device', default='cpu', metavar='DEVICE', help='default: cpu')
     command.set_defaults(run=run_explain)

@@ -81,7 +81,12 @@ def draw_explanation(
     evidence = explanation.pixel_map(explanation.evidence[one])[0].numpy()
     chosen = explanation.pixel_map(explanation.selected[one].float())[0].nan_to_num(0.).numpy() > 0
     probabilities, order = explanation.probabilities[index].topk(min(5, len(labels)))
-    logit = float(explanation.prediction.logits[index, target])
+    evidence_name = f'evidence for "{shorten(labels[target], 20)}"'
+    total = float(explanation.evidence[index].sum())
+    if explanation.against is None:
+        evidence_name += f'\n(logit {total:.2f})'
+    else:
+        evidence_name += f'\nand not "{shorten(labels[int(explanation.against[index])], 20)}" ({total:+.2f})'
 
     height, width = explanation.input_size
     (ox, oy), (sx, sy) = source.offset, source.scale
@@ -126,8 +131,7 @@ def draw_explanation(
     show(panel(0, f'image ({source.image.width}×{source.image.height}){part}'), image)
     heat(panel(1, 'patch weight α'), alpha, cmap='viridis', vmin=0.)
     limit = float(np.nanmax(np.abs(evidence))) or 1.
-    heat(panel(2, f'evidence for "{shorten(labels[target], 20)}"\n(logit {logit:.2f})'), evidence,
-         cmap='PuOr_r', vmin=-limit, vmax=limit)
+    heat(panel(2, evidence_name), evidence, cmap='PuOr_r', vmin=-limit, vmax=limit)
 
     ax = panel(3, f'{int(explanation.selected[index].sum())} of {explanation.selected.shape[1]} patches selected')
     show(ax, image)

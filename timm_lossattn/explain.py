@@ -23,6 +23,7 @@ class Explanation:
         probabilities: (B, K) softmax of the image logits; for routing, whose logits are lengths of class capsules and
             stand for the probability that the class is there, the logits themselves.
         target: (B,) the class that is explained, by default the predicted one.
+        against: (B,) the class that the target is compared with ("why not ...?"), or None.
         grid: (H', W') of the patch grid; M = H'·W'.
         input_size: (H, W) of the model's input in pixels.
         patch_boxes: (M, 4) nominal pixels of each patch.
@@ -35,15 +36,24 @@ class Explanation:
     input_size: tuple[int, int]
     patch_boxes: torch.Tensor
     selected: torch.Tensor
+    against: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.target)
 
     @property
     def evidence(self) -> torch.Tensor:
-        """(B, M) what each patch adds to the target's logit; the sum over M is that logit."""
-        index = self.target.view(-1, 1, 1).expand(-1, self.prediction.contributions.shape[1], 1)
-        return self.prediction.contributions.gather(2, index).squeeze(2)
+        """(B, M) what each patch adds to the target's logit; the sum over M is that logit.
+
+        With ``against``, what it adds to the difference of the two logits: the exact answer to "why not that class?".
+        """
+        evidence = self._contributions_to(self.target)
+        return evidence if self.against is None else evidence - self._contributions_to(self.against)
+
+    def _contributions_to(self, classes: torch.Tensor) -> torch.Tensor:
+        contributions = self.prediction.contributions
+        index = classes.view(-1, 1, 1).expand(-1, contributions.shape[1], 1)
+        return contributions.gather(2, index).squeeze(2)
 
     @property
     def boxes(self) -> torch.Tensor:
@@ -56,17 +66,23 @@ class Explanation:
 
 
 @torch.no_grad()
-def explain(model: Any, images: torch.Tensor, target: Sequence[int] | torch.Tensor | None = None) -> Explanation:
+def explain(
+        model: Any,
+        images: torch.Tensor,
+        target: Sequence[int] | torch.Tensor | None = None,
+        against: Sequence[int] | torch.Tensor | None = None,
+) -> Explanation:
     """Explain a batch of images in one forward pass without gradients.
 
     Args:
         model: patch model with a classifier, in eval mode.
         images: (B, C, H, W) normalised images, any size of at least one patch.
         target: class to explain for each image; by default the predicted one.
+        against: class to compare the target with, for each image: "why not that one?".
 
     Raises:
         TypeError: the model is not a patch model.
-        ValueError: the model is in train mode, images are no batch, or a target does not exist.
+        ValueError: the model is in train mode, images are no batch, or a class does not exist.
     """
     if not hasattr(model, 'forward_patches'):
         raise TypeError(f'model must have forward_patches, as patch models do; {type(model).__name__} has not.')
@@ -78,11 +94,13 @@ def explain(model: Any, images: torch.Tensor, target: Sequence[int] | torch.Tens
     output = model.forward_patches(images.to(device=parameter.device, dtype=parameter.dtype))
     prediction = PatchPrediction(*(t.float().cpu() for t in output))
     B, K = prediction.logits.shape
-    classes = prediction.logits.argmax(dim=1) if target is None else torch.as_tensor(target).reshape(-1).cpu()
-    if (classes.shape != (B,) or classes.is_floating_point() or classes.dtype == torch.bool
-            or int(classes.min()) < 0 or int(classes.max()) >= K):
-        raise ValueError(f'target must hold {B} classes in [0, {K - 1}], got {classes.tolist()}.')
-    classes = classes.long()
+
+    def classes(name: str, value: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        result = torch.as_tensor(value).reshape(-1).cpu()
+        if (result.shape != (B,) or result.is_floating_point() or result.dtype == torch.bool
+                or int(result.min()) < 0 or int(result.max()) >= K):
+            raise ValueError(f'{name} must hold {B} classes in [0, {K - 1}], got {result.tolist()}.')
+        return result.long()
 
     M = prediction.alpha.shape[1]
     if model.global_pool == 'lossattn':
@@ -96,11 +114,12 @@ def explain(model: Any, images: torch.Tensor, target: Sequence[int] | torch.Tens
     return Explanation(
         prediction=prediction,
         probabilities=logits if model.global_pool == 'routing' else logits.softmax(dim=1),
-        target=classes,
+        target=prediction.logits.argmax(dim=1) if target is None else classes('target', target),
         grid=model.patch_grid(height, width),
         input_size=(height, width),
         patch_boxes=model.patch_boxes(height, width),
         selected=selected,
+        against=None if against is None else classes('against', against),
     )
 
 
