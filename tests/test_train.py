@@ -83,6 +83,7 @@ def test_explain_reads_how_the_checkpoint_was_built(run, tmp_path):
     (('--no-patch-loss',), {'loss'}),
     (('--mixup', '0.2', '--train-img-sizes', '16', '24', '--train-size-schedule', 'progressive'), {'patch_loss'}),
     (('--model-kwargs', 'global_pool=attn', '--in-chans', '1', '--input-size', '1', '32', '32'), {'loss'}),
+    (('--cache-dataset', '--in-chans', '1', '--cutmix', '1', '--grad-accum-steps', '3'), {'patch_loss'}),
     (('--pretrained-backbone', 'resnet18_lossattn_caps_nano', '--sched', 'plateau'), {'patch_loss'}),
     (('--amp', '--amp-dtype', 'bfloat16', '--xi', '0.5', '--clip-grad', '1', '--sched-on-updates'), {'patch_loss'}),
 ])
@@ -110,6 +111,7 @@ def test_variants(folder, tmp_path, flags, loss_terms):
     (('--pretrained-backbone', 'resnet18_lossattn_conv_nano', '--model', 'vgg11_bn_cifar'), 'no separate backbone'),
     (('--recipe', 'best'), "no recipe 'best'; there are sgd, adam, fast, smoke"),
     (('--recipe', 'sgd/mnist'), "no dataset 'mnist'"),
+    (('--mixup', '0.2', '--batch-size', '7'), '--batch-size must be even'),
     (('--multi-label', '--mixup', '0.2'), '--multi-label: goes with'),
     (('--cache-dataset', '--aa', 'rand-m9'), '--cache-dataset: goes with none of --aa'),
     (('--crop-padding', '4', '--color-jitter', '0.4'), '--crop-padding: goes with none of'),

@@ -21,6 +21,7 @@ from torch import nn
 
 import build
 import checkpoint
+import compare_runs
 import flags
 import train as train_script
 from engine import train_one_epoch
@@ -266,3 +267,13 @@ def test_torchrun(folder, tmp_path, cache):
     assert result['hardware'].startswith('2 × ')
     assert result['last']['top1'] * 16 % 100 == pytest.approx(0)  # a share of the 16 images of the validation split
     assert (tmp_path / 'x' / 'hub' / 'model.safetensors').exists()
+
+
+def test_compare_runs(finished, tmp_path, capsys):
+    """A picture, and each run's last value; a missing run is an error."""
+    out = tmp_path / 'curves.png'
+    assert compare_runs.main([str(finished), str(finished), '--out', str(out)]) == 0
+    assert out.read_bytes().startswith(b'\x89PNG')
+    top1 = json.loads((finished / 'result.json').read_text())['last']['top1']
+    assert f'run: top1 {top1:.2f} after 2 epochs' in capsys.readouterr().out
+    assert compare_runs.main([str(tmp_path / 'none'), '--out', str(out)]) == 2

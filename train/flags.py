@@ -198,6 +198,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.pretrained_backbone and (args.pretrained or args.initial_checkpoint):
         parser.error('--pretrained-backbone: goes with neither --pretrained nor --initial-checkpoint')
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        parser.error(f'--batch-size must be even for --mixup and --cutmix, got {args.batch_size}')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto: needs the --experiment to continue')
     if args.multi_label and (args.mixup or args.cutmix):

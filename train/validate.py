@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.batch_size < 1:
             raise ValueError(f'--batch-size must be at least 1, got {args.batch_size}')
         model = load_model(args)
+        args.in_chans = getattr(model, 'in_chans', args.in_chans)
         data_config = resolve_data_config(vars(args), model=model)
         result = validate(args, model, data_config)
     except (ValueError, OSError) as error:

@@ -1,0 +1,69 @@
+"""train/compare_explanations.py and train/figures.py on a random model: files, numbers, known boxes."""
+import json
+
+import pytest
+import timm
+import torch
+
+import compare_explanations
+import figures
+import prepare
+from test_prepare import tiny_folder  # noqa: F401  (a fixture)
+
+MODEL = 'resnet18_lossattn_conv_nano_s2'
+
+
+@pytest.fixture(scope='module')
+def flags(tiny_folder, tmp_path_factory):  # noqa: F811
+    """Dataset with boxes and a random model of two classes."""
+    root = tmp_path_factory.mktemp('compare')
+    assert prepare.main(['tiny-imagenet', str(tiny_folder), str(root / 'set')]) == 0
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=2)
+    torch.nn.init.normal_(model.head.fc.weight)
+    torch.save(model.state_dict(), root / 'model.pt')
+    return ['--model', MODEL, '--num-classes', '2', '--checkpoint', str(root / 'model.pt'), '--dataset',
+            f'hfds/{root / "set"}', '--data-dir', str(root), '--workers', '0']
+
+
+def test_hot_box():
+    """The square around the hot pixels; what says nothing or is cold stays outside."""
+    heat = torch.zeros(8, 8)
+    heat[2, 3], heat[4, 4], heat[7, 7] = 1., 0.2, 0.19
+    heat[0, 0] = torch.nan
+    assert compare_explanations.hot_box(heat).tolist() == [2, 2, 5, 5]
+    assert compare_explanations.hot_box(torch.full((8, 8), -1.)).tolist() == [0, 0, 0, 0]
+
+
+def test_compare(flags, tmp_path, capsys):
+    """Every tool has every measure; ours adds up, integrated gradients nearly, and the picture is there."""
+    assert compare_explanations.main([*flags, '--images', '4', '--batch-size', '2', '--ig-steps', '64', '--rows', '2',
+                                      '--output', str(tmp_path)]) == 0
+    result = json.loads((tmp_path / 'compare.json').read_text())
+    tools = result['tools']
+    assert result['images'] == 4
+    names = ['ours', 'Grad-CAM', 'integrated gradients (64 steps)']
+    assert sorted(tools) == sorted([*names, 'ours, α > 0'])
+    for name in names:
+        assert 0 <= tools[name]['deletion'] <= 1
+        assert 0 <= tools[name]['pointing'] <= 100
+        assert tools[name]['ms_per_image'] > 0
+    assert tools['ours']['completeness_worst'] <= 1e-5
+    assert tools[names[2]]['completeness_worst'] < tools['Grad-CAM']['completeness_worst']
+    assert (tmp_path / 'compare.md').read_text() in capsys.readouterr().out
+    assert (tmp_path / 'compare.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('number', [4, 5, 6])
+def test_figures(flags, tmp_path, number):
+    """A picture for each of the paper's figures."""
+    out = tmp_path / 'figure.png'
+    assert figures.main([*flags, '--figure', str(number), '--images', '2', '--columns', '2', '--output',
+                         str(out)]) == 0
+    assert out.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('script', [compare_explanations.main, lambda argv: figures.main([*argv, '--figure', '4'])])
+def test_errors(script, capsys):
+    assert script(['--model', 'resnet18_lossattn_conv']) == 2
+    assert 'has no weights' in capsys.readouterr().err.strip().splitlines()[-1]
