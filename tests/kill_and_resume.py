@@ -10,6 +10,7 @@ for each kill and exits with 1 if any differs.
 import argparse
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,8 +61,9 @@ def finish(process: subprocess.Popen) -> None:
 
 def state(folder: Path) -> dict:
     """What must not differ."""
-    checkpoint = torch.load(folder / 'last.pth.tar', weights_only=False)
-    return {key: checkpoint[key] for key in ('epoch', 'state_dict', 'state_dict_ema', 'optimizer', 'task_state')}
+    last, best = (torch.load(folder / f'{name}.pth.tar', weights_only=False) for name in ('last', 'model_best'))
+    return {key: (last[key], best[key])
+            for key in ('epoch', 'state_dict', 'state_dict_ema', 'optimizer', 'task_state', 'metric')}
 
 
 def identical(a, b) -> bool:
@@ -85,14 +87,17 @@ def kill_and_resume(kills: int, seed: int = 0, extra: tuple[str, ...] = ()) -> l
         reference = state(out / 'undisturbed')
         results = []
         for i in range(kills):
-            name = f'kill{i}'
-            process = start(images, out, name, list(extra))
-            moment = draw.uniform(0.3, 1.) * duration  # before that, Python is still importing
-            try:
-                process.wait(moment)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            name, killed = f'kill{i}', False
+            while not killed:  # a run that was over before its kill does not count
+                shutil.rmtree(out / name, ignore_errors=True)
+                process = start(images, out, name, list(extra))
+                moment = draw.uniform(0.3, 1.) * duration  # before that, Python is still importing
+                try:
+                    process.wait(moment)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                killed = process.returncode == -signal.SIGKILL
             done = sorted(file.name for file in (out / name).glob('checkpoint-*')) if (out / name).exists() else []
             finish(start(images, out, name, list(extra)))
             results.append(identical(state(out / name), reference))

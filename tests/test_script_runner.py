@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from timm_lossattn.cli import main
 
@@ -72,6 +73,8 @@ def test_real_scripts(folder, tmp_path):
          '--warmup-epochs', '0', '--output', str(tmp_path), '--experiment', 'x'],
         capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    checkpoint = torch.load(tmp_path / 'x' / 'last.pth.tar', weights_only=False)
+    assert checkpoint['task_state'] == {'epoch': 1.}  # our task's; timm's ClassificationTask has no state
     done = subprocess.run(
         [*base, str(repo / 'validate.py'), *common, '--split', 'val', '--checkpoint',
          str(tmp_path / 'x' / 'last.pth.tar')], capture_output=True, text=True, cwd=tmp_path)

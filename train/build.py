@@ -88,7 +88,8 @@ def renamed_backbone(state: dict[str, torch.Tensor], own: list[str]) -> dict[str
     if any(name.startswith('backbone.') for name in state):
         return state
     if 'features.0.weight' in state:  # the same layers in the same order under other names
-        return dict(zip(own, (tensor for name, tensor in state.items() if name.startswith('features.'))))
+        features = [tensor for name, tensor in state.items() if name.startswith('features.')]
+        return dict(zip(own, features)) if len(features) == len(own) else {}  # another depth: no layer for layer
     renamed = {}
     for name, tensor in state.items():
         name = re.sub(r'^conv1\.', 'stem.conv.', name)
@@ -122,7 +123,12 @@ def create_task(args, model: nn.Module, updates_per_epoch: int) -> TrainingTask:
 
 
 def create_optimizer(args, task: TrainingTask) -> torch.optim.Optimizer:
-    """timm's optimizer over the task's trainable parameters."""
+    """timm's optimizer over the task's trainable parameters; without ``--lr``, timm's rule for the learning rate."""
+    if args.lr is None:
+        ratio = args.batch_size * args.grad_accum_steps * args.world_size / 256
+        adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+        args.lr = args.lr_base * (ratio ** 0.5 if adaptive else ratio)
+        _logger.info(f'Learning rate {args.lr:g}, from --lr-base {args.lr_base:g} and the global batch size')
     return create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
 
 

@@ -142,7 +142,7 @@ class BatchAugment:
 
 
 class CachedLoader:
-    """Batches of a dataset that lies on the device; order and augmentation follow from (seed, epoch, rank) alone.
+    """Batches of a dataset that lies on the device; order, crops and flips follow from (seed, epoch, rank) alone.
 
     Process ``rank`` of ``world_size`` gets every world_size-th image of each global batch, so that any number of
     processes sees the same global batches. In evaluation the last batch may be short, and no image is seen twice.

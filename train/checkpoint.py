@@ -1,8 +1,4 @@
-"""Checkpoints that survive a crash: finding the last good one, and mending what a kill left half done.
-
-timm's CheckpointSaver writes each checkpoint to a temporary file and renames it to last.pth.tar; links to it under
-checkpoint-N.pth.tar and model_best.pth.tar follow. A kill between those steps loses a link, never a checkpoint.
-"""
+"""Checkpoints that survive a crash: written whole, found again, and mended where a kill left something half done."""
 import argparse
 import logging
 import os
@@ -14,9 +10,27 @@ from typing import Any
 import torch
 from timm.utils import CheckpointSaver
 
-__all__ = ['find_checkpoint', 'load_checkpoint', 'mend_links', 'save_checkpoint']
+__all__ = ['AtomicSaver', 'find_checkpoint', 'load_checkpoint', 'mend', 'save_checkpoint']
 
 _logger = logging.getLogger('train')
+
+
+class AtomicSaver(CheckpointSaver):
+    """timm's saver with files that are on the disk, whole and each on its own, before they get their name.
+
+    timm's unlinks last.pth.tar before it renames the new one, and links the others to it: a kill between the two leaves
+    no last.pth.tar, and one damaged file is three. The two private methods below are where it does so.
+    """
+
+    def _replace(self, src: str, dst: str) -> None:
+        with open(src, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(src, dst)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        temporary = f'{dst}.tmp'
+        shutil.copy2(src, temporary)
+        self._replace(temporary, dst)
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
@@ -37,13 +51,16 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def epoch_of(file: Path) -> int:
+    """N of checkpoint-N.pth.tar; the largest of all for last.pth.tar."""
+    number = re.search(r'checkpoint-(\d+)', file.name)
+    return int(number[1]) if number else 2 ** 62
+
+
 def find_checkpoint(folder: Path) -> str:
     """The newest good checkpoint of a run, '' if there is none; damaged ones are skipped with a warning."""
-    def age(file: Path) -> tuple[bool, int]:
-        number = re.search(r'checkpoint-(\d+)', file.name)
-        return number is None, int(number[1]) if number else 0  # last.pth.tar is the newest
-
-    for file in sorted([*folder.glob('checkpoint-*.pth.tar'), *folder.glob('last.pth.tar')], key=age, reverse=True):
+    files = [*folder.glob('checkpoint-*.pth.tar'), *folder.glob('last.pth.tar')]
+    for file in sorted(files, key=epoch_of, reverse=True):
         try:
             load_checkpoint(file)
         except ValueError as error:
@@ -65,32 +82,31 @@ def save_checkpoint(saver: CheckpointSaver, epoch: int, metric: float) -> None:
         raise OSError(f'checkpoint of epoch {epoch + 1} not written to {saver.checkpoint_dir}: {error}') from error
 
 
-def mend_links(saver: CheckpointSaver, resumed: str, epoch: int, metric: float | None) -> None:
-    """After ``--resume``: bring checkpoint-N and model_best to the state that an uninterrupted run would have.
+def mend(saver: AtomicSaver, resumed: Path, epoch: int, metric: float | None) -> None:
+    """Bring the files of a run to the state of the checkpoint that it is resumed from.
+
+    A kill may have come between last.pth.tar and its copies, last.pth.tar may be damaged, or the user may go back to an
+    older checkpoint: what is newer than that goes.
 
     Args:
         saver: a fresh one for the run's folder.
-        resumed: checkpoint that the run goes on from.
+        resumed: checkpoint in that folder.
         epoch: its epoch.
         metric: its metric.
     """
     folder = Path(saver.checkpoint_dir)
-    if Path(resumed).resolve().parent != folder.resolve():
-        return  # another run's checkpoint: this folder starts its own history
-    saver.load_state_dict_from_checkpoint(resumed)
-    last = folder / 'last.pth.tar'
-    if Path(resumed).resolve() != last.resolve():  # last.pth.tar was damaged
-        _copy(Path(resumed), last)
-    if not (folder / f'checkpoint-{epoch}.pth.tar').exists() and metric is not None:
+    last, own = folder / 'last.pth.tar', folder / f'checkpoint-{epoch}.pth.tar'
+    if resumed.resolve() != last.resolve():
+        saver._duplicate(str(resumed), str(last))
+    for file in folder.glob('checkpoint-*.pth.tar'):
+        if epoch_of(file) > epoch:
+            file.unlink()
+    saver.load_state_dict_from_checkpoint(str(last))
+    if not own.exists() and metric is not None:
         known = saver.checkpoint_files
         if len(known) < saver.max_history or saver.cmp(metric, known[-1][1]):
-            _copy(last, folder / f'checkpoint-{epoch}.pth.tar')
-            saver.load_state_dict_from_checkpoint(resumed)
-    if saver.best_epoch == epoch:
-        _copy(last, folder / 'model_best.pth.tar')
-
-
-def _copy(source: Path, target: Path) -> None:
-    temporary = target.with_name('mend.tmp')
-    shutil.copy2(source, temporary)
-    os.replace(temporary, target)
+            saver._duplicate(str(last), str(own))
+            saver.load_state_dict_from_checkpoint(str(last))
+    best = folder / f'checkpoint-{saver.best_epoch}.pth.tar'
+    if best.exists():
+        saver._duplicate(str(best), str(folder / 'model_best.pth.tar'))

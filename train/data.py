@@ -36,6 +36,22 @@ class CheckedTarget:
         return int(target)
 
 
+def one_line(error: Exception) -> str:
+    """What a user's mistake says; of an error in a loader's worker, the last line of its traceback.
+
+    Raises:
+        RuntimeError: the error itself, if it is one that a user cannot have caused.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, RuntimeError):
+        if 'consecutive samples' not in str(error):  # timm's words for an unreadable image
+            raise error
+        return ('--dataset: unreadable image (named in the warning above; set TIMM_DATASET_MAX_RETRIES to skip such '
+                'images)')
+    text = lines[-1].partition(': ')[2] or lines[-1] if 'DataLoader worker' in lines[0] else ' '.join(lines)
+    return ' '.join(text.split())
+
+
 def open_dataset(args, split: str, num_classes: int, is_training: bool = False, num_samples: int | None = None,
                  **kwargs: Any):
     """A timm dataset, or torchvision's SVHN (torch/svhn), whose targets are checked against the number of classes.
@@ -53,19 +69,26 @@ def open_dataset(args, split: str, num_classes: int, is_training: bool = False, 
     """
     if args.data_dir and not Path(args.data_dir).exists() and not args.dataset_download:
         raise ValueError(f'--data-dir: no such folder: {args.data_dir}')
+    if '/' not in args.dataset and not args.data_dir:
+        raise ValueError(f'--data-dir: is needed with --dataset {args.dataset!r}; or give --dataset <type>/<name>')
     target_transform = MultiLabelTarget(num_classes) if args.multi_label else CheckedTarget(num_classes)
     if args.dataset.lower() == 'torch/svhn':
         return torchvision_datasets.SVHN(
             args.data_dir, split=split, download=args.dataset_download, target_transform=target_transform)
     keys = {name: value for name, value in (('input_key', args.input_key), ('target_key', args.target_key)) if value}
     channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
-    dataset = create_dataset(
-        args.dataset, root=args.data_dir, split=split, is_training=is_training, download=args.dataset_download,
-        batch_size=args.batch_size, seed=getattr(args, 'seed', 42), num_samples=num_samples,
-        input_img_mode='RGB' if channels == 3 else 'L', **keys, **kwargs)
+    try:
+        dataset = create_dataset(
+            args.dataset, root=args.data_dir, split=split, is_training=is_training, download=args.dataset_download,
+            batch_size=args.batch_size, seed=getattr(args, 'seed', 42), num_samples=num_samples,
+            input_img_mode='RGB' if channels == 3 else 'L', **keys, **kwargs)
+    except (RuntimeError, AssertionError, TypeError, KeyError) as error:  # no image, unknown name, unknown length, ...
+        raise ValueError(
+            f'--dataset {args.dataset!r}, split {split!r}: {error or type(error).__name__} (streams of unknown length '
+            'need --train-num-samples and --val-num-samples)') from error
     if not isinstance(dataset, IterableDataset) and not len(dataset):
         raise ValueError(f'--dataset: no image in split {split!r}')
-    classes = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    classes = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
     if classes and len(classes) != num_classes:
         raise ValueError(f'--num-classes: the dataset has {len(classes)} classes, the model {num_classes}.')
     dataset.target_transform = target_transform
@@ -81,10 +104,18 @@ def label_names(dataset) -> list[str] | None:
     return sorted(classes, key=classes.get) if classes else None
 
 
-def padded_crop(args, size: tuple[int, int]) -> v2.Compose:
+def fit(data_config: dict[str, Any]) -> v2.Compose:
+    """Resize the shorter side and crop the middle, as timm evaluates; leaves images of the right size as they are."""
+    size = tuple(data_config['input_size'][1:])
+    mode = v2.InterpolationMode(data_config['interpolation'])
+    return v2.Compose([v2.Resize(size[0] if size[0] == size[1] else size, mode), v2.CenterCrop(size)])
+
+
+def padded_crop(args, data_config: dict[str, Any]) -> v2.Compose:
     """The paper's augmentation for one image: zero padding, random crop, horizontal flip; to a uint8 tensor."""
+    size = tuple(data_config['input_size'][1:])
     return v2.Compose([
-        v2.Resize(size), v2.RandomCrop(size, padding=args.crop_padding), v2.RandomHorizontalFlip(args.hflip),
+        fit(data_config), v2.RandomCrop(size, padding=args.crop_padding), v2.RandomHorizontalFlip(args.hflip),
         v2.PILToTensor(),
     ])
 
@@ -103,7 +134,7 @@ def create_train_loader(args, dataset, data_config: dict[str, Any], num_classes:
         mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
     mixed = args.mixup > 0 or args.cutmix > 0
     if args.cache_dataset:
-        images, targets = cache_images(dataset, v2.Compose([v2.Resize(size), v2.PILToTensor()]), args, 'train')
+        images, targets = cache_images(dataset, v2.Compose([fit(data_config), v2.PILToTensor()]), args, 'train')
         augment = BatchAugment(
             size, *_statistics(data_config), crop_padding=args.crop_padding, scale=args.scale, ratio=args.ratio,
             hflip=args.hflip, reprob=args.reprob, device=images.device, enabled=not args.no_aug)
@@ -121,8 +152,10 @@ def create_train_loader(args, dataset, data_config: dict[str, Any], num_classes:
         batch_choice_schedule=args.train_size_schedule,
         batch_schedule_epochs=args.epochs if args.train_size_schedule == 'progressive' else None,
         **_common(args, data_config))
-    if args.crop_padding is not None:
-        dataset.transform = padded_crop(args, size)
+    if args.crop_padding is not None and not args.no_aug:
+        dataset.transform = padded_crop(args, data_config)
+    if hasattr(loader.sampler, 'seed'):  # torch's DistributedSampler, which timm creates without one
+        loader.sampler.seed = args.seed
     return loader
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.task import TrainingTask, evaluation_sample_limit
-from timm.utils import dispatch_clip_grad
+from timm.utils import dispatch_clip_grad, unwrap_model
 from tqdm import tqdm
 
 __all__ = ['evaluate', 'train_one_epoch', 'updates_in_epoch']
@@ -76,7 +76,7 @@ def train_one_epoch(
         bar.update()
         if (i + 1) % LOG_INTERVAL == 0 or i + 1 == batches:
             means = {name: float(value) / images for name, value in sums.items()}
-            if not math.isfinite(means['loss']):
+            if scaler is None and not math.isfinite(means['loss']):  # a scaler skips such steps
                 raise FloatingPointError(f'loss is {means["loss"]} by update {step}; try a lower --lr')
             rate = images * args.world_size / (time.perf_counter() - start)
             bar.set_postfix({k: f'{v:.4g}' for k, v in means.items()} | {'images/s': f'{rate:.0f}'}, refresh=False)
@@ -95,7 +95,7 @@ def train_one_epoch(
 @torch.inference_mode()
 def evaluate(args, task: TrainingTask, loader, autocast) -> dict[str, float]:
     """Loss and accuracies (multi-label: mean average precision) of the EMA model, or without one of the model."""
-    model: Any = task.get_eval_model(ema=task.has_ema())
+    model: Any = unwrap_model(task.get_eval_model(ema=task.has_ema()))  # DDP would wait for ranks without a batch
     model.eval()
     evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
     for x, y in loader:

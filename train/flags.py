@@ -1,9 +1,11 @@
 """The flags of train.py: timm's names and meanings where timm's train.py has the flag."""
 import argparse
+import importlib.util
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from timm.utils import ParseKwargs
 
@@ -90,7 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--clip-grad', type=float, metavar='NORM')
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
     group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches in an update')
-    group.add_argument('--lr', type=float, default=0.1)
+    group.add_argument('--lr', type=float, help='default: --lr-base × global batch size / 256 (adaptive: its root)')
+    group.add_argument('--lr-base', type=float, default=0.1)
     group.add_argument('--sched', default='cosine', metavar='NAME',
                        help="a scheduler of timm, or 'gaussian': the paper's ramp-up over --warmup-epochs, then steps")
     group.add_argument('--beta2-after-warmup', type=float, metavar='B', help='β₂ of Adam after --warmup-epochs')
@@ -178,6 +181,16 @@ def config_values(parser: argparse.ArgumentParser, config: str) -> dict[str, Any
     return values
 
 
+def scale_schedule(args: argparse.Namespace, recipe: dict[str, Any]) -> None:
+    """A run of another length goes through the recipe's schedule at another pace, unless it was given its own."""
+    pace = args.epochs / recipe['epochs']
+    first = 1 if args.sched == 'multistep' else 0  # timm's multistep decays one epoch before the milestone
+    if pace != 1 and args.decay_milestones == recipe.get('decay_milestones'):
+        args.decay_milestones = [round((milestone - first) * pace) + first for milestone in args.decay_milestones]
+    if pace != 1 and args.warmup_epochs == recipe.get('warmup_epochs'):
+        args.warmup_epochs *= pace
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of train.py: those on the command line win over --config, that over --recipe, that over the defaults.
 
@@ -189,19 +202,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**config_values(parser, given.config))
         given = parser.parse_known_args(argv)[0]
     if given.recipe:
-        explicit_model = given.model if given.model != parser.get_default('model') else None
+        explicit_model = given.model if given.model != build_parser().get_default('model') else None
         try:
             values = recipe_values(given.recipe, explicit_model)
         except ValueError as error:
             parser.error(f'--recipe: {error}')
         parser.set_defaults(**values | (config_values(parser, given.config) if given.config else {}))
     args = parser.parse_args(argv)
+    if args.recipe:
+        scale_schedule(args, values)
     if args.pretrained_backbone and (args.pretrained or args.initial_checkpoint):
         parser.error('--pretrained-backbone: goes with neither --pretrained nor --initial-checkpoint')
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f'--batch-size must be even for --mixup and --cutmix, got {args.batch_size}')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto: needs the --experiment to continue')
+    if args.sched == 'plateau' and args.sched_on_updates:
+        parser.error('--sched plateau: goes by epochs, not with --sched-on-updates')
+    if (args.device or '').startswith('cuda') and not torch.cuda.is_available():
+        parser.error(f'--device {args.device}: this PyTorch sees no CUDA device')
+    for name in ('tensorboard', 'trackio', 'wandb'):
+        if getattr(args, f'log_{name}') and importlib.util.find_spec(name) is None:
+            parser.error(f'--log-{name}: not installed; pip install {name}')
     if args.multi_label and (args.mixup or args.cutmix):
         parser.error('--multi-label: goes with neither --mixup nor --cutmix')
     whole_batches, padded = args.cache_dataset, args.crop_padding is not None

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ MD5 = {  # of the archives that the publishers serve
     'tiny-imagenet-200.zip': '90528d7ca1a48142e341f4ef8d21d0de',
     'train2014.zip': '0da8c0bd3d6becc4dcb32757491aca88',
     'val2014.zip': 'a3d79f5ed8d289b7a7554ce06a5782b3',
+    'annotations_trainval2014.zip': '0a379cfc70b0e71301e0f377548639bd',
 }
 # images with labels; the paper, section 5.1
 COUNTS = {('tiny-imagenet', 200): (100_000, 10_000), ('coco', 2014): (82_081, 40_137)}
@@ -61,9 +63,11 @@ class Source:
             raise ValueError(f'{path}: truncated, or no zip file ({error}); download it again') from error
         expected = MD5.get(path.name)
         if expected:
+            digest = hashlib.md5()
             with path.open('rb') as file:
-                found = hashlib.file_digest(file, 'md5').hexdigest() if hasattr(hashlib, 'file_digest') else \
-                    hashlib.md5(file.read()).hexdigest()
+                while block := file.read(2 ** 20):
+                    digest.update(block)
+            found = digest.hexdigest()
             if found != expected:
                 raise ValueError(f'{path}: MD5 is {found}, the published archive has {expected}; download it again')
 
@@ -79,7 +83,7 @@ class Source:
             return (self.folder / name).read_bytes()
         except (KeyError, FileNotFoundError):
             raise ValueError(f'{self.path}: has no {name}') from None
-        except (zipfile.BadZipFile, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f'{self.path}: {name} is damaged ({error})') from error
 
 
@@ -223,14 +227,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--shard-size', type=int, default=10_000, metavar='N', help='images in a parquet file')
     args = parser.parse_args(argv)
     try:
-        if args.shard_size < 1 or (args.size is not None and args.size < 1):
-            raise ValueError('--shard-size and --size must be at least 1')
+        for name, value in (('--shard-size', args.shard_size), ('--size', args.size)):
+            if value is not None and value < 1:
+                raise ValueError(f'{name} must be at least 1, got {value}')
         features, splits, official = (tiny_imagenet if args.dataset == 'tiny-imagenet' else coco)(args.source)
         found = tuple(len(rows) for _, rows in splits.values())
         if official and found != official:
             raise ValueError(f'{args.source}: {found[0]} training and {found[1]} validation images with labels, the '
                              f'complete set has {official[0]} and {official[1]}')
+        settings = {'dataset': args.dataset, 'size': args.size, 'shard_size': args.shard_size, 'images': list(found)}
+        note = args.out / 'prepare.json'
+        if note.is_file() and json.loads(note.read_text()) != settings:
+            raise ValueError(f'OUT: {args.out} was begun with {note.read_text()}; go on with that, or choose another')
         (args.out / 'data').mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(settings))
         written = {split: write_split(args.out, split, features, source, rows, args)
                    for split, (source, rows) in splits.items()}
         title, terms = TERMS[args.dataset]

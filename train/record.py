@@ -62,8 +62,9 @@ def write_curves(path: Path, epochs: list[dict[str, Any]], metric: str) -> None:
     left.legend(frameon=False)
     values = [entry['eval'][metric] for entry in epochs]
     right.plot(x, values, marker=marker, ms=3, color='C3')
-    best = max(range(len(x)), key=values.__getitem__)
-    right.set(xlabel='epoch', ylabel=f'eval {metric} (%)', title=f'best: {values[best]:.2f} % in epoch {x[best]}')
+    best = (min if metric == 'loss' else max)(range(len(x)), key=values.__getitem__)
+    unit = '' if metric == 'loss' else ' %'
+    right.set(xlabel='epoch', ylabel=f'eval {metric}{unit}', title=f'best: {values[best]:.2f}{unit} in epoch {x[best]}')
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -103,26 +104,16 @@ class Trackers:
     Args:
         args: ``log_tensorboard``, ``log_trackio``, ``log_wandb``.
         output: folder of the run.
-
-    Raises:
-        ValueError: one of them is not installed.
     """
 
     def __init__(self, args, output: Path) -> None:
         self.modules, self.writer = [], None
         for name in ('trackio', 'wandb'):  # the same interface
             if getattr(args, f'log_{name}'):
-                self.modules.append(self._import(name, name))
+                self.modules.append(importlib.import_module(name))
                 self.modules[-1].init(project='timm_lossattn', name=output.name, config=vars(args))
         if args.log_tensorboard:
-            self.writer = self._import('torch.utils.tensorboard', 'tensorboard').SummaryWriter(str(output))
-
-    @staticmethod
-    def _import(module: str, name: str) -> Any:
-        try:
-            return importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(f'--log-{name}: not installed; pip install {name}') from error
+            self.writer = importlib.import_module('torch.utils.tensorboard').SummaryWriter(str(output))
 
     def log(self, entry: dict[str, Any]) -> None:
         """Send one epoch's numbers."""

@@ -11,6 +11,7 @@ again, one that was interrupted goes on, and tables share runs. Writes <output>/
 standard deviation over seeds 0, 1, ... of the last epoch's model (no choice of an epoch by test accuracy), and n.
 """
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -41,9 +42,11 @@ class Job:
     recipe: str
     flags: tuple[tuple[str, str], ...] = ()
 
-    def folder(self, seed: int) -> str:
-        """Name of the run's folder; equal jobs of different tables share it."""
+    def folder(self, seed: int, train_flags: list[str]) -> str:
+        """Name of the run's folder; equal jobs of different tables share it, other flags for train.py never do."""
         parts = [self.model, self.dataset, self.recipe, *(f'{k}={v}' for k, v in self.flags), f'seed{seed}']
+        if train_flags:
+            parts.append(hashlib.sha256(shlex.join(train_flags).encode()).hexdigest()[:8])
         return re.sub(r'[^\w.=-]+', '_', '-'.join(parts))
 
 
@@ -107,7 +110,7 @@ def run_script(script: str, flags: list[str]) -> None:
 
 def train(job: Job, seed: int, args) -> None:
     """Train unless the run is finished; go on where it was interrupted."""
-    folder = Path(args.output) / job.folder(seed)
+    folder = Path(args.output) / job.folder(seed, args.train_flags)
     if (folder / 'hub').is_dir():
         return
     flags = [f for name, value in job.flags for f in (f'--{name.replace("_", "-")}', value)]
@@ -118,7 +121,7 @@ def train(job: Job, seed: int, args) -> None:
 
 def measure(job: Job, seed: int, name: str, args) -> float | None:
     """A measure of a finished run: from its result.json, or else from validate.py; None if the run is not finished."""
-    folder = Path(args.output) / job.folder(seed)
+    folder = Path(args.output) / job.folder(seed, args.train_flags)
     if not (folder / 'hub').is_dir():
         return None
     result = json.loads((folder / 'result.json').read_text())
@@ -194,7 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--rows', nargs='+', default=['*'], metavar='PATTERN', help='rows to run (default: all)')
     parser.add_argument('--columns', nargs='+', default=['*'], metavar='PATTERN', help='columns to run (default: all)')
     parser.add_argument('--runs', type=int, default=4, metavar='N', help='seeds 0 to N − 1 (default: 4, as the paper)')
-    parser.add_argument('--recipe', choices=('sgd', 'adam', 'fast'), help="default: the paper's for each model")
+    parser.add_argument('--recipe', choices=('sgd', 'adam', 'fast'),
+                        help="default: the paper's for each model (Table 1 is about recipes and keeps its own)")
     parser.add_argument('--output', default='output/reproduce', metavar='DIR')
     args = parser.parse_args(own)
     args.train_flags = train_flags
@@ -215,11 +219,15 @@ def main(argv: list[str] | None = None) -> int:
                   for column, cell in columns.items() if cell is not None and chosen(column, args.columns)]
         if not wanted:
             raise ValueError(f'no cell matches --rows {args.rows} and --columns {args.columns}')
-        for seed in range(args.runs):
-            for job in dict.fromkeys(wanted):
+    except ValueError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    for seed in range(args.runs):
+        for job in dict.fromkeys(wanted):
+            try:
                 train(job, seed, args)
-    except ValueError as error:  # what has been run is shown all the same
-        failure = error
+            except ValueError as error:  # the other rows are run, and what has been run is shown, all the same
+                failure = failure or error
     try:
         for columns in cells.values():
             for cell in columns.values():

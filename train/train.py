@@ -27,7 +27,6 @@ import yaml
 from timm.data import resolve_data_config
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import (
-    CheckpointSaver,
     NativeScaler,
     distribute_bn,
     init_distributed_device,
@@ -36,8 +35,8 @@ from timm.utils import (
 )
 
 from build import create_model, create_optimizer, create_scheduler, create_task
-from checkpoint import find_checkpoint, load_checkpoint, mend_links, save_checkpoint
-from data import create_eval_loader, create_train_loader, label_names, open_dataset
+from checkpoint import AtomicSaver, find_checkpoint, load_checkpoint, mend, save_checkpoint
+from data import create_eval_loader, create_train_loader, label_names, one_line, open_dataset
 from engine import evaluate, train_one_epoch, updates_in_epoch
 from flags import parse_args
 from record import Trackers, environment, save_hub_folder, write_curves, write_json, write_summary
@@ -51,14 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(['python', *(sys.argv if argv is None else argv)])
     try:
         run(parse_args(argv), command)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        _logger.debug('traceback', exc_info=True)
         print('error: ' + one_line(error), file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if 'consecutive samples' not in str(error):  # timm's words for an unreadable image
-            raise
-        print('error: --dataset: unreadable image (named in the warning above; set TIMM_DATASET_MAX_RETRIES to skip '
-              'such images)', file=sys.stderr)
         return 2
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -66,11 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def one_line(error: Exception) -> str:
-    """The message; of an error in a loader's worker, the last line of its traceback."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = lines[-1].partition(': ')[2] or lines[-1] if 'DataLoader worker' in lines[0] else ' '.join(lines)
-    return ' '.join(text.split())
+def from_first(args, value: Any) -> Any:
+    """Rank 0's value in every process: what lies on its disk decides."""
+    if args.distributed:
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        value = values[0]
+    return value
 
 
 def run(args, command: str) -> None:
@@ -81,16 +77,20 @@ def run(args, command: str) -> None:
         command: command line, for result.json.
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    parsed = {name: value for name, value in vars(args).items() if name not in ('config', 'resume')}
     init_distributed_device(args)  # sets distributed, world_size, rank, local_rank, device
     if args.rank > 0:
         logging.getLogger().setLevel(logging.ERROR)
     random_seed(args.seed)
     output = Path(args.output) / (args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}')
-    resume_auto = args.resume == 'auto'
-    if resume_auto:
-        args.resume = find_checkpoint(output)
-    elif (output / 'summary.csv').exists() and not args.resume:
+    if args.resume == 'auto':
+        args.resume = from_first(args, find_checkpoint(output) if args.rank == 0 else '')
+    in_place = bool(args.resume) and Path(args.resume).resolve().parent == output.resolve()
+    if (output / 'summary.csv').exists() and not in_place:
         raise ValueError(f'--experiment: {output} holds a run; continue it with --resume, or choose a new name.')
+    if args.device.startswith('cuda'):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
 
     model = create_model(args)
     args.num_classes = model.num_classes
@@ -105,6 +105,9 @@ def run(args, command: str) -> None:
     updates = updates_in_epoch(args, train_loader)
     task = create_task(args, model, updates)
     metric_name = args.eval_metric = args.eval_metric or task.create_evaluator().default_metric
+    if metric_name not in task.create_evaluator().metric_names:
+        known = ', '.join(task.create_evaluator().metric_names)
+        raise ValueError(f'--eval-metric: {metric_name!r} is none of {known}')
     optimizer = create_optimizer(args, task)
     device_type = torch.device(args.device).type
     autocast: Any = contextlib.nullcontext
@@ -131,10 +134,11 @@ def run(args, command: str) -> None:
     history: list[dict[str, Any]] = []
     commands = [command]
     result_file = output / 'result.json'
-    if args.resume and result_file.exists():
+    if in_place and args.rank == 0 and result_file.exists():
         previous = json.loads(result_file.read_text())
         history = [entry for entry in previous['epochs'] if entry['epoch'] < start_epoch]
         commands = [*previous['commands'], command]
+    history = from_first(args, history)
     if scheduler is not None:
         for entry in history:  # the whole way, because a plateau schedule depends on it
             scheduler.step(entry['epoch'] + 1, entry['eval'][metric_name])
@@ -145,29 +149,28 @@ def run(args, command: str) -> None:
     saver = trackers = None
     if args.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
-        (output / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
-        saver = CheckpointSaver(
+        (output / 'args.yaml').write_text(yaml.safe_dump(parsed))
+        saver = AtomicSaver(
             model, optimizer, args=args, amp_scaler=scaler, checkpoint_dir=str(output), recovery_dir=str(output),
             max_history=args.checkpoint_hist, decreasing=metric_name == 'loss', task=task)
-        if args.resume:
-            mend_links(saver, args.resume, start_epoch - 1, history[-1]['eval'][metric_name] if history else None)
+        if in_place:
+            mend(saver, Path(args.resume), start_epoch - 1, history[-1]['eval'][metric_name] if history else None)
         trackers = Trackers(args, output)
 
     for epoch in range(start_epoch, num_epochs):
         start = time.perf_counter()
         # all that is random in an epoch follows from this, whatever came before: a resumed epoch is the same epoch
-        random_seed((1_000_003 * args.seed + epoch) % 2 ** 31, args.rank)
+        random_seed((1_000_003 * args.seed + epoch) * 4099 % 2 ** 31, args.rank)
         for shuffled in (train_loader, train_loader.dataset, getattr(train_loader, 'batch_sampler', None),
                          getattr(train_loader, 'sampler', None)):
             if hasattr(shuffled, 'set_epoch'):
                 shuffled.set_epoch(epoch)
         train_metrics = train_one_epoch(epoch, args, task, train_loader, optimizer, scheduler, autocast, scaler)
         if args.distributed and args.dist_bn and not args.sync_bn:
-            distribute_bn(task.get_eval_model(), args.world_size, args.dist_bn == 'reduce')
+            for ema in (False, True)[:1 + task.has_ema()]:
+                distribute_bn(task.get_eval_model(ema=ema), args.world_size, args.dist_bn == 'reduce')
         lr = optimizer.param_groups[0]['lr']
         eval_metrics = evaluate(args, task, eval_loader, autocast)
-        if metric_name not in eval_metrics:
-            raise ValueError(f'--eval-metric: {metric_name!r} is none of {", ".join(eval_metrics)}')
         if scheduler is not None:
             scheduler.step(epoch + 1, eval_metrics[metric_name])
         entry = {'epoch': epoch, 'seconds': round(time.perf_counter() - start, 1), 'lr': lr,

@@ -27,9 +27,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from boxes import BoxDataset, collate_boxes, evaluation_transform
-from data import create_eval_loader, open_dataset
+from data import create_eval_loader, one_line, open_dataset
 from flags import add_data_flags
 from record import environment, write_json
+from timm_lossattn.cli import checkpoint_args
 from timm_lossattn.explain import explain
 from timm_lossattn.metrics import BoxLocalization, PatchLocalization, VOCMeanAveragePrecision
 
@@ -47,11 +48,12 @@ def load_model(args) -> nn.Module:
         raise ValueError(f'--checkpoint: no such file: {args.checkpoint}')
     if not local and not args.checkpoint and not timm.models.is_model_pretrained(args.model):
         raise ValueError(f'--model: {args.model} has no weights; give --checkpoint.')
-    kwargs = {k: v for k, v in vars(args).items() if k in ('xi', 'num_classes', 'in_chans') and v is not None}
+    given = {k: v for k, v in vars(args).items() if k in ('xi', 'num_classes', 'in_chans') and v is not None}
     try:
+        kwargs = (checkpoint_args(args.checkpoint)[0] if args.checkpoint else {}) | given  # as train.py built it
         model = timm.create_model(
             args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint or '', **kwargs)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, TypeError) as error:
         raise ValueError(f'--model {args.model}: {error}') from error
     return model.eval().to(args.device)
 
@@ -60,7 +62,7 @@ def dataset_with_boxes(args, num_classes: int):
     """The split with its boxes, or None if it has none."""
     if not args.dataset.lower().startswith('hfds/'):
         return None
-    dataset = open_dataset(args, args.val_split, num_classes)
+    dataset = open_dataset(args, args.val_split, num_classes, num_samples=args.val_num_samples)
     if 'boxes' not in dataset.reader.dataset.features:
         return None
     return open_dataset(args, args.val_split, num_classes, additional_features=['boxes'])
@@ -75,10 +77,12 @@ def validate(args, model: Any, data_config: dict[str, Any]) -> dict[str, float]:
     boxed = dataset_with_boxes(args, model.num_classes) if hasattr(model, 'forward_patches') else None
     patches, located = PatchLocalization(), BoxLocalization()
     if boxed is not None:
-        dataset = BoxDataset(boxed, evaluation_transform(data_config))
-        loader: Any = DataLoader(dataset, args.batch_size, num_workers=args.workers, collate_fn=collate_boxes)
+        loader: Any = DataLoader(
+            BoxDataset(boxed, evaluation_transform(data_config)), args.batch_size, num_workers=args.workers,
+            collate_fn=collate_boxes)
     else:
-        loader = create_eval_loader(args, open_dataset(args, args.val_split, model.num_classes), data_config)
+        dataset = open_dataset(args, args.val_split, model.num_classes, num_samples=args.val_num_samples)
+        loader = create_eval_loader(args, dataset, data_config)
     start, images = time.perf_counter(), 0
     for x, y, *boxes in tqdm(loader, desc='validate', leave=False, dynamic_ncols=True):
         x, y = x.to(args.device), y.to(args.device)
@@ -125,9 +129,10 @@ def main(argv: list[str] | None = None) -> int:
         model = load_model(args)
         args.in_chans = getattr(model, 'in_chans', args.in_chans)
         data_config = resolve_data_config(vars(args), model=model)
+        data_config['input_size'] = (args.in_chans or 3, *data_config['input_size'][1:])
         result = validate(args, model, data_config)
-    except (ValueError, OSError) as error:
-        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        print('error: ' + one_line(error), file=sys.stderr)
         return 2
     table = Table(title=args.model, title_justify='left')
     table.add_column('measure')
