@@ -107,6 +107,6 @@ def mend(saver: AtomicSaver, resumed: Path, epoch: int, metric: float | None) ->
         if len(known) < saver.max_history or saver.cmp(metric, known[-1][1]):
             saver._duplicate(str(last), str(own))
             saver.load_state_dict_from_checkpoint(str(last))
-    best = folder / f'checkpoint-{saver.best_epoch}.pth.tar'
-    if best.exists():
-        saver._duplicate(str(best), str(folder / 'model_best.pth.tar'))
+    source, best = folder / f'checkpoint-{saver.best_epoch}.pth.tar', folder / 'model_best.pth.tar'
+    if source.exists() and (not best.exists() or load_checkpoint(best)['epoch'] != saver.best_epoch):
+        saver._duplicate(str(source), str(best))

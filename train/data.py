@@ -136,8 +136,8 @@ def create_train_loader(args, dataset, data_config: dict[str, Any], num_classes:
     if args.cache_dataset:
         images, targets = cache_images(dataset, v2.Compose([fit(data_config), v2.PILToTensor()]), args, 'train')
         augment = BatchAugment(
-            size, *_statistics(data_config), crop_padding=args.crop_padding, scale=args.scale, ratio=args.ratio,
-            hflip=args.hflip, reprob=args.reprob, device=images.device, enabled=not args.no_aug)
+            size, data_config['mean'], data_config['std'], crop_padding=args.crop_padding, scale=args.scale,
+            ratio=args.ratio, hflip=args.hflip, reprob=args.reprob, device=images.device, enabled=not args.no_aug)
         return CachedLoader(
             images, targets, args.batch_size, augment, seed=args.seed, rank=args.rank, world_size=args.world_size,
             sizes=args.train_img_sizes, progressive_epochs=args.epochs
@@ -168,7 +168,7 @@ def create_eval_loader(args, dataset, data_config: dict[str, Any]):
             crop_pct=data_config['crop_pct'])
         images, targets = cache_images(dataset, transform, args, 'evaluation')
         augment = BatchAugment(
-            data_config['input_size'][1:], *_statistics(data_config), device=images.device, enabled=False)
+            data_config['input_size'][1:], data_config['mean'], data_config['std'], device=images.device, enabled=False)
         return CachedLoader(
             images, targets, batch_size, augment, rank=args.rank, world_size=args.world_size, is_training=False)
     return create_loader(
@@ -176,7 +176,7 @@ def create_eval_loader(args, dataset, data_config: dict[str, Any]):
         distributed=args.distributed, **_common(args, data_config))
 
 
-def _statistics(data_config: dict[str, Any]) -> list[tuple[float, ...]]:
+def channel_statistics(data_config: dict[str, Any]) -> list[tuple[float, ...]]:
     """Mean and std of each channel; for another number of channels their averages, as timm's loader does."""
     channels = data_config['input_size'][0]
     return [tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

@@ -42,46 +42,46 @@ def train_one_epoch(
     bar = tqdm(total=batches, desc=f'epoch {epoch + 1}/{args.epochs}', leave=False, dynamic_ncols=True,
                disable=args.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
     optimizer.zero_grad()
-    for i, (x, y) in enumerate(loader):
-        waited += time.perf_counter() - end
-        if args.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        update = (i + 1) % args.grad_accum_steps == 0 or i + 1 == batches
-        with nullcontext() if update else task.no_sync():
-            with autocast():
-                result = task(x, y)
-            loss = result['loss'] / (tail if i >= batches - tail else args.grad_accum_steps)
-            parameters = task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
-            if scaler is not None:
-                scaler(loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=parameters,
-                       need_update=update)
-            else:
-                loss.backward()
-        if update:
-            if scaler is None:
-                if args.clip_grad is not None:
-                    dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
-                optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            task.update_ema(step=step)
-            if scheduler is not None:
-                scheduler.step_update(num_updates=step)
+    with bar:  # an error clears it
+        for i, (x, y) in enumerate(loader):
+            waited += time.perf_counter() - end
+            if args.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            update = (i + 1) % args.grad_accum_steps == 0 or i + 1 == batches
+            with nullcontext() if update else task.no_sync():
+                with autocast():
+                    result = task(x, y)
+                loss = result['loss'] / (tail if i >= batches - tail else args.grad_accum_steps)
+                parameters = task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+                if scaler is not None:
+                    scaler(loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=parameters,
+                           need_update=update)
+                else:
+                    loss.backward()
+            if update:
+                if scaler is None:
+                    if args.clip_grad is not None:
+                        dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+                    optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                task.update_ema(step=step)
+                if scheduler is not None:
+                    scheduler.step_update(num_updates=step)
 
-        images += len(x)
-        for name, value in result.items():
-            if name != 'output':
-                value = value.detach() if torch.is_tensor(value) else value
-                sums[name] = sums.get(name, 0.) + value * len(x)
-        bar.update()
-        if (i + 1) % LOG_INTERVAL == 0 or i + 1 == batches:
-            means = {name: float(value) / images for name, value in sums.items()}
-            if scaler is None and not math.isfinite(means['loss']):  # a scaler skips such steps
-                raise FloatingPointError(f'loss is {means["loss"]} by update {step}; try a lower --lr')
-            rate = images * args.world_size / (time.perf_counter() - start)
-            bar.set_postfix({k: f'{v:.4g}' for k, v in means.items()} | {'images/s': f'{rate:.0f}'}, refresh=False)
-        end = time.perf_counter()
-    bar.close()
+            images += len(x)
+            for name, value in result.items():
+                if name != 'output':
+                    value = value.detach() if torch.is_tensor(value) else value
+                    sums[name] = sums.get(name, 0.) + value * len(x)
+            bar.update()
+            if (i + 1) % LOG_INTERVAL == 0 or i + 1 == batches:
+                means = {name: float(value) / images for name, value in sums.items()}
+                if scaler is None and not math.isfinite(means['loss']):  # a scaler skips such steps
+                    raise FloatingPointError(f'loss is {means["loss"]} by update {step}; try a lower --lr')
+                rate = images * args.world_size / (time.perf_counter() - start)
+                bar.set_postfix({k: f'{v:.4g}' for k, v in means.items()} | {'images/s': f'{rate:.0f}'}, refresh=False)
+            end = time.perf_counter()
     total = torch.tensor([float(value) for value in sums.values()] + [images], dtype=torch.float64)
     if args.distributed:  # of all processes
         total = total.to(args.device)

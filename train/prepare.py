@@ -190,8 +190,8 @@ def write_split(out: Path, split: str, features: Features, source: Source, rows:
         if file.is_file() and pq.read_metadata(file).num_rows == len(part):
             continue
         temporary = file.with_suffix('.tmp')
-        loaded = [load_row(source, row, args.size)
-                  for row in tqdm(part, desc=file.name, leave=False, dynamic_ncols=True)]
+        with tqdm(part, desc=file.name, leave=False, dynamic_ncols=True) as bar:
+            loaded = [load_row(source, row, args.size) for row in bar]
         columns = {name: [row[name] for row in loaded] for name in features}
         Dataset.from_dict(columns, features=features).to_parquet(temporary)
         os.replace(temporary, file)

@@ -36,7 +36,14 @@ from timm.utils import (
 
 from build import create_model, create_optimizer, create_scheduler, create_task
 from checkpoint import AtomicSaver, find_checkpoint, load_checkpoint, mend, save_checkpoint
-from data import create_eval_loader, create_train_loader, label_names, one_line, open_dataset
+from data import (
+    channel_statistics,
+    create_eval_loader,
+    create_train_loader,
+    label_names,
+    one_line,
+    open_dataset,
+)
 from engine import evaluate, train_one_epoch, updates_in_epoch
 from flags import parse_args
 from record import Trackers, environment, save_hub_folder, write_curves, write_json, write_summary
@@ -96,6 +103,7 @@ def run(args, command: str) -> None:
     args.num_classes = model.num_classes
     data_config = resolve_data_config(vars(args), model=model)
     data_config['input_size'] = (model.in_chans, *data_config['input_size'][1:])
+    data_config['mean'], data_config['std'] = channel_statistics(data_config)
     args.in_chans = model.in_chans
     train_set = open_dataset(args, args.train_split, model.num_classes, True, args.train_num_samples)
     eval_set = open_dataset(args, args.val_split, model.num_classes, num_samples=args.val_num_samples)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from boxes import BoxDataset, collate_boxes, evaluation_transform
-from data import create_eval_loader, one_line, open_dataset
+from data import channel_statistics, create_eval_loader, one_line, open_dataset
 from flags import add_data_flags
 from record import environment, write_json
 from timm_lossattn.cli import checkpoint_args
@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         args.in_chans = getattr(model, 'in_chans', args.in_chans)
         data_config = resolve_data_config(vars(args), model=model)
         data_config['input_size'] = (args.in_chans or 3, *data_config['input_size'][1:])
+        data_config['mean'], data_config['std'] = channel_statistics(data_config)
         result = validate(args, model, data_config)
     except (ValueError, OSError, RuntimeError) as error:
         print('error: ' + one_line(error), file=sys.stderr)
