@@ -28,15 +28,16 @@ FLAGS = ('--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--val-
          '--model-ema-decay', '0.9', '--sched', 'plateau', '--mixup', '0.2', '--resume', 'auto')
 
 
-def make_images(root: Path) -> None:
-    """Two classes of 48 + 8 noisy images each."""
+def make_images(root: Path, size: int, train: int, val: int) -> None:
+    """Image folder of two classes of train + val images each: a bright block in noise, on the left or on the right."""
     generator = torch.Generator().manual_seed(0)
-    for split, n in (('train', 48), ('val', 8)):
+    half, quarter = size // 2, size // 4
+    for split, n in (('train', train), ('val', val)):
         for k, name in enumerate(('left', 'right')):
             (root / split / name).mkdir(parents=True)
             for i in range(n):
-                x = torch.randint(0, 80, (16, 16, 3), generator=generator)
-                x[4:12, 8 * k:8 * k + 8] += 150
+                x = torch.randint(0, 80, (size, size, 3), generator=generator)
+                x[quarter:quarter + half, half * k:half * (k + 1)] += 150
                 Image.fromarray(x.byte().numpy()).save(root / split / name / f'{i}.png')
 
 
@@ -80,7 +81,7 @@ def kill_and_resume(kills: int, seed: int = 0, extra: tuple[str, ...] = ()) -> l
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
         images, out = Path(temporary) / 'images', Path(temporary) / 'out'
-        make_images(images)
+        make_images(images, size=16, train=48, val=8)
         begun = time.monotonic()
         finish(start(images, out, 'undisturbed', list(extra)))
         duration = time.monotonic() - begun

@@ -27,18 +27,16 @@ import torch
 from captum.attr import IntegratedGradients
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-from timm.data import resolve_data_config
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from boxes import BoxDataset, collate_boxes, evaluation_transform
-from data import open_dataset
+from boxes import collate_boxes
 from flags import add_data_flags
 from record import environment, write_json
 from timm_lossattn.explain import explain, square_box
 from timm_lossattn.faithfulness import completeness_error, deletion_insertion, patch_scores, pointing_game
 from timm_lossattn.metrics import BoxLocalization
-from validate import load_model
+from validate import add_weights_flags, open_boxed
 
 THRESHOLD = 0.2  # of the hottest pixel: B. Zhou et al., "Learning Deep Features for Discriminative Localization"
 Explainer = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -168,9 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_data_flags(parser)
-    parser.add_argument('--model', required=True, metavar='NAME', help='registered name, local-dir:FOLDER or hf-hub:ID')
-    parser.add_argument('--checkpoint', metavar='FILE', help='weights (default: the pretrained ones)')
-    parser.add_argument('--xi', type=float, metavar='X')
+    add_weights_flags(parser)
     parser.add_argument('--images', type=int, default=200, metavar='N', help='the first N of a fixed random order')
     parser.add_argument('-b', '--batch-size', type=int, default=20, metavar='N')
     parser.add_argument('--ig-steps', type=int, default=50, metavar='N', help='steps of integrated gradients')
@@ -179,15 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.set_defaults(distributed=False, rank=0, world_size=1, device='cpu')
     args = parser.parse_args(argv)
     try:
-        model = load_model(args)
-        if not hasattr(model, 'forward_patches'):
-            raise ValueError(f'--model: {args.model} is no patch model')
-        data_config = resolve_data_config(vars(args), model=model)
-        dataset = open_dataset(args, args.val_split, model.num_classes, additional_features=['boxes'])
+        model, data_config, boxed, labels = open_boxed(args)
     except (ValueError, OSError) as error:
         print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
         return 2
-    boxed = BoxDataset(dataset, evaluation_transform(data_config))
     order = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:args.images].tolist()
     loader = DataLoader(torch.utils.data.Subset(boxed, order), args.batch_size, collate_fn=collate_boxes)
     result, shown = compare(args, model, loader)
@@ -197,8 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     write_json(args.output / 'compare.json', {
         'model': args.model, 'images': len(order), 'batch_size': args.batch_size, 'tools': result,
         'command': shlex.join(['python', *(sys.argv if argv is None else argv)]), **environment('cpu', 1)})
-    classes = dataset.reader.class_to_idx
-    draw(shown, data_config, sorted(classes, key=classes.get), args.output / 'compare.png')
+    draw(shown, data_config, labels, args.output / 'compare.png')
     print(f'{text}\n{args.output}/compare.json, .md, .png')
     return 0
 

@@ -1,5 +1,4 @@
 """Datasets and loaders: timm's, the paper's augmentation, and a cache on the device for small sets."""
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from torchvision import datasets as torchvision_datasets
 from torchvision.transforms import v2
 
 from cached_loader import BatchAugment, CachedLoader, cache_images
-
-_logger = logging.getLogger('train')
 
 
 class CheckedTarget:

@@ -14,14 +14,11 @@ from typing import Any
 
 import matplotlib
 import torch
-from timm.data import resolve_data_config
 
-from boxes import BoxDataset, evaluation_transform
-from data import open_dataset
 from flags import add_data_flags
 from timm_lossattn.explain import Explanation, explain
 from timm_lossattn.metrics import box_iou
-from validate import load_model
+from validate import add_weights_flags, open_boxed
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -69,26 +66,17 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_data_flags(parser)
     parser.add_argument('--figure', type=int, required=True, choices=(4, 5, 6))
-    parser.add_argument('--model', required=True, metavar='NAME', help='registered name, local-dir:FOLDER or hf-hub:ID')
-    parser.add_argument('--checkpoint', metavar='FILE', help='weights (default: the pretrained ones)')
-    parser.add_argument('--xi', type=float, metavar='X')
+    add_weights_flags(parser)
     parser.add_argument('--images', type=int, default=12, metavar='N')
     parser.add_argument('--columns', type=int, default=6, metavar='N')
     parser.add_argument('--output', type=Path, metavar='FILE', help='default: output/figureN.png')
     parser.set_defaults(distributed=False, rank=0, world_size=1, device='cpu', batch_size=1)
     args = parser.parse_args(argv)
     try:
-        model = load_model(args)
-        if not hasattr(model, 'forward_patches'):
-            raise ValueError(f'--model: {args.model} is no patch model')
-        config = resolve_data_config(vars(args), model=model)
-        dataset = open_dataset(args, args.val_split, model.num_classes, additional_features=['boxes'])
+        model, config, boxed, labels = open_boxed(args)
     except (ValueError, OSError) as error:
         print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
         return 2
-    boxed = BoxDataset(dataset, evaluation_transform(config))
-    classes = dataset.reader.class_to_idx
-    labels = sorted(classes, key=classes.get)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     chosen: list = []
     for index in torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0)).tolist():

@@ -15,6 +15,7 @@ import torch
 from timm.models import clean_state_dict, save_for_hf
 
 import timm_lossattn
+from checkpoint import load_checkpoint
 
 __all__ = ['Trackers', 'environment', 'save_hub_folder', 'write_curves', 'write_json', 'write_summary']
 
@@ -147,7 +148,7 @@ def save_hub_folder(
         data_config: resolved by timm.
         labels: class names.
     """
-    state = torch.load(checkpoint, map_location='cpu', weights_only=False)  # this run's own file
+    state = load_checkpoint(checkpoint)
     model.load_state_dict(clean_state_dict(state.get('state_dict_ema') or state['state_dict']))
     temporary = folder.with_name('hub.tmp')
     shutil.rmtree(temporary, ignore_errors=True)

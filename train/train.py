@@ -112,10 +112,10 @@ def run(args, command: str) -> None:
     eval_loader = create_eval_loader(args, eval_set, data_config)
     updates = updates_in_epoch(args, train_loader)
     task = create_task(args, model, updates)
-    metric_name = args.eval_metric = args.eval_metric or task.create_evaluator().default_metric
-    if metric_name not in task.create_evaluator().metric_names:
-        known = ', '.join(task.create_evaluator().metric_names)
-        raise ValueError(f'--eval-metric: {metric_name!r} is none of {known}')
+    evaluator = task.create_evaluator()
+    metric_name = args.eval_metric = args.eval_metric or evaluator.default_metric
+    if metric_name not in evaluator.metric_names:
+        raise ValueError(f'--eval-metric: {metric_name!r} is none of {", ".join(evaluator.metric_names)}')
     optimizer = create_optimizer(args, task)
     device_type = torch.device(args.device).type
     autocast: Any = contextlib.nullcontext

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from boxes import BoxDataset, collate_boxes, evaluation_transform
-from data import channel_statistics, create_eval_loader, one_line, open_dataset
+from data import channel_statistics, create_eval_loader, label_names, one_line, open_dataset
 from flags import add_data_flags
 from record import environment, write_json
 from timm_lossattn.cli import checkpoint_args
@@ -58,14 +58,25 @@ def load_model(args) -> nn.Module:
     return model.eval().to(args.device)
 
 
-def dataset_with_boxes(args, num_classes: int):
-    """The split with its boxes, or None if it has none."""
-    if not args.dataset.lower().startswith('hfds/'):
-        return None
-    dataset = open_dataset(args, args.val_split, num_classes, num_samples=args.val_num_samples)
-    if 'boxes' not in dataset.reader.dataset.features:
-        return None
-    return open_dataset(args, args.val_split, num_classes, additional_features=['boxes'])
+def add_weights_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that ``load_model`` reads, besides those of the dataset."""
+    parser.add_argument('--model', required=True, metavar='NAME', help='registered name, local-dir:FOLDER or hf-hub:ID')
+    parser.add_argument('--checkpoint', metavar='FILE', help='weights (default: the pretrained ones)')
+    parser.add_argument('--xi', type=float, metavar='X', help='ξ of Eq. 5b, if not as trained')
+
+
+def open_boxed(args) -> tuple[Any, dict[str, Any], BoxDataset, list[str]]:
+    """Patch model, data config, images with boxes, and label names, for scripts that need all of them.
+
+    Raises:
+        ValueError: the model has no patches, or what ``load_model`` and ``open_dataset`` raise.
+    """
+    model: Any = load_model(args)
+    if not hasattr(model, 'forward_patches'):
+        raise ValueError(f'--model: {args.model} is no patch model')
+    data_config = resolve_data_config(vars(args), model=model)
+    dataset = open_dataset(args, args.val_split, model.num_classes, additional_features=['boxes'])
+    return model, data_config, BoxDataset(dataset, evaluation_transform(data_config)), label_names(dataset) or []
 
 
 @torch.inference_mode()
@@ -74,19 +85,21 @@ def validate(args, model: Any, data_config: dict[str, Any]) -> dict[str, float]:
     evaluator = (MultiLabelClassificationTask if args.multi_label else ClassificationTask)(
         model, nn.Identity(), verbose=False, device=torch.device(args.device)).create_evaluator()
     voc = VOCMeanAveragePrecision() if args.multi_label else None
-    boxed = dataset_with_boxes(args, model.num_classes) if hasattr(model, 'forward_patches') else None
+    dataset = open_dataset(args, args.val_split, model.num_classes, num_samples=args.val_num_samples)
+    boxed = (hasattr(model, 'forward_patches') and args.dataset.lower().startswith('hfds/')
+             and 'boxes' in dataset.reader.dataset.features)
     patches, located = PatchLocalization(), BoxLocalization()
-    if boxed is not None:
+    if boxed:
+        dataset = open_dataset(args, args.val_split, model.num_classes, additional_features=['boxes'])
         loader: Any = DataLoader(
-            BoxDataset(boxed, evaluation_transform(data_config)), args.batch_size, num_workers=args.workers,
+            BoxDataset(dataset, evaluation_transform(data_config)), args.batch_size, num_workers=args.workers,
             collate_fn=collate_boxes)
     else:
-        dataset = open_dataset(args, args.val_split, model.num_classes, num_samples=args.val_num_samples)
         loader = create_eval_loader(args, dataset, data_config)
     start, images = time.perf_counter(), 0
     for x, y, *boxes in tqdm(loader, desc='validate', leave=False, dynamic_ncols=True):
         x, y = x.to(args.device), y.to(args.device)
-        if boxed is None:
+        if not boxed:
             logits = model(x)
         else:
             explanation = explain(model, x)
@@ -104,7 +117,7 @@ def validate(args, model: Any, data_config: dict[str, Any]) -> dict[str, float]:
     result = dict(evaluator.compute())
     if voc is not None:
         result['map_voc11'] = float(voc.compute())
-    if boxed is not None:
+    if boxed:
         result |= {name: float(value) for metric in (patches, located) for name, value in metric.compute().items()}
     return result | {'images': images, 'images_per_second': images / (time.perf_counter() - start)}
 
@@ -115,9 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_data_flags(parser)
-    parser.add_argument('--model', required=True, metavar='NAME', help='registered name, local-dir:FOLDER or hf-hub:ID')
-    parser.add_argument('--checkpoint', metavar='FILE', help='weights (default: the pretrained ones)')
-    parser.add_argument('--xi', type=float, metavar='X', help='ξ of Eq. 5b, if not as trained')
+    add_weights_flags(parser)
     parser.add_argument('-b', '--batch-size', type=int, default=128, metavar='N')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--results-file', type=Path, metavar='FILE', help='write the numbers as JSON')
