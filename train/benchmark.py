@@ -3,8 +3,8 @@
 
     python train/benchmark.py --model resnet18_lossattn_conv --batch-size 32 --channels-last --json benchmark.json
 
-What is compared runs by turns in one process, and each number is the median: on a busy machine trust the ratios, not
-the times. "Fraction" is of the rate of one large matrix product measured in the same run, in the same dtype. Peak
+What is compared runs by turns in one process, in an order that turns round each time. Times are medians, ratios the
+medians of the ratios within a turn: on a busy machine trust the ratios, not the times. "Fraction" is of the rate of one large matrix product measured in the same run, in the same dtype. Peak
 memory is what a step adds to what model and batch already take: CUDA's allocator, or on the CPU the growth of the
 resident set of a process of its own (Linux).
 """
@@ -51,11 +51,11 @@ def autocast(args) -> Any:
     return torch.autocast(torch.device(args.device).type, dtype=DTYPES[args.dtype])
 
 
-def by_turns(functions: dict[str, Callable[[], Any]], args) -> dict[str, float]:
-    """Median seconds of each function, all of them called by turns; the first calls do not count."""
+def by_turns(functions: dict[str, Callable[[], Any]], args) -> dict[str, list[float]]:
+    """Seconds of each function in each turn; every other turn goes backwards, and the first ones do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(args.warmup + args.repeats):
-        for name, function in functions.items():
+        for name, function in list(functions.items())[::1 if i % 2 else -1]:
             if args.device.startswith('cuda'):
                 torch.cuda.synchronize()
             start = time.perf_counter()
@@ -64,7 +64,12 @@ def by_turns(functions: dict[str, Callable[[], Any]], args) -> dict[str, float]:
                 torch.cuda.synchronize()
             if i >= args.warmup:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, other: str) -> float:
+    """Median over the turns of the one's time over the other's."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[other]))
 
 
 def count_gmacs(model: nn.Module, x: torch.Tensor) -> float:
@@ -114,13 +119,14 @@ def measure_speed(args) -> dict[str, Any]:
         functions['forward_compiled'] = inference(torch.compile(model))
     seconds = by_turns(functions, args)
     flops = 2e9 * gmacs * args.batch_size
-    result['matmul_gflops'] = matmul = 2e-9 * n ** 3 / seconds['matmul']
-    result['forward_images_per_second'] = args.batch_size / seconds['forward']
-    result['forward_fraction_of_matmul'] = 1e-9 * flops / seconds['forward'] / matmul
+    matmul_flops = 2. * n ** 3
+    result['matmul_gflops'] = 1e-9 * matmul_flops / statistics.median(seconds['matmul'])
+    result['forward_images_per_second'] = args.batch_size / statistics.median(seconds['forward'])
+    result['forward_fraction_of_matmul'] = flops / matmul_flops * ratio(seconds, 'matmul', 'forward')
     if patches:
-        result['patch_outputs_cost'] = seconds['forward_patches'] / seconds['forward'] - 1
+        result['patch_outputs_cost'] = ratio(seconds, 'forward_patches', 'forward') - 1
     if args.torchcompile:
-        result['compiled_forward_speedup'] = seconds['forward'] / seconds['forward_compiled']
+        result['compiled_forward_speedup'] = ratio(seconds, 'forward', 'forward_compiled')
 
     model.train()
     plain = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
@@ -145,13 +151,13 @@ def measure_speed(args) -> dict[str, Any]:
         compiled.compile()
         functions['compiled'] = step_function(compiled, x, y, args)
     seconds = by_turns(functions, args)
-    result['train_images_per_second'] = args.batch_size / seconds['plain']
-    result['train_fraction_of_matmul'] = 3e-9 * flops / seconds['plain'] / (2e-9 * n ** 3 / seconds['matmul'])
+    result['train_images_per_second'] = args.batch_size / statistics.median(seconds['plain'])
+    result['train_fraction_of_matmul'] = 3 * flops / matmul_flops * ratio(seconds, 'matmul', 'plain')
     if patches:
-        result['task_cost'] = seconds['task'] / seconds['plain'] - 1
-        result['loss_cost'] = (seconds['loss'] - seconds['plain_loss']) / seconds['plain']
+        result['task_cost'] = ratio(seconds, 'task', 'plain') - 1
+        result['loss_cost'] = ratio(seconds, 'loss', 'plain') - ratio(seconds, 'plain_loss', 'plain')
     if args.torchcompile:
-        result['compiled_train_speedup'] = seconds['task' if patches else 'plain'] / seconds['compiled']
+        result['compiled_train_speedup'] = ratio(seconds, 'task' if patches else 'plain', 'compiled')
     return result
 
 
