@@ -20,8 +20,8 @@ def test_tables_name_models_and_datasets(number):
     """Every row is a model of the zoo, every column a dataset of the recipes, with one number for each."""
     table = TABLES['tables'][number]
     for row in table['rows'].values():
-        assert len(row['paper']) == len(table['columns'])
-        for spec, value in zip(table['columns'].values(), row['paper']):
+        assert row['paper'] is None or len(row['paper']) == len(table['columns'])
+        for spec, value in zip(table['columns'].values(), row['paper'] or [0.] * len(table['columns'])):
             assert spec['dataset'] in RECIPES['datasets']
             assert value is None or timm.is_model(row['model'] + spec.get('model_suffix', ''))
 

@@ -66,7 +66,7 @@ class Cell:
             ours = f'{self.values[0]:.2f} (n = 1)'
         else:
             ours = f'{statistics.mean(self.values):.2f} ± {statistics.stdev(self.values):.2f} (n = {len(self.values)})'
-        return f'{ours} / {"–" if self.paper is None else f"{self.paper:.2f}"}'
+        return ours if self.paper is None else f'{ours} / {self.paper:.2f}'
 
 
 def recipe_of(model: str, chosen: str | None) -> str:
@@ -75,15 +75,16 @@ def recipe_of(model: str, chosen: str | None) -> str:
 
 
 def table_cells(table: dict[str, Any], args) -> dict[str, dict[str, Cell | None]]:
-    """Row -> column -> cell; None where the paper has no number."""
+    """Row -> column -> cell; None where the paper's row has no number."""
     cells: dict[str, dict[str, Cell | None]] = {}
     for name, row in table['rows'].items():
         cells[name] = {}
-        for (column, spec), paper in zip(table['columns'].items(), row['paper']):
+        numbers = row['paper'] or [None] * len(table['columns'])
+        for (column, spec), paper in zip(table['columns'].items(), numbers):
             job = Job(row['model'] + spec.get('model_suffix', ''), spec['dataset'],
                       row.get('recipe') or recipe_of(row['model'], args.recipe),
                       tuple((k, str(v)) for k, v in row.get('flags', {}).items()))
-            cells[name][column] = None if paper is None else Cell(job, spec['measure'], paper)
+            cells[name][column] = None if row['paper'] and paper is None else Cell(job, spec['measure'], paper)
     return cells
 
 
@@ -169,8 +170,9 @@ def draw(title: str, cells: dict[str, dict[str, Cell | None]], file: Path, sweep
             axes.set_xticks(range(len(rows)), rows)
             axes.set(xlabel=sweep, ylabel=f'{column} (%)')
         else:
-            paper = [(i, cell.paper) for i, cell in shown if cell is not None]
-            axes.plot([p for _, p in paper], [i for i, _ in paper], 'D', mfc='none', color='#D55E00', label='paper')
+            paper = [(i, cell.paper) for i, cell in shown if cell is not None and cell.paper is not None]
+            if paper:
+                axes.plot([p for _, p in paper], [i for i, _ in paper], 'D', mfc='none', color='#D55E00', label='paper')
             axes.errorbar(mean, [i for i, _ in ours], xerr=error, fmt='o', color='#0072B2', capsize=3, label='ours')
             axes.set_yticks(range(len(rows)), rows)
             axes.set(xlabel=f'{column} (%)', ylim=(len(rows) - 0.5, -0.5))
@@ -192,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     known = yaml.safe_load((HERE / 'paper_tables.yaml').read_text())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('--table', type=int, choices=sorted(known['tables']))
+    what.add_argument('--table', choices=[str(number) for number in known['tables']])
     what.add_argument('--sweep', choices=sorted(known['sweeps']), help='of Figure 7')
     parser.add_argument('--rows', nargs='+', default=['*'], metavar='PATTERN', help='rows to run (default: all)')
     parser.add_argument('--columns', nargs='+', default=['*'], metavar='PATTERN', help='columns to run (default: all)')
@@ -203,8 +205,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(own)
     args.train_flags = train_flags
     if args.table:
-        title, name = f'Table {args.table}: {known["tables"][args.table]["title"]}', f'table{args.table}'
-        cells = table_cells(known['tables'][args.table], args)
+        table = {str(number): table for number, table in known['tables'].items()}[args.table]
+        title, name = f'Table {args.table}: {table["title"]}', f'table{args.table}'
+        cells = table_cells(table, args)
     else:
         sweep = known['sweeps'][args.sweep]
         title, name = f'Figure 7: {args.sweep} with {sweep["model"]} on {sweep["dataset"]}', f'figure7_{args.sweep}'
