@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from timm_lossattn.cli import class_labels, list_patch_models, main, unique_stems
+from timm_lossattn.cli import list_patch_models, main, unique_stems
 from timm_lossattn.image_io import open_image, preprocess
 
 DATA = Path(__file__).parent / 'data'
@@ -154,7 +154,9 @@ def test_target(run, tmp_path, target, index):
 
 def test_target_name_before_index(run, tmp_path, monkeypatch):
     """Where a class is called '7', '--target 7' means that class."""
-    monkeypatch.setattr('timm_lossattn.cli.class_labels', lambda model: ['9', '8', '7', *'abcdefg'])
+    for module in ('cli', 'explain'):
+        monkeypatch.setattr(
+            f'timm_lossattn.{module}.class_labels', lambda model, num_classes: ['9', '8', '7', *'abcdefg'])
     assert run(CAT, '--target', '7') == 0
     assert json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())['target'] == {'class': 2, 'label': '7'}
 
@@ -345,9 +347,3 @@ def test_checkpoint_arguments(tmp_path):
         expected = model(preprocess(model, open_image(CAT)).x[None])[0]
     assert numbers['patch_grid'] == [2, 2]
     assert numbers['logits'] == pytest.approx(expected.tolist(), abs=1e-5)
-
-
-def test_class_labels():
-    """The names of the weights, or indices once the classes were changed."""
-    assert class_labels(timm.create_model(NANO))[:2] == ['airplane', 'automobile']
-    assert class_labels(timm.create_model(NANO, num_classes=3)) == ['class 0', 'class 1', 'class 2']

@@ -47,12 +47,12 @@ def test_text_of_the_picture(size, against):
     """No text is clipped and none overlaps another, with long names too."""
     model = random_model(NANO)
     source = preprocess(model, Image.open(CAT).resize(size))
-    explanation = explain(model, source.x[None], against=against)
+    explanation = explain(model, [source], against=against)
     chosen = torch.zeros_like(explanation.selected)
     chosen[0, 8] = True
-    explanation = dataclasses.replace(explanation, selected=chosen)
-    figure = draw_explanation(
-        explanation, 0, source, ['American Staffordshire bull terrier'] * 10, title='long title ' * 30)
+    explanation = dataclasses.replace(
+        explanation, selected=chosen, labels=['American Staffordshire bull terrier'] * 10)
+    figure = draw_explanation(explanation, 0, title='long title ' * 30)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()

@@ -1,18 +1,24 @@
 """explain.py: known answers on a hand-made model, boxes, pixel maps, and the patch geometry of real models."""
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 import timm_lossattn  # noqa: F401  (registers the models)
 from timm_lossattn import PatchPrediction
-from timm_lossattn.explain import explain, patches_to_pixels, square_box
+from timm_lossattn.explain import class_labels, explain, patches_to_pixels, square_box
+from timm_lossattn.image_io import open_image, preprocess
 
 NANO = 'resnet18_lossattn_conv_nano'
+FILES = sorted((Path(__file__).parent / 'data').glob('*.png'))[:2]
 GRID, PATCH, STEP = (3, 4), 9, 4  # rows, columns of the fake model
 
 
@@ -242,3 +248,48 @@ def test_patch_grid_is_that_of_the_feature_map(stride):
         assert len(boxes) == features.shape[-2] * features.shape[-1]
         assert (boxes[:, 2:] <= torch.tensor([width, height])).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_images_as_files_and_tensors():
+    """Files, PIL images, preprocessed images and the tensor made of them give the same numbers and the same picture."""
+    model = timm.create_model(NANO, pretrained=True).eval()
+    sources = [preprocess(model, open_image(file)) for file in FILES]
+    found = [explain(model, images) for images in (
+        torch.stack([s.x for s in sources]), sources, FILES, list(map(str, FILES)), [s.image for s in sources])]
+    assert [e.to_dict(1) for e in found] == [found[0].to_dict(1)] * 5
+    assert json.loads(found[0].to_json(1, image='ship')) == {'image': 'ship', **found[0].to_dict(1)}
+    for e in found:  # CIFAR's images are of the input's size: undoing the normalisation gives them back
+        assert np.array_equal(np.asarray(e.source(1).image), np.asarray(sources[1].image))
+    grey = Image.open(FILES[0]).convert('L')
+    assert explain(model, [grey]).source(0).image.mode == 'RGB'
+    one = timm.create_model(NANO, in_chans=1).eval()
+    assert explain(one, torch.zeros(1, 1, 32, 32)).source(0).image.getextrema() == ((121, 121),) * 3  # the mean, 0.473
+    for images, message in (([torch.zeros(3, 32, 32)], 'a list with a Tensor'), (['no/such.png'], 'no such file')):
+        with pytest.raises(ValueError, match=message):
+            explain(model, images)
+
+
+def test_save(tmp_path):
+    """A picture and the numbers for each image; wrong counts are refused before anything is written."""
+    e = explain(timm.create_model(NANO).eval(), torch.zeros(2, 3, 32, 32))
+    assert e.save(tmp_path / 'a' / 'b', notes='mine') == [tmp_path / 'a' / 'b' / f'{i}.png' for i in range(2)]
+    assert sorted(p.name for p in (tmp_path / 'a' / 'b').iterdir()) == ['0.json', '0.png', '1.json', '1.png']
+    assert json.loads((tmp_path / 'a' / 'b' / '1.json').read_text()) == {'notes': 'mine', **e.to_dict(1)}
+    with pytest.raises(ValueError, match='names and titles must have 2 entries'):
+        e.save(tmp_path / 'c', names=['one'])
+    assert not (tmp_path / 'c').exists()
+
+
+def test_show(monkeypatch):
+    """One PNG for each image goes to the notebook."""
+    shown = []
+    monkeypatch.setattr('IPython.display.display', shown.append)
+    explain(timm.create_model(NANO).eval(), torch.zeros(2, 3, 32, 32)).show()
+    assert [image.data[:4] for image in shown] == [b'\x89PNG'] * 2
+
+
+def test_class_labels():
+    """Of the weights, or indices where their number does not fit."""
+    model = timm.create_model(NANO)
+    assert class_labels(model, 10)[:2] == ['airplane', 'automobile']
+    assert class_labels(model, 3) == ['class 0', 'class 1', 'class 2']

@@ -1,4 +1,5 @@
 """Measures against loops written from their definitions, planted cases with known answers, and many processes."""
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,6 +141,28 @@ def test_voc_by_hand():
     metric.update(torch.tensor([[3.], [2.]]), torch.tensor([[1], [0]]))
     metric.update(torch.tensor([[1.]]), torch.tensor([[1]]))
     assert float(metric.compute()) == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
+
+
+def test_voc_against_peer():
+    """An image is a detection of every class with one and the same box: the VOC 2007 measure of a detection library.
+
+    13 positives a class: no recall k/13 but 0 and 1 is one of the 11 levels, on which rounding would decide.
+    """
+    builder = pytest.importorskip('mean_average_precision').MetricBuilder
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(60, 4, generator=generator)
+    target = torch.zeros(60, 4)
+    for k in range(4):
+        target[torch.randperm(60, generator=generator)[:13], k] = 1
+    peer = builder.build_evaluation_metric('map_2d', async_mode=False, num_classes=4)
+    box = [0, 0, 10, 10]
+    for s, y in zip(scores.sigmoid(), target):
+        peer.add(np.array([[*box, k, float(s[k])] for k in range(4)]),
+                 np.array([[*box, k, 0, 0] for k in range(4) if y[k]]).reshape(-1, 7))
+    metric = VOCMeanAveragePrecision()
+    metric.update(scores, target)
+    want = peer.value(iou_thresholds=0.5, recall_thresholds=np.linspace(0, 1, 11), mpolicy='greedy')['mAP']
+    assert float(metric.compute()) == pytest.approx(100 * want, rel=1e-5)
 
 
 def test_errors():

@@ -1,8 +1,5 @@
 """The command line: ``timm-lossattn explain``, ``list`` and ``run``."""
 import argparse
-import io
-import json
-import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -17,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .drawing import draw_explanation, shorten
-from .explain import Explanation, explain
-from .image_io import Preprocessed, open_image, preprocess
+from .drawing import shorten
+from .explain import class_labels, explain
+from .image_io import open_image, preprocess
 from .script_runner import run_script
 
-__all__ = ['explanation_to_dict', 'list_patch_models', 'main']
+__all__ = ['list_patch_models', 'main']
 
 DEFAULT_MODEL = 'resnet18_lossattn_conv_nano'
 
@@ -85,50 +82,6 @@ def checkpoint_args(checkpoint: str) -> tuple[dict[str, Any], list[str] | None]:
     return {**kwargs, **(args.get('model_kwargs') or {})}, args.get('label_names')
 
 
-def class_labels(model: Any) -> list[str]:
-    """Label names of the weights, or the class indices."""
-    labels = model.pretrained_cfg.get('label_names') or ()
-    return list(labels) if len(labels) == model.num_classes else [f'class {k}' for k in range(model.num_classes)]
-
-
-def explanation_to_dict(
-        explanation: Explanation, index: int, source: Preprocessed, labels: Sequence[str]) -> dict[str, Any]:
-    """The numbers of one explanation: maps as lists over patch rows and columns, boxes in pixels of the image."""
-    grid = explanation.grid
-    prediction = explanation.prediction
-    probabilities = explanation.probabilities[index]
-    target = int(explanation.target[index])
-    against = None if explanation.against is None else int(explanation.against[index])
-    return {
-        'image_size': list(source.image.size),
-        'input_size': list(explanation.input_size[::-1]),
-        'labels': list(labels),
-        'logits': prediction.logits[index].tolist(),
-        'top5': [
-            {'class': k, 'label': labels[k], 'probability': p, 'logit': float(prediction.logits[index, k])}
-            for p, k in zip(*(t.tolist() for t in probabilities.topk(min(5, len(labels)))))],
-        'target': {'class': target, 'label': labels[target]},
-        'against': None if against is None else {'class': against, 'label': labels[against]},
-        'evidence': explanation.evidence[index].view(grid).tolist(),
-        'patch_grid': list(grid),
-        'alpha': prediction.alpha[index].view(grid).tolist(),
-        'contributions': prediction.contributions[index].view(*grid, -1).tolist(),
-        'selected': explanation.selected[index].view(grid).tolist(),
-        'patch_boxes': source.to_image(explanation.patch_boxes).view(*grid, 4).tolist(),
-        'box': source.to_image(explanation.boxes[index]).tolist(),
-    }
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside it, then rename."""
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def unique_stems(paths: Sequence[Path]) -> list[str]:
     """A file stem for each path; equal stems (some file systems do not tell case) get a number."""
     seen: set[str] = set()
@@ -167,7 +120,7 @@ def class_index(flag: str, value: str | None, labels: Sequence[str]) -> list[int
 def run_explain(args: argparse.Namespace, console: Console) -> int:
     """One PNG and one JSON for each image; unreadable images are reported and skipped. Returns the exit code."""
     model = load_model(args.model, args.checkpoint, args.device)
-    labels = class_labels(model)
+    labels = class_labels(model, model.num_classes)
     target, against = (class_index(flag, value, labels)
                        for flag, value in (('--target', args.target), ('--against', args.against)))
     out = Path(args.out)
@@ -188,15 +141,10 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
             print_error(console, error)
             failed += 1
             continue
-        explanation = explain(model, source.x.unsqueeze(0), target, against)
-        numbers = {'image': str(path), 'model': args.model, 'checkpoint': args.checkpoint,
-                   **explanation_to_dict(explanation, 0, source, labels)}
-        buffer = io.BytesIO()
-        draw_explanation(explanation, 0, source, labels, title=f'{path.name} · {args.model}').savefig(buffer)
-        encoded = json.dumps(numbers, indent=1).encode()
-        replace_file(out / f'{stem}.png', buffer.getvalue())
-        replace_file(out / f'{stem}.json', encoded)
-        best = numbers['top5'][0]
+        explanation = explain(model, [source], target, against)
+        explanation.save(out, [stem], [f'{path.name} · {args.model}'],
+                         image=str(path), model=args.model, checkpoint=args.checkpoint)
+        best = explanation.to_dict()['top5'][0]
         line = f'{path.name}: {best["label"]} {100 * best["probability"]:.1f} %  ->  {out / stem}.png, .json'
         console.print(Text(line), soft_wrap=True)
     return 1 if failed else 0

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .explain import Explanation
-from .image_io import Preprocessed
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .explain import Explanation
 
 __all__ = ['draw_explanation']
 
@@ -49,8 +48,7 @@ def outline(chosen: np.ndarray) -> np.ndarray:
     return np.array(segments, dtype=float).reshape(-1, 2, 2)
 
 
-def draw_explanation(
-        explanation: Explanation, index: int, source: Preprocessed, labels: list[str], title: str = '') -> Figure:
+def draw_explanation(explanation: Explanation, index: int, title: str = '') -> Figure:
     """Image, α map, class evidence, and selected patches with the estimated box, in one row (wide images: in two).
 
     Maps are drawn by nominal patch geometry, averaged where patches overlap; pixels that belong to no patch stay grey.
@@ -59,8 +57,6 @@ def draw_explanation(
     Args:
         explanation: of a batch.
         index: which image of the batch.
-        source: that image, before and after preprocessing.
-        labels: name of each class.
         title: what stands above the panels.
 
     Raises:
@@ -76,6 +72,7 @@ def draw_explanation(
         raise ImportError("Drawing needs matplotlib: pip install 'timm-lossattn[viz]'") from None
 
     one = slice(index, index + 1)
+    source, labels = explanation.source(index), explanation.labels
     target = int(explanation.target[index])
     alpha = explanation.pixel_map(explanation.prediction.alpha[one])[0].numpy()
     evidence = explanation.pixel_map(explanation.evidence[one])[0].numpy()

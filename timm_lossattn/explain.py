@@ -3,15 +3,32 @@
 Everything is read off one forward pass of the model, ``model.forward_patches``: nothing is estimated afterwards. Boxes
 are x0, y0, x1, y1 in pixels of the model's input, x1 and y1 exclusive; ``image_io.Preprocessed`` maps them to the file.
 """
+from __future__ import annotations
+
+import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
+from timm.data import resolve_model_data_config
 
 from .attention import PatchPrediction
+from .image_io import Preprocessed, open_image, preprocess, replace_file, to_rgb
 
-__all__ = ['Explanation', 'explain', 'patches_to_pixels', 'square_box']
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['Explanation', 'class_labels', 'explain', 'patches_to_pixels', 'square_box']
+
+
+def class_labels(model: Any, num_classes: int) -> list[str]:
+    """Label names of the weights if there is one for each of the classes, or else the indices."""
+    labels = getattr(model, 'pretrained_cfg', {}).get('label_names') or ()
+    return list(labels) if len(labels) == num_classes else [f'class {k}' for k in range(num_classes)]
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,15 @@ class Explanation:
         input_size: (H, W) of the model's input in pixels.
         patch_boxes: (M, 4) nominal pixels of each patch.
         selected: (B, M) bool; α > 0 for loss attention, α > ξ/M for attention and gated attention, all for the rest.
+        images: what was explained, as it was given: (B, C, H, W) tensor or B preprocessed images.
+        statistics: mean and std of the channels, to undo a tensor's normalisation.
+        labels: K names of classes.
+
+    Examples:
+        >>> explanation = explain(model, ['cat.png'])
+        >>> explanation.evidence                     # (1, M) what each patch adds to the predicted class's logit
+        >>> explanation.figure(0).savefig('cat_explained.png')
+        >>> explanation.save('explanations')         # a PNG and a JSON for each image
     """
     prediction: PatchPrediction
     probabilities: torch.Tensor
@@ -36,6 +62,9 @@ class Explanation:
     input_size: tuple[int, int]
     patch_boxes: torch.Tensor
     selected: torch.Tensor
+    images: torch.Tensor | Sequence[Preprocessed]
+    statistics: tuple[Sequence[float], Sequence[float]]
+    labels: list[str]
     against: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -64,11 +93,96 @@ class Explanation:
         """(B, M) values of patches to (B, H, W) in pixels, see ``patches_to_pixels``."""
         return patches_to_pixels(values, self.patch_boxes, self.input_size)
 
+    def source(self, index: int) -> Preprocessed:
+        """The image as it was given; a tensor's normalisation is undone."""
+        image = self.images[index]
+        return image if isinstance(image, Preprocessed) else Preprocessed.from_input(image, *self.statistics)
+
+    def figure(self, index: int = 0, title: str = '') -> Figure:
+        """Picture of one explanation, see ``drawing.draw_explanation``. Needs matplotlib, the ``viz`` extra."""
+        from .drawing import draw_explanation
+        return draw_explanation(self, index, title)
+
+    def to_dict(self, index: int = 0) -> dict[str, Any]:
+        """The numbers of one explanation: maps as lists over patch rows and columns, boxes in pixels of the image."""
+        source, labels, prediction = self.source(index), self.labels, self.prediction
+        target = int(self.target[index])
+        against = None if self.against is None else int(self.against[index])
+        top = self.probabilities[index].topk(min(5, len(labels)))
+        return {
+            'image_size': list(source.image.size),
+            'input_size': list(self.input_size[::-1]),
+            'labels': labels,
+            'logits': prediction.logits[index].tolist(),
+            'top5': [
+                {'class': k, 'label': labels[k], 'probability': p, 'logit': float(prediction.logits[index, k])}
+                for p, k in zip(*(t.tolist() for t in top))],
+            'target': {'class': target, 'label': labels[target]},
+            'against': None if against is None else {'class': against, 'label': labels[against]},
+            'evidence': self.evidence[index].view(self.grid).tolist(),
+            'patch_grid': list(self.grid),
+            'alpha': prediction.alpha[index].view(self.grid).tolist(),
+            'contributions': prediction.contributions[index].view(*self.grid, -1).tolist(),
+            'selected': self.selected[index].view(self.grid).tolist(),
+            'patch_boxes': source.to_image(self.patch_boxes).view(*self.grid, 4).tolist(),
+            'box': source.to_image(self.boxes[index]).tolist(),
+        }
+
+    def to_json(self, index: int = 0, **notes: Any) -> str:
+        """``to_dict`` as JSON, after whatever notes are given (a file name, say)."""
+        return json.dumps({**notes, **self.to_dict(index)}, indent=1)
+
+    def save(
+            self, folder: str | Path, names: Sequence[str] | None = None, titles: Sequence[str] | None = None,
+            **notes: Any) -> list[Path]:
+        """Write NAME.png and NAME.json for each image; each file appears whole or not at all.
+
+        Args:
+            folder: made if it does not exist.
+            names: of the B images (default: 0, 1, ...).
+            titles: what stands above the B pictures (default: nothing).
+            notes: for every JSON, see ``to_json``.
+
+        Returns:
+            Paths of the pictures.
+
+        Raises:
+            ValueError: not B names or titles.
+            ImportError: matplotlib is not installed.
+        """
+        B, folder = len(self), Path(folder)
+        names = [str(i) for i in range(B)] if names is None else names
+        titles = [''] * B if titles is None else titles
+        if len(names) != B or len(titles) != B:
+            raise ValueError(f'names and titles must have {B} entries, got {len(names)} and {len(titles)}.')
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, (name, title) in enumerate(zip(names, titles)):
+            picture, numbers = self._png(i, title), self.to_json(i, **notes).encode()
+            replace_file(folder / f'{name}.png', picture)
+            replace_file(folder / f'{name}.json', numbers)
+        return [folder / f'{name}.png' for name in names]
+
+    def show(self) -> None:
+        """Display the pictures of all images in a notebook.
+
+        Raises:
+            ImportError: IPython or matplotlib is not installed.
+        """
+        from IPython.display import Image as NotebookImage
+        from IPython.display import display
+        for i in range(len(self)):
+            display(NotebookImage(data=self._png(i)))
+
+    def _png(self, index: int, title: str = '') -> bytes:
+        buffer = io.BytesIO()
+        self.figure(index, title).savefig(buffer, format='png')
+        return buffer.getvalue()
+
 
 @torch.no_grad()
 def explain(
         model: Any,
-        images: torch.Tensor,
+        images: torch.Tensor | Sequence[Preprocessed | Image.Image | str | Path],
         target: Sequence[int] | torch.Tensor | None = None,
         against: Sequence[int] | torch.Tensor | None = None,
 ) -> Explanation:
@@ -76,22 +190,25 @@ def explain(
 
     Args:
         model: patch model with a classifier, in eval mode.
-        images: (B, C, H, W) normalised images, any size of at least one patch.
+        images: (B, C, H, W) normalised images, any size of at least one patch; or B image files, PIL images or what
+            ``preprocess`` returned, which get timm's evaluation transform.
         target: class to explain for each image; by default the predicted one.
         against: class to compare the target with, for each image: "why not that one?".
 
     Raises:
         TypeError: the model is not a patch model.
-        ValueError: the model is in train mode, images are no batch, or a class does not exist.
+        ValueError: the model is in train mode, images are no batch or cannot be read, or a class does not exist.
     """
     if not hasattr(model, 'forward_patches'):
         raise TypeError(f'model must have forward_patches, as patch models do; {type(model).__name__} has not.')
     if model.training:
         raise ValueError('model must be in eval mode: call model.eval() first.')
-    if images.dim() != 4:
-        raise ValueError(f'images must be a batch (B, C, H, W), got a tensor of shape {tuple(images.shape)}.')
+    given = images if isinstance(images, torch.Tensor) else [preprocessed(model, image) for image in images]
+    x = given if isinstance(given, torch.Tensor) else torch.stack([image.x for image in given])
+    if x.dim() != 4:
+        raise ValueError(f'images must be a batch (B, C, H, W), got a tensor of shape {tuple(x.shape)}.')
     parameter = next(model.parameters())
-    output = model.forward_patches(images.to(device=parameter.device, dtype=parameter.dtype))
+    output = model.forward_patches(x.to(device=parameter.device, dtype=parameter.dtype))
     prediction = PatchPrediction(*(t.float().cpu() for t in output))
     B, K = prediction.logits.shape
 
@@ -109,8 +226,9 @@ def explain(
         selected = prediction.alpha > model.xi / M
     else:
         selected = torch.ones_like(prediction.alpha, dtype=torch.bool)
-    height, width = images.shape[-2:]
+    height, width = x.shape[-2:]
     logits = prediction.logits
+    config = resolve_model_data_config(model)
     return Explanation(
         prediction=prediction,
         probabilities=logits if model.global_pool == 'routing' else logits.softmax(dim=1),
@@ -119,8 +237,27 @@ def explain(
         input_size=(height, width),
         patch_boxes=model.patch_boxes(height, width),
         selected=selected,
+        images=given,
+        statistics=(config['mean'], config['std']),
+        labels=class_labels(model, K),
         against=None if against is None else classes('against', against),
     )
+
+
+def preprocessed(model: Any, image: Preprocessed | Image.Image | str | Path) -> Preprocessed:
+    """An image file, or a PIL image of any mode, through the model's evaluation transform.
+
+    Raises:
+        ValueError: not readable, or no image.
+    """
+    if isinstance(image, Preprocessed):
+        return image
+    if isinstance(image, (str, Path)):
+        image = open_image(image)
+    elif not isinstance(image, Image.Image):
+        raise ValueError(f'images must be a tensor (B, C, H, W) or a list of files or PIL images, got a list with a '
+                         f'{type(image).__name__}.')
+    return preprocess(model, to_rgb(image))
 
 
 def patches_to_pixels(values: torch.Tensor, patch_boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -1,4 +1,6 @@
 """Image files to model inputs with timm's evaluation transform, and coordinates back to the file's pixels."""
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from timm.data import CenterCropOrPad, ResizeKeepRatio, create_transform, resolv
 from torch import nn
 from torchvision.transforms import CenterCrop, Resize
 
-__all__ = ['Preprocessed', 'open_image', 'preprocess']
+__all__ = ['Preprocessed', 'open_image', 'preprocess', 'replace_file', 'to_rgb']
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -65,12 +67,33 @@ class Preprocessed:
     scale: tuple[float, float]
     offset: tuple[float, float]
 
+    @classmethod
+    def from_input(cls, x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> 'Preprocessed':
+        """A model's input (C, H, W) as an image: normalisation undone; other than three channels in grey."""
+        if len(x) != len(mean):
+            mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
+        pixels = x.float().cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+        if len(pixels) != 3:
+            pixels = pixels.mean(dim=0, keepdim=True).expand(3, -1, -1)
+        image = (pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        return cls(Image.fromarray(image), x, (1., 1.), (0., 0.))
+
     def to_image(self, boxes: torch.Tensor) -> torch.Tensor:
         """(..., 4) boxes in input pixels to boxes in image pixels, clipped to the image."""
         scale = torch.tensor([*self.scale, *self.scale], dtype=torch.float64)
         offset = torch.tensor([*self.offset, *self.offset], dtype=torch.float64)
         size = torch.tensor([*self.image.size, *self.image.size], dtype=torch.float64)
         return (boxes.double() * scale + offset).clamp(min=0).minimum(size)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write to a temporary file beside it, then rename."""
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def preprocess(model: nn.Module, image: Image.Image) -> Preprocessed:

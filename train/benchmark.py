@@ -4,8 +4,8 @@
     python train/benchmark.py --model resnet18_lossattn_conv --batch-size 32 --channels-last --json benchmark.json
 
 What is compared runs by turns in one process, in an order that turns round each time. Times are medians, ratios the
-medians of the ratios within a turn: on a busy machine trust the ratios, not the times. "Fraction" is of the rate of one large matrix product measured in the same run, in the same dtype. Peak
-memory is what a step adds to what model and batch already take: CUDA's allocator, or on the CPU the growth of the
+medians of the ratios within a turn: on a busy machine trust the ratios, not the times. "Fraction" is of the rate of one
+large matrix product measured in the same run, in the same dtype. Peak memory is what a step adds to what model and batch already take: CUDA's allocator, or on the CPU the growth of the
 resident set of a process of its own (Linux).
 """
 import argparse
