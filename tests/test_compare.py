@@ -1,4 +1,4 @@
-"""train/compare_explanations.py and train/figures.py on a random model: files, numbers, known boxes."""
+"""train/compare_explanations.py, figures.py, receptive_field.py: files, numbers, known boxes and fields."""
 import json
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 import compare_explanations
 import figures
 import prepare
+import receptive_field
 from test_prepare import tiny_folder  # noqa: F401  (a fixture)
 
 MODEL = 'resnet18_lossattn_conv_nano_s2'
@@ -47,8 +48,9 @@ def test_compare(flags, tmp_path, capsys):
     for name in names:
         assert 0 <= tools[name]['deletion'] <= 1
         assert 0 <= tools[name]['pointing'] <= 100
-        assert tools[name]['ms_per_image'] > 0
+        assert tools[name]['ms'] > 0
     assert tools['ours']['completeness_worst'] <= 1e-5
+    assert tools['ours']['complete'] == 100
     assert tools[names[2]]['completeness_worst'] < tools['Grad-CAM']['completeness_worst']
     assert (tmp_path / 'compare.md').read_text() in capsys.readouterr().out
     assert (tmp_path / 'compare.png').read_bytes().startswith(b'\x89PNG')
@@ -63,7 +65,44 @@ def test_figures(flags, tmp_path, number):
     assert out.read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('script', [compare_explanations.main, lambda argv: figures.main([*argv, '--figure', '4'])])
+def test_square_shares():
+    """Evidence in the box's middle and in a corner of the image; of a flat field, squares of whole pixels."""
+    field = torch.zeros(32, 32)
+    field[16, 16], field[0, 0] = 3., 1.
+    shares = receptive_field.square_shares(field, [12, 12, 21, 21])
+    assert list(shares)[:3] == [1, 3, 5]
+    assert shares[1] == shares[31] == 0.75
+    assert shares[33] == 1
+    assert receptive_field.side_for(shares, 0.75) == 1
+    assert receptive_field.side_for(shares, 0.9) == 33
+    flat = receptive_field.square_shares(torch.ones(64, 64), [16, 16, 34, 34])  # centre on a corner of pixels
+    assert flat[18] == pytest.approx(18 ** 2 / 64 ** 2)
+
+
+def test_receptive_field(flags, tmp_path, capsys):
+    """Without 3×3 convolutions that reach beyond it, a patch sees its box and nothing else; a real one sees more."""
+    assert receptive_field.main([*flags, '--images', '2', '--output', str(tmp_path)]) == 0
+    result = json.loads((tmp_path / 'receptive_field.json').read_text())
+    assert result['patch_box'] == [24, 24, 42, 42]
+    assert 0 < result['share_in_patch_box'] < 1
+    assert (18 / 64) ** 2 < result['pixels_with_influence'] <= 1
+    assert (tmp_path / 'receptive_field.png').read_bytes().startswith(b'\x89PNG')
+
+    model = timm.create_model('resnet18_lossattn_conv_nano').eval()
+    torch.nn.init.normal_(model.head.fc.weight)
+    for stage in (model.backbone.stem, model.backbone.stages):
+        for layer in stage.modules():
+            if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3):
+                torch.nn.init.dirac_(layer.weight)
+    field = receptive_field.influence(model, torch.rand(2, 3, 32, 32), 21)  # row 3, column 3
+    inside = torch.zeros(32, 32, dtype=torch.bool)
+    inside[12:21, 12:21] = True
+    assert float(field[:, inside].sum()) > 0
+    assert float(field[:, ~inside].sum()) == 0
+
+
+@pytest.mark.parametrize('script', [
+    compare_explanations.main, receptive_field.main, lambda argv: figures.main([*argv, '--figure', '4'])])
 def test_errors(script, capsys):
     assert script(['--model', 'resnet18_lossattn_conv']) == 2
     assert 'has no weights' in capsys.readouterr().err.strip().splitlines()[-1]

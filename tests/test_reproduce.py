@@ -74,6 +74,6 @@ def test_benchmark(tmp_path):
     for name in ('forward_images_per_second', 'train_images_per_second', 'matmul_gflops', 'peak_memory_mib',
                  'forward_fraction_of_matmul', 'train_fraction_of_matmul'):
         assert result[name] > 0
-    assert {'patch_outputs_cost', 'task_cost', 'loss_cost', 'peak_memory_checkpointing_mib', 'command',
+    assert {'patch_outputs_cost', 'explain_cost', 'task_cost', 'loss_cost', 'peak_memory_checkpointing_mib', 'command',
             'hardware'} <= set(result)
     assert benchmark.main(['--model', 'no_such_model']) == 2

@@ -204,9 +204,9 @@ def explain(
     if model.training:
         raise ValueError('model must be in eval mode: call model.eval() first.')
     given = images if isinstance(images, torch.Tensor) else [preprocessed(model, image) for image in images]
-    x = given if isinstance(given, torch.Tensor) else torch.stack([image.x for image in given])
-    if x.dim() != 4:
-        raise ValueError(f'images must be a batch (B, C, H, W), got a tensor of shape {tuple(x.shape)}.')
+    x = given if isinstance(given, torch.Tensor) else torch.stack([image.x for image in given] or [torch.empty(0)])
+    if x.dim() != 4 or not len(x):
+        raise ValueError(f'images must be a batch (B, C, H, W) with B > 0, got a tensor of shape {tuple(x.shape)}.')
     parameter = next(model.parameters())
     output = model.forward_patches(x.to(device=parameter.device, dtype=parameter.dtype))
     prediction = PatchPrediction(*(t.float().cpu() for t in output))

@@ -326,6 +326,9 @@ def create_patch_classifier(variant: str, pretrained: bool, num_stages: int, **k
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+TINY_IMAGENET_MINI_LABELS = (
+    'goldfish', 'king penguin', 'ladybug', 'monarch', 'gazelle', 'lifeboat', 'trolleybus', 'umbrella', 'orange',
+    'banana')
 
 
 def bundled_weights(name: str) -> str:

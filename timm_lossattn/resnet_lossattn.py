@@ -13,6 +13,7 @@ from timm.models.resnet import BasicBlock
 from torch import nn
 
 from .patch_classifier import (
+    TINY_IMAGENET_MINI_LABELS,
     PatchClassifier,
     bundled_weights,
     create_patch_classifier,
@@ -110,7 +111,8 @@ default_cfgs = generate_default_cfgs({
         file=bundled_weights('resnet18_lossattn_conv_nano.cifar10')),
     'resnet18_lossattn_caps_nano.cifar10': patch_model_cfg(
         file=bundled_weights('resnet18_lossattn_caps_nano.cifar10')),
-    'resnet18_lossattn_conv_nano_s2.tiny_imagenet': patch_model_cfg(size=64),
+    'resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini': patch_model_cfg(  # ten of its classes
+        size=64, num_classes=10, label_names=TINY_IMAGENET_MINI_LABELS),
     'resnet18_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
     'resnet50_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
 })

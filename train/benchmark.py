@@ -5,8 +5,8 @@
 
 What is compared runs by turns in one process, in an order that turns round each time. Times are medians, ratios the
 medians of the ratios within a turn: on a busy machine trust the ratios, not the times. "Fraction" is of the rate of one
-large matrix product measured in the same run, in the same dtype. Peak memory is what a step adds to what model and batch already take: CUDA's allocator, or on the CPU the growth of the
-resident set of a process of its own (Linux).
+large matrix product measured in the same run, in the same dtype. Peak memory is what a step adds to what model and
+batch already take: CUDA's allocator, or on the CPU the growth of the resident set of a process of its own (Linux).
 """
 import argparse
 import multiprocessing
@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from record import environment, write_json
 from timm_lossattn import LossAttentionLoss, LossAttentionTask
+from timm_lossattn.explain import explain
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -115,6 +116,7 @@ def measure_speed(args) -> dict[str, Any]:
     functions = {'matmul': lambda: a @ b, 'forward': inference(model)}
     if patches:
         functions['forward_patches'] = inference(model.forward_patches)
+        functions['explain'] = inference(lambda x: explain(model, x))
     if args.torchcompile:
         functions['forward_compiled'] = inference(torch.compile(model))
     seconds = by_turns(functions, args)
@@ -125,6 +127,7 @@ def measure_speed(args) -> dict[str, Any]:
     result['forward_fraction_of_matmul'] = flops / matmul_flops * ratio(seconds, 'matmul', 'forward')
     if patches:
         result['patch_outputs_cost'] = ratio(seconds, 'forward_patches', 'forward') - 1
+        result['explain_cost'] = ratio(seconds, 'explain', 'forward') - 1
     if args.torchcompile:
         result['compiled_forward_speedup'] = ratio(seconds, 'forward', 'forward_compiled')
 

@@ -26,10 +26,10 @@ def evaluation_transform(data_config: dict[str, Any]) -> v2.Compose:
 
 
 class BoxDataset(Dataset):
-    """(image, target, boxes) from a Hugging Face dataset that train/prepare.py wrote.
+    """(image, target, boxes) from a Hugging Face dataset that train/prepare.py wrote, or without boxes from any other.
 
     Args:
-        dataset: timm's dataset over hfds/, with ``additional_features=['boxes']``.
+        dataset: timm's dataset, over hfds/ with ``additional_features=['boxes']`` where it has boxes.
         transform: of torchvision.transforms.v2, for an image and its boxes.
     """
 
@@ -41,9 +41,10 @@ class BoxDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any, torch.Tensor]:
-        image, target, boxes = self.dataset[index]
+        image, target, *given = self.dataset[index]
         boxes = tv_tensors.BoundingBoxes(
-            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), format='XYXY', canvas_size=image.size[::-1])
+            torch.tensor(given[0] if given else [], dtype=torch.float32).reshape(-1, 4), format='XYXY',
+            canvas_size=image.size[::-1])
         image, boxes = self.transform(image, boxes)
         size = boxes[:, 2:] - boxes[:, :2]
         return image.as_subclass(torch.Tensor), target, boxes[(size > 0).all(dim=1)].as_subclass(torch.Tensor)

@@ -5,14 +5,16 @@
     python train/compare_explanations.py --model local-dir:output/tiny/hub --dataset hfds/data/tiny_imagenet \\
         --images 200 --output output/compare
 
-Needs a dataset with boxes (prepare.py). Each tool explains the image's own label. Its heat map is judged by
+Each tool explains the image's own label. Its heat map is judged by
   localisation   the smallest square around all pixels hotter than 20 % of the hottest has IoU > 0.5 with a box
   pointing       the hottest pixel lies in a box
   deletion, insertion   areas under the curves of faithfulness.py, patches ordered by the map's mean over them
-  completeness   |sum of the map's parts - logit| / max(1, |logit|), worst image; for integrated gradients the logit's
-                 difference to the baseline (the mean colour). Grad-CAM does not claim this; the number says how far off
+  completeness   |sum of the map's parts - logit| / max(1, |logit|): share of images where it is at most 1e-5, median,
+                 and worst; for integrated gradients the logit's difference to the baseline (the mean colour). Grad-CAM
+                 does not claim this; the numbers say how far off it is
   ms             wall time per image at --batch-size, tools by turns, median
-and "ours, alpha > 0" is localisation by the model's own selection of patches. Writes compare.json, .md and .png.
+and "ours, alpha > 0" is localisation by the model's own selection of patches. Localisation and pointing need boxes
+(prepare.py). Writes compare.json, .md and .png.
 """
 import argparse
 import shlex
@@ -64,7 +66,8 @@ def create_explainers(model: Any, ig_steps: int) -> dict[str, Explainer]:
         difference = logits[:-1] - logits[-1]
         return parts.sum(dim=1), parts, difference.gather(1, y[:, None]).squeeze(1)
 
-    return {'ours': ours, 'Grad-CAM': grad_cam, f'integrated gradients ({ig_steps} steps)': integrated_gradients}
+    tools: dict[str, Explainer] = {'ours': ours, 'Grad-CAM': grad_cam}
+    return tools | ({f'integrated gradients ({ig_steps} steps)': integrated_gradients} if ig_steps else {})
 
 
 def hot_box(heat: torch.Tensor) -> torch.Tensor:
@@ -97,24 +100,28 @@ def compare(args, model: Any, loader: DataLoader) -> tuple[dict[str, dict[str, f
             if len(x) == args.batch_size:
                 found['ms'].append(1000 * seconds / len(x))
             located[name].update(torch.stack([hot_box(one) for one in heat]), boxes, correct)
-            found['pointing'] += pointing_game(heat, boxes).tolist()
-            scores = patch_scores(heat, first.patch_boxes)
-            deletion, insertion = deletion_insertion(model, x, scores, y, first.patch_boxes)
-            found['deletion'] += deletion.tolist()
-            found['insertion'] += insertion.tolist()
+            where = [i for i, truth in enumerate(boxes) if len(truth)]
+            if where:
+                found['pointing'] += (100 * pointing_game(heat[where], [boxes[i] for i in where])).tolist()
+            if args.deletion:
+                scores = patch_scores(heat, first.patch_boxes)
+                deletion, insertion = deletion_insertion(model, x, scores, y, first.patch_boxes)
+                found['deletion'] += deletion.tolist()
+                found['insertion'] += insertion.tolist()
             found['completeness'] += completeness_error(parts, total).tolist()
         shown += [(x[i], boxes[i], int(y[i]), {n: m[i] for n, m in maps.items()}) for i in range(len(x))]
         shown = shown[:args.rows]
     result: dict[str, dict[str, float]] = {}
     for name, metric in located.items():
-        result[name] = {k: float(v) for k, v in metric.compute().items()}
+        result[name] = {k: float(v) for k, v in metric.compute().items()} if metric.images else {}
         if name in collected:
-            found = collected[name]
+            errors = collected[name].pop('completeness')
             result[name] |= {
-                'pointing': 100 * statistics.mean(found['pointing']),
-                'deletion': statistics.mean(found['deletion']), 'insertion': statistics.mean(found['insertion']),
-                'completeness_worst': max(found['completeness']),
-                'ms_per_image': statistics.median(found['ms']) if found['ms'] else float('nan')}
+                'complete': 100 * statistics.mean(error <= 1e-5 for error in errors),
+                'completeness_median': statistics.median(errors), 'completeness_worst': max(errors)}
+            for measure, values in collected[name].items():
+                if values:
+                    result[name][measure] = statistics.median(values) if measure == 'ms' else statistics.mean(values)
     return result, shown
 
 
@@ -125,7 +132,7 @@ def draw(shown: list, data_config: dict[str, Any], labels: list[str], file: Path
     from matplotlib import pyplot as plt
     from matplotlib.patches import Rectangle
     names = list(shown[0][3])
-    figure, axes = plt.subplots(len(shown), 1 + len(names), figsize=(2.3 * (1 + len(names)), 2.4 * len(shown)),
+    figure, axes = plt.subplots(len(shown), 1 + len(names), figsize=(2.3 * (1 + len(names)), 2.4 * len(shown) + 0.4),
                                 squeeze=False, layout='constrained')
     mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     for row, (x, boxes, y, maps) in zip(axes, shown):
@@ -145,7 +152,8 @@ def draw(shown: list, data_config: dict[str, Any], labels: list[str], file: Path
         for ax in row:
             ax.set(xticks=[], yticks=[])
     figure.supxlabel(
-        'brown: for the label, purple: against it, each map scaled by itself; orange: true box', fontsize=9)
+        'brown: for the label, purple: against it, each map scaled by itself'
+        + ('; orange: true box' if any(len(boxes) for _, boxes, *_ in shown) else ''), fontsize=9)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -153,7 +161,9 @@ def draw(shown: list, data_config: dict[str, Any], labels: list[str], file: Path
 def markdown(result: dict[str, dict[str, float]], images: int, batch_size: int) -> str:
     """The table."""
     columns = {'localization_ap': 'localisation ↑ (%)', 'pointing': 'pointing ↑ (%)', 'deletion': 'deletion ↓',
-               'insertion': 'insertion ↑', 'completeness_worst': 'completeness, worst ↓', 'ms_per_image': 'ms/image ↓'}
+               'insertion': 'insertion ↑', 'complete': 'complete ↑ (%)', 'completeness_median': 'error, median ↓',
+               'completeness_worst': 'error, worst ↓', 'ms': 'ms/image ↓'}
+    columns = {key: title for key, title in columns.items() if any(key in row for row in result.values())}
     lines = [f'{images} images, batch size {batch_size}', '', '| | ' + ' | '.join(columns.values()) + ' |',
              '|---|' + '--:|' * len(columns)]
     for name, row in result.items():
@@ -169,12 +179,16 @@ def main(argv: list[str] | None = None) -> int:
     add_weights_flags(parser)
     parser.add_argument('--images', type=int, default=200, metavar='N', help='the first N of a fixed random order')
     parser.add_argument('-b', '--batch-size', type=int, default=20, metavar='N')
-    parser.add_argument('--ig-steps', type=int, default=50, metavar='N', help='steps of integrated gradients')
+    parser.add_argument('--ig-steps', type=int, default=50, metavar='N', help='of integrated gradients; 0: without')
+    parser.add_argument('--deletion', action=argparse.BooleanOptionalAction, default=True,
+                        help='deletion and insertion: 2 (M + 1) forward passes for each image and tool')
     parser.add_argument('--rows', type=int, default=6, metavar='N', help='images in the picture')
     parser.add_argument('--output', type=Path, default=Path('output/compare'), metavar='DIR')
     parser.set_defaults(distributed=False, rank=0, world_size=1, device='cpu')
     args = parser.parse_args(argv)
     try:
+        if args.multi_label:
+            raise ValueError('--multi-label: each image must have one label to explain')
         model, data_config, boxed, labels = open_boxed(args)
     except (ValueError, OSError) as error:
         print('error: ' + ' '.join(str(error).split()), file=sys.stderr)

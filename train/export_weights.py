@@ -47,7 +47,8 @@ def check_is_default(result: dict, model: nn.Module) -> None:
     """
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in resolve_model_data_config(model).items()}
     changed = {k: v for k, v in result['data_config'].items() if k in config and config[k] != v}
-    changed |= {k: result['args'][k] for k in ('xi', 'model_kwargs', 'backbone_stride') if result['args'].get(k)}
+    changed |= {k: result['args'][k] for k in ('xi', 'model_kwargs', 'backbone_stride')
+                if result['args'].get(k) and result['args'][k] != getattr(model, k, None)}
     if result['args']['num_classes'] != model.num_classes:
         changed['num_classes'] = result['args']['num_classes']
     if changed:

@@ -5,7 +5,8 @@
 
 Figure 4: what each patch adds to the label's logit, as a heat map. Figure 5: the selected patches (α > 0),
 brighter the larger their weight. Figure 6: the estimated box and the true ones, with their IoU.
-Images are the first --images that the model classifies correctly, in a fixed random order.
+Images are the first --images that the model classifies correctly, in a fixed random order. Figures 4 and 5 need
+no boxes.
 """
 import argparse
 import sys
@@ -82,12 +83,14 @@ def main(argv: list[str] | None = None) -> int:
     for index in torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0)).tolist():
         x, y, boxes = boxed[index]
         explanation = explain(model, x[None])
-        if int(explanation.target) == y and len(boxes):
-            chosen.append(((x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), y, boxes, explanation))
+        k = int(explanation.target)
+        right = k == y if isinstance(y, int) else bool(y[k] > 0.5)  # multi-label: (K,)
+        if right and (len(boxes) or args.figure != 6):
+            chosen.append(((x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), k, boxes, explanation))
         if len(chosen) == args.images:
             break
     if not chosen:
-        print('error: --model: no image is classified correctly', file=sys.stderr)
+        print('error: --model: no image (Figure 6: none with boxes) is classified correctly', file=sys.stderr)
         return 2
     rows = -(-len(chosen) // args.columns)
     picture, axes = plt.subplots(
@@ -95,9 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.set_axis_off()
-    for ax, (image, y, boxes, explanation) in zip(axes.flat, chosen):
+    for ax, (image, k, boxes, explanation) in zip(axes.flat, chosen):
         ax.set_axis_on()
-        ax.set_title(labels[y], fontsize=10, parse_math=False)
+        ax.set_title(labels[k], fontsize=10, parse_math=False)
         draw_panel(args.figure, ax, image, explanation, boxes)
     picture.suptitle(TITLES[args.figure], fontsize=11)
     out = args.output or Path(f'output/figure{args.figure}.png')

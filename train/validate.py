@@ -31,7 +31,7 @@ from data import channel_statistics, create_eval_loader, label_names, one_line, 
 from flags import add_data_flags
 from record import environment, write_json
 from timm_lossattn.cli import checkpoint_args
-from timm_lossattn.explain import explain
+from timm_lossattn.explain import class_labels, explain
 from timm_lossattn.metrics import BoxLocalization, PatchLocalization, VOCMeanAveragePrecision
 
 
@@ -65,8 +65,13 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--xi', type=float, metavar='X', help='ξ of Eq. 5b, if not as trained')
 
 
+def has_boxes(dataset) -> bool:
+    """Whether it is one that prepare.py wrote."""
+    return 'boxes' in (getattr(getattr(getattr(dataset, 'reader', None), 'dataset', None), 'features', None) or {})
+
+
 def open_boxed(args) -> tuple[Any, dict[str, Any], BoxDataset, list[str]]:
-    """Patch model, data config, images with boxes, and label names, for scripts that need all of them.
+    """Patch model, data config, images with boxes where there are any, and label names.
 
     Raises:
         ValueError: the model has no patches, or what ``load_model`` and ``open_dataset`` raise.
@@ -75,8 +80,11 @@ def open_boxed(args) -> tuple[Any, dict[str, Any], BoxDataset, list[str]]:
     if not hasattr(model, 'forward_patches'):
         raise ValueError(f'--model: {args.model} is no patch model')
     data_config = resolve_data_config(vars(args), model=model)
-    dataset = open_dataset(args, args.val_split, model.num_classes, additional_features=['boxes'])
-    return model, data_config, BoxDataset(dataset, evaluation_transform(data_config)), label_names(dataset) or []
+    dataset = open_dataset(args, args.val_split, model.num_classes)
+    if has_boxes(dataset):
+        dataset = open_dataset(args, args.val_split, model.num_classes, additional_features=['boxes'])
+    labels = label_names(dataset) or class_labels(model, model.num_classes)
+    return model, data_config, BoxDataset(dataset, evaluation_transform(data_config)), labels
 
 
 @torch.inference_mode()
@@ -86,8 +94,7 @@ def validate(args, model: Any, data_config: dict[str, Any]) -> dict[str, float]:
         model, nn.Identity(), verbose=False, device=torch.device(args.device)).create_evaluator()
     voc = VOCMeanAveragePrecision() if args.multi_label else None
     dataset = open_dataset(args, args.val_split, model.num_classes, num_samples=args.val_num_samples)
-    boxed = (hasattr(model, 'forward_patches') and args.dataset.lower().startswith('hfds/')
-             and 'boxes' in dataset.reader.dataset.features)
+    boxed = hasattr(model, 'forward_patches') and has_boxes(dataset)
     patches, located = PatchLocalization(), BoxLocalization()
     if boxed:
         dataset = open_dataset(args, args.val_split, model.num_classes, additional_features=['boxes'])

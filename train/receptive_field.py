@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""How much of the image a patch really sees: its effective receptive field beside its nominal box.
+
+    python train/receptive_field.py --model resnet18_lossattn_conv_nano --dataset hfds/uoft-cs/cifar10 \\
+        --input-key img --val-split test --output output/receptive_field
+
+A patch's logit depends on more pixels than the box that is drawn for it: the backbone's 3×3 convolutions reach further.
+As W. Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks", we take the
+gradient of one patch's outputs with respect to the input, here of its logit for the predicted class,
+
+    G(x, y) = mean over images of  Σ_channels |∂ p_mk / ∂ image(x, y)|
+
+for the patch in the middle of the grid, and report the share of ΣG inside the nominal box, the side of the squares
+around the patch's centre that hold half and 90 % of it, and the share of pixels with any influence at all. Writes
+receptive_field.png and .json.
+"""
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from boxes import collate_boxes
+from flags import add_data_flags
+from record import environment, write_json
+from validate import add_weights_flags, open_boxed
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+
+NOMINAL_COLOR, HALF_COLOR, MOST_COLOR = '#E69F00', '#56B4E9', '#CC79A7'  # Okabe & Ito
+
+
+def influence(model: Any, x: torch.Tensor, patch: int) -> torch.Tensor:
+    """(B, C, H, W) images to (B, H, W): Σ_channels |∂ p_mk / ∂ x| for patch m and the predicted class k."""
+    x = x.clone().requires_grad_()
+    prediction = model.forward_patches(x)
+    k = prediction.logits.argmax(dim=1, keepdim=True)
+    # images do not influence each other in eval mode, so the gradient of the sum holds each image's own
+    (gradient,) = torch.autograd.grad(prediction.patch_logits[:, patch].gather(1, k).sum(), x)
+    return gradient.abs().sum(dim=1)
+
+
+def square_shares(influence: torch.Tensor, box: list[int]) -> dict[int, float]:
+    """Side of a square around the box's centre -> share of an (H, W) influence in it, until it holds all.
+
+    Args:
+        influence: (H, W).
+        box: x0, y0, x1, y1 (exclusive), a square; only sides of its parity consist of whole pixels.
+    """
+    H, W = influence.shape
+    y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing='ij')
+    distance = torch.maximum((x - (box[0] + box[2]) / 2).abs(), (y - (box[1] + box[3]) / 2).abs())
+    sides = range((box[2] - box[0]) % 2 or 2, int(2 * float(distance.max())) + 2, 2)
+    return {side: float(influence[distance < side / 2].sum() / influence.sum()) for side in sides}
+
+
+def side_for(shares: dict[int, float], wanted: float) -> int:
+    """Side of the smallest square that holds the wanted share."""
+    return next(side for side, share in shares.items() if share >= wanted - 1e-6)
+
+
+def draw(field: torch.Tensor, box: list[int], shares: dict[int, float], result: dict[str, Any], file: Path) -> None:
+    """The influence of each pixel with the squares, and the share by the side of a square."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout='constrained')
+    image = left.imshow((field / field.max()).numpy(), cmap='viridis', vmin=0, vmax=1)
+    figure.colorbar(image, ax=left, label='influence on the patch (largest = 1)')
+    x0, y0, x1, y1 = box
+    cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
+    half, most = result['side_half'], result['side_90']
+    for name, color, style, (a0, b0, width, height) in (
+            ('nominal box', NOMINAL_COLOR, '-', (x0, y0, x1 - x0, y1 - y0)),
+            ('half of the influence', HALF_COLOR, '--', (cx - half / 2, cy - half / 2, half, half)),
+            ('90 % of it', MOST_COLOR, ':', (cx - most / 2, cy - most / 2, most, most))):
+        left.add_patch(Rectangle((a0 - 0.5, b0 - 0.5), width, height, fill=False, edgecolor=color, lw=2.5,
+                                 linestyle=style, label=name))
+    left.set(xlabel='pixel', ylabel='pixel', title='What one patch sees', xlim=(-0.5, field.shape[1] - 0.5),
+             ylim=(field.shape[0] - 0.5, -0.5))
+    right.plot(list(shares), [100 * share for share in shares.values()], color='#0072B2', lw=2, marker='.')
+    for name, color, side in (('nominal box', NOMINAL_COLOR, x1 - x0), ('half', HALF_COLOR, half),
+                              ('90 %', MOST_COLOR, most)):
+        right.axvline(side, color=color, lw=2.5, linestyle={'nominal box': '-', 'half': '--'}.get(name, ':'),
+                      label=f'{name}: {side} pixels, {100 * shares[side]:.0f} %')
+    right.set(xlabel="side of a square around the patch's centre (pixels)", ylabel='share of the influence (%)',
+              ylim=(0, 102), title=f'{result["model"]}, {result["images"]} images')
+    right.grid(alpha=0.3)
+    right.legend(loc='lower right', fontsize=9)
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, loc='outside lower center', ncols=3, frameon=False)
+    figure.savefig(file, dpi=110, format='png')
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure; errors in what the user gave are one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add_data_flags(parser)
+    add_weights_flags(parser)
+    parser.add_argument('--images', type=int, default=500, metavar='N', help='the first N of a fixed random order')
+    parser.add_argument('-b', '--batch-size', type=int, default=50, metavar='N')
+    parser.add_argument('--output', type=Path, default=Path('output/receptive_field'), metavar='DIR')
+    parser.set_defaults(distributed=False, rank=0, world_size=1, device='cpu')
+    args = parser.parse_args(argv)
+    try:
+        model, _, dataset, _ = open_boxed(args)
+    except (ValueError, OSError) as error:
+        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
+        return 2
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:args.images].tolist()
+    total: Any = 0.
+    for x, *_ in tqdm(DataLoader(Subset(dataset, order), args.batch_size, collate_fn=collate_boxes), leave=False):
+        rows, columns = model.patch_grid(*x.shape[-2:])
+        patch = rows // 2 * columns + columns // 2
+        total = total + influence(model, x, patch).double().sum(dim=0)
+    box = model.patch_boxes(*x.shape[-2:])[patch].tolist()
+    x0, y0, x1, y1 = box
+    shares = square_shares(total, box)
+    result = {
+        'model': args.model, 'images': len(order), 'input_size': list(x.shape[-2:]), 'patch_box': box,
+        'share_in_patch_box': float(total[y0:y1, x0:x1].sum() / total.sum()),
+        'side_half': side_for(shares, 0.5), 'side_90': side_for(shares, 0.9),
+        'pixels_with_influence': float((total > 0).double().mean()), 'share_by_side': shares,
+        'command': shlex.join(['python', *(sys.argv if argv is None else argv)]), **environment('cpu', 1)}
+    args.output.mkdir(parents=True, exist_ok=True)
+    draw(total, box, shares, result, args.output / 'receptive_field.png')
+    write_json(args.output / 'receptive_field.json', result)
+    inside, some = 100 * result['share_in_patch_box'], 100 * result['pixels_with_influence']
+    print(f'{args.model}: the patch box, {x1 - x0} × {y1 - y0} pixels, holds {inside:.1f} % of the influence; squares '
+          f'with half of it and with 90 % have sides of {result["side_half"]} and {result["side_90"]} pixels; '
+          f'{some:.0f} % of all pixels have some.\n{args.output}/receptive_field.png, .json')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
