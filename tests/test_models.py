@@ -288,6 +288,22 @@ def test_pretrained_offline_and_adapted(name, monkeypatch):
     timm.create_model(name, pretrained=True, features_only=True)
 
 
+@pytest.mark.parametrize('name', ['resnet18_lossattn_conv_nano_s2', 'resnet18_lossattn_conv_nano'])
+def test_channels_last_gradients(name):
+    """Those of the usual layout; a strided shortcut of few channels must not corrupt memory (oneDNN issue 6035)."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).train()
+    x = torch.randn(8, 3, 64, 64)
+    gradients = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = model.to(memory_format=memory_format)
+        model.zero_grad()
+        model(x.contiguous(memory_format=memory_format)).square().sum().backward()
+        gradients.append([p.grad.clone(memory_format=torch.contiguous_format) for p in model.parameters()])
+    for usual, last in zip(*gradients):
+        torch.testing.assert_close(last, usual, rtol=1e-3, atol=1e-3 * float(usual.abs().max()))
+
+
 @pytest.mark.skipif('LOSSATTN_DATA' not in os.environ, reason='LOSSATTN_DATA is not set: no CIFAR-10')
 @pytest.mark.parametrize('name', SHIPPED)
 def test_stated_accuracy(name):

@@ -43,6 +43,25 @@ class Bottleneck3x3(nn.Module):
         return torch.relu(self.drop_path(self.conv3(self.conv2(self.conv1(x)))) + self.downsample(x))
 
 
+class Shortcut(nn.Module):
+    """1×1 convolution of every ``stride``-th position and batch norm: ResNet's projection shortcut.
+
+    The positions are picked first, which is what the convolution's stride does, because oneDNN's strided kernel writes
+    past its workspace in the backward pass of few channels (under 16 with AVX-512) in channels-last layout:
+    https://github.com/uxlfoundation/oneDNN/issues/6035. The small models would crash.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, stride: int, device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(out_chs, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x[:, :, ::self.stride, ::self.stride]))
+
+
 class ResNetBackbone(nn.Module):
     """Residual stages without max-pooling: (B, in_chans, H, W) -> (B, num_features, ceil(H/s), ceil(W/s)).
 
@@ -80,7 +99,7 @@ class ResNetBackbone(nn.Module):
                 out_chs = width * block.expansion
                 downsample = None
                 if stride > 1 or chs != out_chs:
-                    downsample = ConvNormAct(chs, out_chs, 1, stride=stride, apply_act=False, **dd)
+                    downsample = Shortcut(chs, out_chs, stride, **dd)
                 drop_path = DropPath(rates[i][j]) if rates[i][j] > 0. else None
                 blocks.append(block(chs, width, stride=stride, downsample=downsample, drop_path=drop_path, **dd))
                 chs, reduction = out_chs, reduction * stride
