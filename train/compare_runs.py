@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f'{run.name}: {metric} {epochs[-1]["eval"][metric]:.2f} after {len(epochs)} epochs, '
               f'{result["seconds"]:.0f} s')
     axes[0].set(xlabel='epoch', ylabel=f'eval {metric} (%)')
-    axes[1].set(xlabel='epoch', ylabel='train image loss')
+    axes[1].set(xlabel='epoch', ylabel='train image loss (with its label smoothing)')
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
