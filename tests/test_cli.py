@@ -86,6 +86,9 @@ def test_explain_numbers(run, models, tmp_path, capsys, name):
 
     best = int(logits.argmax())
     assert numbers['target'] == {'class': best, 'label': numbers['labels'][best]}
+    assert numbers['against'] == 'rest'
+    lead = logits[best] - logits[torch.arange(10) != best].mean()
+    assert sum(map(sum, numbers['evidence'])) == pytest.approx(float(lead), abs=1e-4)
     top = numbers['top5']
     assert [t['class'] for t in top] == logits.topk(5).indices.tolist()
     assert [t['label'] for t in top] == [numbers['labels'][t['class']] for t in top]

@@ -41,7 +41,7 @@ def test_shorten():
     assert shorten('abcdefghij', 6) == 'abc…ij'
 
 
-@pytest.mark.parametrize('against', [None, [1]])
+@pytest.mark.parametrize('against', ['rest', None, [1]])
 @pytest.mark.parametrize('size', [(32, 32), (400, 100), (100, 400), (3000, 20), (20, 3000)])
 def test_text_of_the_picture(size, against):
     """No text is clipped and none overlaps another, with long names too."""

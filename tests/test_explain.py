@@ -63,6 +63,8 @@ def test_planted_patch():
     assert e.target.tolist() == [2, 0]
     assert e.selected.nonzero().tolist() == [[0, 6], [1, 0]]
     assert e.boxes.tolist() == [[8, 4, 17, 13], [0, 0, 9, 9]]
+    assert e.evidence[0].tolist() == [0.] * 6 + [3. + 2. / 4] + [0.] * 5  # −2 for one of the four other classes
+    e = explain(planted(), torch.zeros(2, 3, *SIZE), against=None)
     assert e.evidence[0].tolist() == [0.] * 6 + [3.] + [0.] * 5
     maps = e.pixel_map(e.evidence)
     assert maps.shape == (2, *SIZE)
@@ -85,12 +87,26 @@ def test_why_not():
     torch.testing.assert_close(e.evidence.sum(1), difference)
     with pytest.raises(ValueError, match=r'against must hold 2 classes in \[0, 4\], got \[5, 0\]'):
         explain(planted(), torch.zeros(2, 3, *SIZE), against=[5, 0])
+    with pytest.raises(ValueError, match="against must be 'rest', None or 2 classes, got 'dog'"):
+        explain(planted(), torch.zeros(2, 3, *SIZE), against='dog')
+
+
+def test_common_shift():
+    """What a patch adds to all logits alike changes no probability, nor the evidence over the other classes."""
+    model = planted()
+    before = explain(model, torch.zeros(2, 3, *SIZE))
+    model.contributions = model.contributions + torch.randn(2, 12, 1, generator=torch.Generator().manual_seed(0))
+    after = explain(model, torch.zeros(2, 3, *SIZE))
+    torch.testing.assert_close(after.probabilities, before.probabilities)
+    torch.testing.assert_close(after.evidence, before.evidence, rtol=0., atol=1e-6)
+    one = FakePatchModel(torch.ones(1, 12, 1), torch.full((1, 12), 1 / 12)).eval()
+    assert explain(one, torch.zeros(1, 3, *SIZE)).against is None  # a single class has no others
 
 
 @pytest.mark.parametrize('target', [[4, 1], torch.tensor([4, 1]), torch.tensor([[4], [1]], dtype=torch.int32)])
 def test_target_argument(target):
     """Evidence of the classes asked for, given as list or as tensor of any integer type."""
-    e = explain(planted(), torch.zeros(2, 3, *SIZE), target)
+    e = explain(planted(), torch.zeros(2, 3, *SIZE), target, against=None)
     assert e.target.tolist() == [4, 1]
     assert e.evidence[0].tolist() == [0.] * 6 + [-2.] + [0.] * 5
     assert e.evidence[1].abs().max() == 0
@@ -98,8 +114,8 @@ def test_target_argument(target):
 
 @pytest.mark.parametrize('name', [NANO, 'resnet18_lossattn_caps_nano'])
 @pytest.mark.parametrize('target', [None, [3, 9]])
-def test_evidence_sums_to_logit(name, target):
-    """Real models: the evidence over patches adds up to the target's logit, and pixel maps have the input's size."""
+def test_evidence_sums(name, target):
+    """Real models: over patches it adds up to the target's lead or logit, and pixel maps have the input's size."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     images = torch.randn(2, 3, 32, 40)
@@ -108,7 +124,10 @@ def test_evidence_sums_to_logit(name, target):
         logits = model(images)
     expected = logits.argmax(1) if target is None else torch.tensor(target)
     assert e.target.tolist() == expected.tolist()
-    torch.testing.assert_close(e.evidence.sum(1), logits.gather(1, expected[:, None])[:, 0])
+    others = torch.ones_like(logits).scatter(1, expected[:, None], 0.).bool()
+    logit = logits.gather(1, expected[:, None])[:, 0]
+    torch.testing.assert_close(e.evidence.sum(1), logit - logits[others].view(2, 9).mean(1))
+    torch.testing.assert_close(explain(model, images, target, against=None).evidence.sum(1), logit)
     assert e.grid[0] * e.grid[1] == e.evidence.shape[1]
     assert e.pixel_map(e.evidence).shape == (2, 32, 40)
 

@@ -141,7 +141,7 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
             print_error(console, error)
             failed += 1
             continue
-        explanation = explain(model, [source], target, against)
+        explanation = explain(model, [source], target, 'rest' if against is None else against)
         explanation.save(out, [stem], [f'{path.name} · {args.model}'],
                          image=str(path), model=args.model, checkpoint=args.checkpoint)
         best = explanation.to_dict()['top5'][0]
@@ -197,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--model', default=DEFAULT_MODEL, metavar='NAME', help=f'default: {DEFAULT_MODEL}')
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')
-    command.add_argument('--against', metavar='CLASS', help='why not this class? evidence for the target minus its')
+    command.add_argument('--against', metavar='CLASS', help='why not this class? (default: the mean of all others)')
     command.add_argument('--out', default='explanations', metavar='DIR', help='default: explanations')
     command.add_argument('--device', default='cpu', metavar='DEVICE', help='default: cpu')
     command.set_defaults(run=run_explain)

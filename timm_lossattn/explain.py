@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -40,7 +40,7 @@ class Explanation:
         probabilities: (B, K) softmax of the image logits; for routing, whose logits are lengths of class capsules and
             stand for the probability that the class is there, the logits themselves.
         target: (B,) the class that is explained, by default the predicted one.
-        against: (B,) the class that the target is compared with ("why not ...?"), or None.
+        against: what the target is compared with: 'rest', (B,) classes, or None.
         grid: (H', W') of the patch grid; M = H'·W'.
         input_size: (H, W) of the model's input in pixels.
         patch_boxes: (M, 4) nominal pixels of each patch.
@@ -51,7 +51,7 @@ class Explanation:
 
     Examples:
         >>> explanation = explain(model, ['cat.png'])
-        >>> explanation.evidence                     # (1, M) what each patch adds to the predicted class's logit
+        >>> explanation.evidence                     # (1, M) what each patch adds to the predicted class's lead
         >>> explanation.figure(0).savefig('cat_explained.png')
         >>> explanation.save('explanations')         # a PNG and a JSON for each image
     """
@@ -65,19 +65,31 @@ class Explanation:
     images: torch.Tensor | Sequence[Preprocessed]
     statistics: tuple[Sequence[float], Sequence[float]]
     labels: list[str]
-    against: torch.Tensor | None = None
+    against: torch.Tensor | Literal['rest'] | None
 
     def __len__(self) -> int:
         return len(self.target)
 
     @property
     def evidence(self) -> torch.Tensor:
-        """(B, M) what each patch adds to the target's logit; the sum over M is that logit.
+        """(B, M) what each patch adds to the target's lead; the sum over M is that lead, to rounding.
 
-        With ``against``, what it adds to the difference of the two logits: the exact answer to "why not that class?".
+        With c_mk = ``prediction.contributions`` and t the target, it is for ``against``
+            'rest':   c_mt − mean_{k≠t} c_mk, which sums to z_t − mean_{k≠t} z_k
+            classes:  c_mt − c_ma,            which sums to z_t − z_a: the answer to "why not a?"
+            None:     c_mt,                   which sums to z_t
+
+        What a patch adds to all logits alike changes no softmax probability and drops out of the first two. It does
+        not out of the last, which therefore ranks patches worse (docs/reading_explanations.md); that one is for
+        models with independent classes (multi-label), whose logits count each by itself.
         """
         evidence = self._contributions_to(self.target)
-        return evidence if self.against is None else evidence - self._contributions_to(self.against)
+        if self.against is None:
+            return evidence
+        if isinstance(self.against, str):
+            contributions = self.prediction.contributions
+            return evidence - (contributions.sum(dim=2) - evidence) / (contributions.shape[2] - 1)
+        return evidence - self._contributions_to(self.against)
 
     def _contributions_to(self, classes: torch.Tensor) -> torch.Tensor:
         contributions = self.prediction.contributions
@@ -107,7 +119,6 @@ class Explanation:
         """The numbers of one explanation: maps as lists over patch rows and columns, boxes in pixels of the image."""
         source, labels, prediction = self.source(index), self.labels, self.prediction
         target = int(self.target[index])
-        against = None if self.against is None else int(self.against[index])
         top = self.probabilities[index].topk(min(5, len(labels)))
         return {
             'image_size': list(source.image.size),
@@ -118,7 +129,8 @@ class Explanation:
                 {'class': k, 'label': labels[k], 'probability': p, 'logit': float(prediction.logits[index, k])}
                 for p, k in zip(*(t.tolist() for t in top))],
             'target': {'class': target, 'label': labels[target]},
-            'against': None if against is None else {'class': against, 'label': labels[against]},
+            'against': self.against if self.against is None or isinstance(self.against, str) else {
+                'class': int(self.against[index]), 'label': labels[int(self.against[index])]},
             'evidence': self.evidence[index].view(self.grid).tolist(),
             'patch_grid': list(self.grid),
             'alpha': prediction.alpha[index].view(self.grid).tolist(),
@@ -184,7 +196,7 @@ def explain(
         model: Any,
         images: torch.Tensor | Sequence[Preprocessed | Image.Image | str | Path],
         target: Sequence[int] | torch.Tensor | None = None,
-        against: Sequence[int] | torch.Tensor | None = None,
+        against: Sequence[int] | torch.Tensor | Literal['rest'] | None = 'rest',
 ) -> Explanation:
     """Explain a batch of images in one forward pass without gradients.
 
@@ -193,7 +205,8 @@ def explain(
         images: (B, C, H, W) normalised images, any size of at least one patch; or B image files, PIL images or what
             ``preprocess`` returned, which get timm's evaluation transform.
         target: class to explain for each image; by default the predicted one.
-        against: class to compare the target with, for each image: "why not that one?".
+        against: what to compare the target with, see ``Explanation.evidence``: 'rest', the mean of the other classes; a
+            class for each image, "why not that one?"; or None, nothing.
 
     Raises:
         TypeError: the model is not a patch model.
@@ -219,6 +232,13 @@ def explain(
             raise ValueError(f'{name} must hold {B} classes in [0, {K - 1}], got {result.tolist()}.')
         return result.long()
 
+    compared: torch.Tensor | Literal['rest'] | None = None
+    if isinstance(against, str) and against == 'rest':
+        compared = 'rest' if K > 1 else None
+    elif isinstance(against, str):
+        raise ValueError(f"against must be 'rest', None or {B} classes, got {against!r}.")
+    elif against is not None:
+        compared = classes('against', against)
     M = prediction.alpha.shape[1]
     if model.global_pool == 'lossattn':
         selected = prediction.alpha > 0
@@ -240,7 +260,7 @@ def explain(
         images=given,
         statistics=(config['mean'], config['std']),
         labels=class_labels(model, K),
-        against=None if against is None else classes('against', against),
+        against=compared,
     )
 
 

@@ -13,7 +13,8 @@ Each tool explains the image's own label. Its heat map is judged by
                  and worst; for integrated gradients the logit's difference to the baseline (the mean colour). Grad-CAM
                  does not claim this; the numbers say how far off it is
   ms             wall time per image at --batch-size, tools by turns, median
-and "ours, alpha > 0" is localisation by the model's own selection of patches. Localisation and pointing need boxes
+"ours" is the lead over the mean of the other classes, "ours, logit alone" the share in the label's own logit, and
+"ours, alpha > 0" is localisation by the model's own selection of patches. Localisation and pointing need boxes
 (prepare.py). Writes compare.json, .md and .png.
 """
 import argparse
@@ -48,6 +49,13 @@ def create_explainers(model: Any, ig_steps: int) -> dict[str, Explainer]:
     """Name -> (images, classes) -> heat maps (B, H, W), their parts (B, ...), and what these should add up to (B,)."""
     def ours(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         explanation = explain(model, x, y)
+        logits = explanation.prediction.logits
+        logit = logits.gather(1, y[:, None]).squeeze(1)
+        lead = logit - (logits.sum(dim=1) - logit) / (logits.shape[1] - 1)
+        return explanation.pixel_map(explanation.evidence), explanation.evidence, lead
+
+    def ours_logit(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        explanation = explain(model, x, y, against=None)
         logit = explanation.prediction.logits.gather(1, y[:, None]).squeeze(1)
         return explanation.pixel_map(explanation.evidence), explanation.evidence, logit
 
@@ -66,7 +74,7 @@ def create_explainers(model: Any, ig_steps: int) -> dict[str, Explainer]:
         difference = logits[:-1] - logits[-1]
         return parts.sum(dim=1), parts, difference.gather(1, y[:, None]).squeeze(1)
 
-    tools: dict[str, Explainer] = {'ours': ours, 'Grad-CAM': grad_cam}
+    tools: dict[str, Explainer] = {'ours': ours, 'ours, logit alone': ours_logit, 'Grad-CAM': grad_cam}
     return tools | ({f'integrated gradients ({ig_steps} steps)': integrated_gradients} if ig_steps else {})
 
 

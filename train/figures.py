@@ -3,7 +3,8 @@
 
     python train/figures.py --figure 4 --model local-dir:output/tiny/hub --dataset hfds/data/tiny_imagenet
 
-Figure 4: what each patch adds to the label's logit, as a heat map. Figure 5: the selected patches (α > 0),
+Figure 4: what each patch adds to the label's lead over the other classes (multi-label: to its logit), as a heat map.
+Figure 5: the selected patches (α > 0),
 brighter the larger their weight. Figure 6: the estimated box and the true ones, with their IoU.
 Images are the first --images that the model classifies correctly, in a fixed random order. Figures 4 and 5 need
 no boxes.
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen: list = []
     for index in torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0)).tolist():
         x, y, boxes = boxed[index]
-        explanation = explain(model, x[None])
+        explanation = explain(model, x[None], against=None if args.multi_label else 'rest')
         k = int(explanation.target)
         right = k == y if isinstance(y, int) else bool(y[k] > 0.5)  # multi-label: (K,)
         if right and (len(boxes) or args.figure != 6):
