@@ -10,6 +10,7 @@ from timm.layers import ConvNormAct
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from .hub_weights import with_published
 from .patch_classifier import PatchClassifier, create_patch_classifier, patch_model_args, patch_model_cfg
 
 __all__ = ['GoogLeNetBackbone', 'InceptionBlock']
@@ -94,10 +95,10 @@ class GoogLeNetBackbone(nn.Module):
         self.num_features = chs
 
 
-default_cfgs = generate_default_cfgs({
+default_cfgs = generate_default_cfgs(with_published({
     'googlenet_lossattn_conv.cifar10': patch_model_cfg(),
     'googlenet_cifar.cifar10': patch_model_cfg(pool_size=(8, 8)),
-})
+}))
 
 
 def _create_googlenet(variant: str, pretrained: bool, **kwargs: Any) -> PatchClassifier:

@@ -16,6 +16,7 @@ from torch import nn
 
 from .attention import CapsuleLossAttentionHead, ConvPatchHead, PatchPrediction
 from .dynamic_routing import DynamicRoutingHead
+from .hub_weights import verified_overlay
 from .patch_layers import CapsulePatchLayers, ConvPatchLayers, NoPatchLayers, PrimaryCapsules
 
 __all__ = ['BACKBONE_STRIDES', 'PatchClassifier']
@@ -320,7 +321,7 @@ def create_patch_classifier(variant: str, pretrained: bool, num_stages: int, **k
         variant,
         pretrained,
         feature_cfg=dict(out_indices=tuple(range(num_stages)), feature_cls='getter'),
-        **kwargs,
+        **verified_overlay(variant, pretrained, kwargs),
     )
 
 

@@ -12,6 +12,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 from torch import nn
 
+from .hub_weights import with_published
 from .patch_classifier import (
     TINY_IMAGENET_MINI_LABELS,
     PatchClassifier,
@@ -109,7 +110,7 @@ class ResNetBackbone(nn.Module):
         self.num_features = chs
 
 
-default_cfgs = generate_default_cfgs({
+default_cfgs = generate_default_cfgs(with_published({
     'resnet18_lossattn_conv.cifar10': patch_model_cfg(),
     'resnet18_meanpool_conv.cifar10': patch_model_cfg(),
     'resnet18_attn_conv.cifar10': patch_model_cfg(),
@@ -134,7 +135,7 @@ default_cfgs = generate_default_cfgs({
         size=64, num_classes=10, label_names=TINY_IMAGENET_MINI_LABELS),
     'resnet18_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
     'resnet50_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
-})
+}))
 
 
 _BACKBONES: dict[str, dict[str, Any]] = {

@@ -11,6 +11,7 @@ from timm.models import VGG, build_model_with_cfg, generate_default_cfgs, regist
 from timm.models.vgg import ConvMlp
 from torch import nn
 
+from .hub_weights import verified_overlay, with_published
 from .patch_classifier import PatchClassifier, create_patch_classifier, patch_model_args, patch_model_cfg
 
 __all__ = ['VGGBackbone', 'VGGCifar']
@@ -80,7 +81,7 @@ class VGGCifar(VGG):
         self._initialize_weights()
 
 
-default_cfgs = generate_default_cfgs({
+default_cfgs = generate_default_cfgs(with_published({
     'vgg11_bn_lossattn_conv.cifar10': patch_model_cfg(),
     'vgg11_bn_meanpool_conv.cifar10': patch_model_cfg(),
     'vgg11_bn_attn_conv.cifar10': patch_model_cfg(),
@@ -98,7 +99,7 @@ default_cfgs = generate_default_cfgs({
     'vgg11_bn_lossattn_caps_nano.cifar10': patch_model_cfg(),
     'vgg11_bn_cifar.cifar10': patch_model_cfg(pool_size=(1, 1), first_conv='features.0', classifier='head.fc'),
     'vgg16_bn_cifar.cifar10': patch_model_cfg(pool_size=(1, 1), first_conv='features.0', classifier='head.fc'),
-})
+}))
 
 
 _DEPTHS = {'vgg11': (1, 1, 2, 2, 2), 'vgg16': (2, 2, 3, 3, 3)}
@@ -117,7 +118,8 @@ def _create_vgg_cifar(variant: str, pretrained: bool, **kwargs: Any) -> VGGCifar
         cfg += [width] * depth + ['M']
     return build_model_with_cfg(
         VGGCifar, variant, pretrained, model_cfg=cfg,
-        feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3, 4, 5)), **kwargs)
+        feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3, 4, 5)),
+        **verified_overlay(variant, pretrained, kwargs))
 
 
 @register_model

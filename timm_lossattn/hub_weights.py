@@ -1,0 +1,88 @@
+"""Published weights: which repository and commit holds the weights of each ``arch.tag``, and what their bytes must be.
+
+``hub_weights.json`` is written by ``hub/publish.py --tag``. ``pretrained=True`` then downloads the file of exactly that
+commit and loads it only if its SHA-256 is the one that was published. Weights that ship in the package come first.
+"""
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from timm.models import resolve_pretrained_cfg
+
+__all__ = ['HUB_WEIGHTS', 'WEIGHTS_NAME', 'download_weights', 'sha256_of', 'verified_overlay', 'with_published']
+
+WEIGHTS_NAME = 'model.safetensors'  # never a pickle
+HUB_WEIGHTS_FILE = Path(__file__).parent / 'hub_weights.json'
+# arch.tag -> repo_id, revision (a commit hash), sha256
+HUB_WEIGHTS: dict[str, dict[str, str]] = json.loads(HUB_WEIGHTS_FILE.read_text())
+
+
+def with_published(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """default_cfgs by ``arch.tag``, those that are published with their repository and commit.
+
+    A file in the package stands first, as timm takes it, unless this installation came without it.
+    """
+    result = {}
+    for name, cfg in cfgs.items():
+        if name in HUB_WEIGHTS:
+            cfg = cfg | dict(hf_hub_id=hub_id(name), hf_hub_filename=WEIGHTS_NAME)
+            if cfg.get('file') and not Path(cfg['file']).is_file():
+                del cfg['file']
+        result[name] = cfg
+    return result
+
+
+def hub_id(name: str) -> str:
+    """Repository and commit, as timm writes them."""
+    return '{repo_id}@{revision}'.format(**HUB_WEIGHTS[name])
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download_weights(name: str, cache_dir: str | Path | None = None) -> str:
+    """Path of the published weights in the Hub's cache; downloaded if they are not there.
+
+    Args:
+        name: ``arch.tag`` in HUB_WEIGHTS.
+        cache_dir: another cache.
+
+    Raises:
+        RuntimeError: the bytes are not those that were published.
+        huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: they cannot be downloaded.
+    """
+    entry = HUB_WEIGHTS[name]
+    path = hf_hub_download(entry['repo_id'], WEIGHTS_NAME, revision=entry['revision'], cache_dir=cache_dir)
+    found = sha256_of(path)
+    if found != entry['sha256']:
+        raise RuntimeError(
+            f'Weights of {name}: {path} has the SHA-256 {found}, published was {entry["sha256"]}. The file was changed '
+            'or damaged; it is not loaded. Delete it to download it anew.')
+    return path
+
+
+def verified_overlay(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for timm's model builder, with the checked file in place of a download that timm would not check.
+
+    Args:
+        variant: architecture.
+        pretrained: whether weights are wanted.
+        kwargs: the builder's arguments; ``pretrained_cfg`` and ``pretrained_cfg_overlay`` say which weights.
+    """
+    if not pretrained:
+        return kwargs
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg=kwargs.get('pretrained_cfg'), pretrained_cfg_overlay=overlay)
+    name = f'{variant}.{cfg.tag}'
+    ours = name in HUB_WEIGHTS and cfg.hf_hub_id == hub_id(name)
+    if not ours or cfg.file or cfg.state_dict or cfg.source in ('hf-hub', 'local-dir'):
+        return kwargs
+    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': download_weights(name, kwargs.get('cache_dir'))}}
