@@ -1,0 +1,85 @@
+"""The model card of one set of weights: every number from result.json and config.json, the words from a template."""
+import math
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from timm_lossattn.hub_weights import sha256_of
+
+__all__ = ['make_card', 'measures']
+
+TEMPLATE = Path(__file__).with_name('card_template.md')
+# measure of result.json -> metric type of the Hub, name; percent all of them
+METRICS = {
+    'top1': ('accuracy', 'top-1 accuracy (%)'), 'top5': ('top-5-accuracy', 'top-5 accuracy (%)'),
+    'map': ('mAP', 'mean average precision (%)'), 'map_voc11': ('mAP', '11-point mAP (%)'),
+    'patch_precision': ('precision', 'patch precision (%)'), 'patch_recall': ('recall', 'patch recall (%)'),
+    'patch_f': ('f1', 'patch F (%)'), 'localization_ap': ('localization_ap', 'localisation AP (%)'),
+}
+
+
+def measures(result: dict[str, Any]) -> tuple[dict[str, float], str]:
+    """What was measured on the weights, and how it came about.
+
+    Args:
+        result: result.json of train.py, or with "shipped" that of export_weights.py.
+    """
+    if 'shipped' in result:
+        found, source = result['shipped'], 'measured on this file, after its conversion to float16'
+    else:
+        epochs = {entry['epoch']: entry['eval'] for entry in result['epochs']}
+        found = epochs[result['best']['epoch']]
+        source = f'the best of {len(epochs)} epochs by {result.get("metric", "top1")} on this split'
+    return {name: found[name] for name in METRICS if name in found and math.isfinite(found[name])}, source
+
+
+def make_card(
+        folder: Path, result: dict[str, Any], config: dict[str, Any], repo_id: str, dataset: str | None, license: str,
+        picture: str | None, note: str | None = None) -> ModelCard:
+    """Card for the weights in a folder.
+
+    Args:
+        folder: holds model.safetensors.
+        result: its result.json.
+        config: its config.json, as timm writes it.
+        repo_id: where it will stand.
+        dataset: id of the training set on the Hub, if it has one.
+        license: identifier of the Hub.
+        picture: file name of the example picture in the folder.
+        note: a remark on the data.
+    """
+    found, source = measures(result)
+    runs = [result]
+    while 'initial' in runs[0]:  # started from another run's checkpoint
+        runs.insert(0, runs[0]['initial'])
+    commands = [command for run in runs for command in run['commands']]
+    if 'shipped' in result:
+        commands.append(result['shipped']['command'])
+    args = result['args']
+    name = repo_id.split('/')[-1]
+    dataset_name = dataset or (args['dataset'] or args['data_dir'] or 'images').split('/')[-1]
+    data = ModelCardData(
+        library_name='timm', license=license, pipeline_tag='image-classification', model_name=name,
+        tags=['image-classification', 'timm', 'transformers', 'timm_lossattn', 'interpretability',
+              'explainable-ai', 'attention'],
+        datasets=[dataset] if dataset else None,
+        metrics=list(dict.fromkeys(METRICS[measure][0] for measure in found)) or None,
+        eval_results=[EvalResult(
+            task_type='image-classification', dataset_type=dataset or dataset_name, dataset_name=dataset_name,
+            dataset_split=args['val_split'], metric_type=METRICS[measure][0], metric_name=METRICS[measure][1],
+            metric_value=value) for measure, value in found.items()] or None)
+    weights = folder / 'model.safetensors'
+    size = config['pretrained_cfg']['input_size']
+    labels = config.get('label_names') or config['pretrained_cfg'].get('label_names') or []
+    return ModelCard.from_template(
+        data, template_path=str(TEMPLATE), name=name, architecture=f'`{config["architecture"]}`', picture=picture,
+        parameters=f'{result["parameters"] / 1e6:.2f}', input_size=f'{size[0]} × {size[1]} × {size[2]}',
+        num_classes=config['num_classes'], labels=', '.join(labels) if len(labels) <= 20 else '',
+        megabytes=f'{weights.stat().st_size / 1e6:.2f}', sha256=sha256_of(weights),
+        measures=[{'name': METRICS[measure][1], 'value': f'{value:.2f}'} for measure, value in found.items()],
+        split=args['val_split'], dataset_name=dataset_name, images=result.get('shipped', {}).get('images'), note=note,
+        source=source, hub_id=f'hf-hub:{repo_id}', epochs=' + '.join(str(len(run['epochs'])) for run in runs),
+        seed=', '.join(str(run['seed']) for run in runs), hours=f'{sum(run["seconds"] for run in runs) / 3600:.2f}',
+        hardware=result['hardware'], torch=result['versions']['torch'], timm=result['versions']['timm'],
+        command='\n'.join(commands))

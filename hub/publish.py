@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""Put trained weights on the Hugging Face Hub, as a repository that timm and transformers load.
+
+    python hub/publish.py output/train/mine --repo-id ORG/NAME --dry-run        # look at it first
+    python hub/publish.py output/train/mine --repo-id ORG/NAME [--private]
+    python hub/publish.py resnet18_lossattn_conv_nano.cifar10 --repo-id ORG/NAME --dataset uoft-cs/cifar10 --tag cifar10
+
+The source is a run of train.py (its hub/ folder and result.json), a folder with model.safetensors, config.json and
+result.json, or the name of weights that ship in the package. What goes up: model.safetensors (never a pickle),
+config.json as timm writes it, README.md made from result.json, result.json, and example.png, the explanation of
+--example (of CIFAR-10's classes: of a test image). An interrupted upload is continued by the same command; what is on
+the Hub already is not sent again. --tag writes the commit and the checksum into timm_lossattn/hub_weights.json, from
+where ``pretrained=True`` takes them.
+"""
+import argparse
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import validate_repo_id
+from timm.models import save_for_hf
+
+import timm_lossattn
+from card import make_card
+from timm_lossattn.explain import explain
+from timm_lossattn.hub_weights import HUB_WEIGHTS_FILE, WEIGHTS_NAME, sha256_of
+from timm_lossattn.image_io import replace_file
+from timm_lossattn.patch_classifier import CIFAR10_LABELS
+
+ROOT = Path(__file__).parent.parent
+FILES = (WEIGHTS_NAME, 'config.json', 'result.json', 'README.md', 'example.png')
+MAX_BYTES = 50 * 10 ** 9  # the Hub's limit for one file
+CIFAR_EXAMPLE = ROOT / 'tests' / 'data' / 'cifar10_test_00001_ship.png'
+STATUS = {
+    401: 'the token is missing or wrong: log in with `hf auth login`, or set HF_TOKEN',
+    403: 'the token has no right to write there',
+    404: 'no such repository or revision, or the token may not see it',
+    409: 'the repository was changed at the same time: run the same command again',
+    413: 'a file is too large for the Hub',
+    429: 'too many requests: wait a little and run the same command again',
+}
+
+
+def collect(source: str, folder: Path) -> dict[str, Any]:
+    """Copy weights, config.json and result.json into the folder.
+
+    Returns:
+        result.json.
+
+    Raises:
+        ValueError: the source has no such files, or pickles alone.
+    """
+    path = Path(source)
+    if path.is_dir():
+        weights = path / 'hub' if (path / 'hub').is_dir() else path
+        found = {WEIGHTS_NAME: weights / WEIGHTS_NAME, 'config.json': weights / 'config.json',
+                 'result.json': path / 'result.json'}
+        missing = [name for name, file in found.items() if not file.is_file()]
+        if missing:
+            pickles = sorted(p.name for p in weights.iterdir() if p.suffix in ('.bin', '.pth', '.pt', '.tar'))
+            raise ValueError(f'RUN_OR_FOLDER: {path} has no {", ".join(missing)}; is the run finished?' + (
+                f' {", ".join(pickles)} are pickles, which are not published.' if pickles else ''))
+        for name, file in found.items():
+            shutil.copyfile(file, folder / name)
+    elif timm.is_model(source) and timm.models.is_model_pretrained(source) and '.' in source:
+        model: Any = timm.create_model(source, pretrained=True)
+        save_for_hf(model, str(folder), safe_serialization=True,
+                    model_config={'label_names': list(model.pretrained_cfg['label_names'])})
+        shutil.copyfile(model.pretrained_cfg['file'], folder / WEIGHTS_NAME)  # the bytes that ship, in float16
+        shutil.copyfile(ROOT / 'train' / 'results' / f'{source}.json', folder / 'result.json')
+    else:
+        raise ValueError(f'RUN_OR_FOLDER: {source} is no folder, and no arch.tag whose weights ship in the package')
+    return json.loads((folder / 'result.json').read_text())
+
+
+def prepare(args, folder: Path) -> None:
+    """Fill the folder with everything that goes up, written anew.
+
+    Raises:
+        ValueError: files are missing, the weights do not fit, or the example is unreadable.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    result = collect(args.source, folder)
+    config = json.loads((folder / 'config.json').read_text())
+    try:
+        model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    except (RuntimeError, KeyError, OSError) as error:
+        raise ValueError(f'RUN_OR_FOLDER: {args.source}: the weights do not load: {error}') from error
+    labels = config.get('label_names') or ()
+    example = args.example or (CIFAR_EXAMPLE if tuple(labels) == CIFAR10_LABELS else None)
+    if example and hasattr(model, 'forward_patches'):
+        buffer = io.BytesIO()
+        explain(model, [example]).figure(title=Path(example).name).savefig(buffer, format='png')
+        replace_file(folder / 'example.png', buffer.getvalue())
+    picture = 'example.png' if (folder / 'example.png').exists() else None
+    card = make_card(folder, result, config, args.repo_id, args.dataset, args.license, picture, args.note)
+    replace_file(folder / 'README.md', str(card).encode())
+    for file in folder.iterdir():
+        if file.stat().st_size > MAX_BYTES:
+            raise ValueError(
+                f'RUN_OR_FOLDER: {file.name} has {file.stat().st_size:,} bytes, the Hub takes {MAX_BYTES:,}')
+
+
+def upload(args, folder: Path) -> str:
+    """Create the repository if need be and upload what is new.
+
+    Returns:
+        Commit hash.
+
+    Raises:
+        ValueError: the repository holds another architecture.
+        HTTPError, OfflineModeIsEnabled: the Hub refuses or is out of reach.
+    """
+    api = HfApi(library_name='timm_lossattn', library_version=timm_lossattn.__version__)
+    api.whoami()  # a wrong token ends here, before anything is created
+    revision = args.revision or 'main'
+    architecture = json.loads((folder / 'config.json').read_text())['architecture']
+    if api.repo_exists(args.repo_id):
+        try:
+            there = hf_hub_download(args.repo_id, 'config.json', endpoint=api.endpoint)
+        except EntryNotFoundError:  # an empty repository
+            there = None
+        if there and (other := json.loads(Path(there).read_text()).get('architecture')) != architecture:
+            raise ValueError(f'--repo-id: {args.repo_id} exists and holds {other}, not {architecture}; choose another')
+    else:
+        api.create_repo(args.repo_id, private=args.private, exist_ok=True)
+    if args.revision:
+        api.create_branch(args.repo_id, branch=args.revision, exist_ok=True)
+    before = api.repo_info(args.repo_id, revision=revision).sha
+    commit = api.upload_folder(
+        repo_id=args.repo_id, folder_path=folder, revision=revision, create_pr=args.create_pr,
+        allow_patterns=list(FILES), commit_message=f'{architecture} with timm_lossattn {timm_lossattn.__version__}')
+    if commit.oid == before:
+        print(f'{args.repo_id}: nothing to upload, commit {before} has these files')
+    else:
+        print(f'{commit.pr_url or commit.commit_url}')
+    return commit.oid
+
+
+def register(args, folder: Path, commit: str) -> None:
+    """Write the commit and the checksum of the weights into timm_lossattn/hub_weights.json."""
+    name = f'{json.loads((folder / "config.json").read_text())["architecture"]}.{args.tag}'
+    published = json.loads(HUB_WEIGHTS_FILE.read_text())
+    published[name] = {'repo_id': args.repo_id, 'revision': commit, 'sha256': sha256_of(folder / WEIGHTS_NAME)}
+    replace_file(HUB_WEIGHTS_FILE, (json.dumps(dict(sorted(published.items())), indent=2) + '\n').encode())
+    print(f'{HUB_WEIGHTS_FILE}: {name} is {args.repo_id}@{commit}')
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, and what to do."""
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
+        wait = error.response.headers.get('Retry-After')
+        reason = STATUS.get(status, 'the Hub has a problem: run the same command again later' if status >= 500 else '')
+        return f'--repo-id: the Hub answered {status}' + (f': {reason}' if reason else f': {error.server_message}') + (
+            f' (after {wait} s)' if wait else '')
+    if isinstance(error, OfflineModeIsEnabled):
+        return 'the network is off: HF_HUB_OFFLINE is set; --dry-run works without'
+    if isinstance(error, HTTPError):
+        return (f'the Hub cannot be reached ({type(error).__name__}: {error}); run the same command again, what is '
+                'there is not sent twice')
+    return ' '.join(str(error).split())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Publish; errors are one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('source', metavar='RUN_OR_FOLDER')
+    parser.add_argument('--repo-id', required=True, metavar='ORG/NAME')
+    parser.add_argument('--private', action='store_true', help='a new repository is visible to its owners alone')
+    parser.add_argument('--revision', metavar='BRANCH', help='branch (default: main); made if it does not exist')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
+    parser.add_argument('--dry-run', action='store_true', help='make the folder and stop')
+    parser.add_argument('--folder', type=Path, metavar='DIR', help='what goes up (default: output/publish/NAME)')
+    parser.add_argument('--example', metavar='IMAGE', help='image to explain in the card')
+    parser.add_argument('--dataset', metavar='ID', help='id of the training set on the Hub, for the card')
+    parser.add_argument('--note', metavar='TEXT', help='what the card should say about the data')
+    parser.add_argument('--license', default='apache-2.0', metavar='ID', help='default: apache-2.0')
+    parser.add_argument('--tag', metavar='TAG', help='make it the pretrained weights of arch.TAG in this package')
+    args = parser.parse_args(argv)
+    try:
+        validate_repo_id(args.repo_id)
+        if '/' not in args.repo_id:
+            raise ValueError(f'--repo-id: must be ORG/NAME, got {args.repo_id!r}')
+        if args.tag and (args.create_pr or args.private):
+            raise ValueError('--tag: pretrained weights must be public and merged; not with --create-pr or --private')
+        folder = args.folder or Path('output/publish') / args.repo_id.split('/')[-1]
+        if args.folder and args.folder.exists() and set(p.name for p in args.folder.iterdir()) - set(FILES):
+            raise ValueError(f'--folder: {folder} holds other files and would be emptied; choose another')
+        prepare(args, folder)
+        size = sum(p.stat().st_size for p in folder.iterdir())
+        print(f'{folder}: {", ".join(sorted(p.name for p in folder.iterdir()))}; {size / 1e6:.2f} MB')
+        if args.dry_run:
+            return 0
+        commit = upload(args, folder)
+        if args.tag:
+            register(args, folder, commit)
+    except (ValueError, OSError, HFValidationError, HTTPError) as error:
+        print(f'error: {one_line(error)}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
