@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 import timm_lossattn
@@ -97,13 +98,16 @@ def prepare(args, folder: Path) -> None:
     config = json.loads((folder / 'config.json').read_text())
     try:
         model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    except (RuntimeError, KeyError, OSError) as error:
+    except (RuntimeError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise ValueError(f'RUN_OR_FOLDER: {args.source}: the weights do not load: {error}') from error
     labels = config.get('label_names') or ()
     example = args.example or (CIFAR_EXAMPLE if tuple(labels) == CIFAR10_LABELS else None)
     if example and hasattr(model, 'forward_patches'):
         buffer = io.BytesIO()
-        explain(model, [example]).figure(title=Path(example).name).savefig(buffer, format='png')
+        try:
+            explain(model, [example]).figure(title=Path(example).name).savefig(buffer, format='png')
+        except ValueError as error:
+            raise ValueError(f'--example: {error}') from error
         replace_file(folder / 'example.png', buffer.getvalue())
     picture = 'example.png' if (folder / 'example.png').exists() else None
     card = make_card(folder, result, config, args.repo_id, args.dataset, args.license, picture, args.note)
@@ -199,6 +203,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.tag and (args.create_pr or args.private):
             raise ValueError('--tag: pretrained weights must be public and merged; not with --create-pr or --private')
         folder = args.folder or Path('output/publish') / args.repo_id.split('/')[-1]
+        if folder.resolve() in (Path(args.source).resolve(), Path(args.source, 'hub').resolve()):
+            raise ValueError(f'--folder: {folder} is the source and would be emptied; choose another')
         if args.folder and args.folder.exists() and set(p.name for p in args.folder.iterdir()) - set(FILES):
             raise ValueError(f'--folder: {folder} holds other files and would be emptied; choose another')
         prepare(args, folder)

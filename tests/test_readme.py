@@ -22,14 +22,20 @@ def test_readme_snippets(monkeypatch, capsys):
         exec(compile(snippet, 'README.md', 'exec'), namespace)
 
 
-@pytest.mark.parametrize(('document', 'function'), [('README.md', 'model_table'), ('MODEL_CARD.md', 'weights_table')])
+@pytest.mark.parametrize(('document', 'function'), [
+    ('README.md', 'model_table'), ('MODEL_CARD.md', 'weights_table'),
+    ('docs/reading_explanations.md', 'receptive_field_table')])
 def test_tables_are_current(document, function):
-    """The tables are what `python train/model_table.py` prints."""
-    table = runpy.run_path(str(ROOT / 'train' / 'model_table.py'))[function]()
-    assert table in (ROOT / document).read_text()
+    """The tables are what `python train/model_table.py` prints, and what the files hold that marks name."""
+    functions = runpy.run_path(str(ROOT / 'train' / 'model_table.py'))
+    text = (ROOT / document).read_text()
+    assert functions[function]() in text
+    assert functions['with_included_files'](text) == text
 
 
-@pytest.mark.parametrize('document', ['README.md', 'MODEL_CARD.md', 'docs/paper_to_code.md', 'train/TRAINING.md'])
+@pytest.mark.parametrize('document', [
+    'README.md', 'MODEL_CARD.md', 'docs/paper_to_code.md', 'docs/reading_explanations.md', 'train/TRAINING.md',
+    'hub/README.md'])
 def test_links_exist(document):
     """Relative links and pictures exist."""
     text = (ROOT / document).read_text()

@@ -166,14 +166,14 @@ def draw(shown: list, data_config: dict[str, Any], labels: list[str], file: Path
     plt.close(figure)
 
 
-def markdown(result: dict[str, dict[str, float]], images: int, batch_size: int) -> str:
+def markdown(result: dict[str, dict[str, float]], images: int, batch_size: int, command: str) -> str:
     """The table."""
     columns = {'localization_ap': 'localisation ↑ (%)', 'pointing': 'pointing ↑ (%)', 'deletion': 'deletion ↓',
                'insertion': 'insertion ↑', 'complete': 'complete ↑ (%)', 'completeness_median': 'error, median ↓',
                'completeness_worst': 'error, worst ↓', 'ms': 'ms/image ↓'}
     columns = {key: title for key, title in columns.items() if any(key in row for row in result.values())}
-    lines = [f'{images} images, batch size {batch_size}', '', '| | ' + ' | '.join(columns.values()) + ' |',
-             '|---|' + '--:|' * len(columns)]
+    lines = [f'{images:,} images, batch size {batch_size}: `{command}`', '',
+             '| | ' + ' | '.join(columns.values()) + ' |', '|---|' + '--:|' * len(columns)]
     for name, row in result.items():
         lines.append(f'| {name} | ' + ' | '.join(f'{row[c]:.3g}' if c in row else '–' for c in columns) + ' |')
     return '\n'.join(lines) + '\n'
@@ -205,11 +205,12 @@ def main(argv: list[str] | None = None) -> int:
     loader = DataLoader(torch.utils.data.Subset(boxed, order), args.batch_size, collate_fn=collate_boxes)
     result, shown = compare(args, model, loader)
     args.output.mkdir(parents=True, exist_ok=True)
-    text = markdown(result, len(order), args.batch_size)
+    command = shlex.join(['python', *(sys.argv if argv is None else argv)])
+    text = markdown(result, len(order), args.batch_size, command)
     (args.output / 'compare.md').write_text(text)
     write_json(args.output / 'compare.json', {
         'model': args.model, 'images': len(order), 'batch_size': args.batch_size, 'tools': result,
-        'command': shlex.join(['python', *(sys.argv if argv is None else argv)]), **environment('cpu', 1)})
+        'command': command, **environment('cpu', 1)})
     draw(shown, data_config, labels, args.output / 'compare.png')
     print(f'{text}\n{args.output}/compare.json, .md, .png')
     return 0

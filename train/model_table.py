@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Markdown tables of models and of weights, for README.md and MODEL_CARD.md.
+"""Markdown tables of models, weights and measurements, for README.md, MODEL_CARD.md and docs/.
 
     python train/model_table.py [--write]
+
+A table stands between the marks "begin" and "end". Marks that name a Markdown file hold that file.
 
 GMACs are half the FLOPs that torch.utils.flop_counter counts for convolutions and matrix products in one forward pass
 of one image, on the meta device.
 """
 import argparse
 import json
+import re
 from pathlib import Path
 
 import timm
@@ -69,6 +72,27 @@ def weights_table() -> str:
     return '\n'.join([*lines, *commands, '', END])
 
 
+def receptive_field_table() -> str:
+    """What train/receptive_field.py measured."""
+    lines = [BEGIN, '', '| model | patch box | influence inside | half of it within | 90 % within | pixels with any |',
+             '|---|--:|--:|--:|--:|--:|']
+    for file in sorted((RESULTS / 'explanations').glob('receptive_field_*.json')):
+        r = json.loads(file.read_text())
+        side = r['patch_box'][2] - r['patch_box'][0]
+        lines.append(
+            f'| `{r["model"]}` | {side}×{side} | {100 * r["share_in_patch_box"]:.0f} % | {r["side_half"]}×'
+            f'{r["side_half"]} | {r["side_90"]}×{r["side_90"]} | {100 * r["pixels_with_influence"]:.0f} % |')
+    return '\n'.join([*lines, '', END])
+
+
+def with_included_files(text: str) -> str:
+    """The text with what the files hold that marks name."""
+    def block(match: re.Match) -> str:
+        content = (ROOT / match[1]).read_text().strip()
+        return f'<!-- begin: {match[1]} -->\n\n{content}\n\n{END}'
+    return re.sub(rf'<!-- begin: (\S+\.md) -->.*?{re.escape(END)}', block, text, flags=re.DOTALL)
+
+
 def wrap(command: str) -> list[str]:
     """A command over several lines, one flag on each but the first."""
     first, *flags = command.split(' --')
@@ -77,15 +101,16 @@ def wrap(command: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--write', action='store_true', help='replace the tables in README.md and MODEL_CARD.md')
+    parser.add_argument('--write', action='store_true', help='replace the tables in the documents')
     args = parser.parse_args()
-    for name, table in (('README.md', model_table()), ('MODEL_CARD.md', weights_table())):
+    for name, table in (('README.md', model_table()), ('MODEL_CARD.md', weights_table()),
+                        ('docs/reading_explanations.md', receptive_field_table())):
         if not args.write:
             print(table)
             continue
         path = ROOT / name
         before, rest = path.read_text().split(BEGIN)
-        path.write_text(before + table + rest.split(END, 1)[1])
+        path.write_text(with_included_files(before + table + rest.split(END, 1)[1]))
 
 
 if __name__ == '__main__':
