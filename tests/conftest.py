@@ -1,4 +1,6 @@
 """What several test files need."""
+from types import SimpleNamespace
+
 import pytest
 
 from hub_server import HubServer
@@ -24,3 +26,14 @@ def hub(tmp_path, monkeypatch):
         for name, value in dict(HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_OFFLINE=False).items():
             monkeypatch.setattr(constants, name, value)  # read from the environment at import, long ago
         yield server
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that the Hub's client would have waited between its attempts, in place of the waiting."""
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http  # private: the client has no option for how long it waits
+    seconds = []
+    for module in (file_download, _http):
+        monkeypatch.setattr(module, 'time', SimpleNamespace(sleep=seconds.append))
+    return seconds

@@ -28,7 +28,7 @@ CHUNK = 1 << 16
 
 
 class Request(NamedTuple):
-    """A line of the log; the path has its query, and the status is None if no response was sent."""
+    """A line of the log: path with query, status or None if no response was sent, headers with names in lower case."""
     method: str
     path: str
     status: int | None
@@ -48,8 +48,8 @@ class Fault:
         slow: ``before`` seconds pass before the response, ``between`` seconds between its chunks of 64 KiB.
 
     Attributes:
-        where: 'request' or 'response', the body to cut or corrupt. By default the request's for POST and PUT. The
-            server has not acted on a request that was cut; it has acted if the response was.
+        where: 'request' or 'response', the body to cut or corrupt; by default the response's of a GET and the request's
+            of all others. The server has not acted on a request that was cut; it has acted if the response was.
         hits: paths of the requests that it struck.
     """
     method: str
@@ -67,7 +67,7 @@ class Fault:
     def __post_init__(self):
         if self.kind not in ('status', 'cut', 'truncate', 'corrupt', 'slow'):
             raise ValueError(f'no such fault: {self.kind}')
-        self.where = self.where or ('request' if self.method in ('POST', 'PUT') else 'response')
+        self.where = self.where or ('response' if self.method == 'GET' else 'request')
 
     def is_due(self, method: str, path: str) -> bool:
         return len(self.hits) < self.times and self.method == method and re.search(self.path, path) is not None
@@ -191,7 +191,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reset()
 
     def record(self, status: int | None) -> None:
-        self.server.log.append(Request(self.command, self.path, status, dict(self.headers)))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.log.append(Request(self.command, self.path, status, headers))
 
     def reset(self) -> None:
         """Close with a TCP reset, here: the base class would shut down in order first. The reader holds the socket."""
