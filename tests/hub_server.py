@@ -41,8 +41,8 @@ class Fault:
 
     Kinds:
         status: ``status`` and ``headers`` instead of an answer; nothing changes on the server.
-        cut: the connection is reset after ``after`` bytes of the body. A reset also drops what is under way, so the
-            peer may have seen fewer bytes.
+        cut: the connection is reset after ``after`` bytes of the body; of a response, 0 means before its headers. A
+            reset also drops what is under way, so the peer may have seen fewer bytes.
         truncate: the connection is closed in order after ``after`` bytes of the response, which promised more.
         corrupt: byte ``after`` of the body is flipped.
         slow: ``before`` seconds pass before the response, ``between`` seconds between its chunks of 64 KiB.
@@ -163,6 +163,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             reply = self.server.hub.answer(self.command.replace('HEAD', 'GET'), self.path, self.headers, body)
         time.sleep(fault.before)
+        if fault.does('cut', 'response') and not fault.after:
+            self.record(None)
+            self.reset()
+            return
         self.send(reply, fault)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve

@@ -304,7 +304,7 @@ def test_faults_are_counted(hub, api):
     ('HEAD', 'status', dict(RATE_LIMIT, times=2), [2]),
     ('HEAD', 'status', dict(status=503, times=7), LocalEntryNotFoundError),
     ('HEAD', 'cut', {}, ReadError),
-    ('HEAD', 'slow', dict(before=0.5), []),
+    ('HEAD', 'slow', dict(before=1.5), []),
     ('GET', 'status', dict(status=401), HfHubHTTPError),
     ('GET', 'status', dict(status=403), HfHubHTTPError),
     ('GET', 'status', dict(status=404), HfHubHTTPError),
@@ -317,7 +317,7 @@ def test_faults_are_counted(hub, api):
     ('GET', 'truncate', dict(after=5 * 10**6), [1]),
     ('GET', 'truncate', dict(times=5), [1] * 5),
     ('GET', 'truncate', dict(times=6), RemoteProtocolError),
-    ('GET', 'slow', dict(before=0.5), [1]),
+    ('GET', 'slow', dict(before=1.5), [1]),
     ('GET', 'slow', dict(between=0.001), []),
 ])
 def test_download_with_fault(hub, api, model, download, waits, monkeypatch, method, kind, details, expected):
@@ -328,14 +328,14 @@ def test_download_with_fault(hub, api, model, download, waits, monkeypatch, meth
     well. Retry-After: 1 waits 2 s. A failure leaves no file behind, and the next call succeeds.
     """
     upload(api, model)
-    monkeypatch.setattr(constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 0.3)
+    monkeypatch.setattr(constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 1)
     fault = hub.fault(method, 'resolve', kind, **details)
     if isinstance(expected, list):
-        assert download(etag_timeout=0.3) == CONTENT
+        assert download(etag_timeout=1) == CONTENT
         assert waits == expected
     else:
         with pytest.raises(Exception) as caught:  # noqa: PT011 the exact type is compared
-            download(etag_timeout=0.3)
+            download(etag_timeout=1)
         assert caught.type is expected
         assert len(fault.hits) == fault.times
         assert download() == CONTENT
