@@ -1,6 +1,9 @@
 """What several test files need."""
+from types import SimpleNamespace
+
 import pytest
 
+from hub_server import HubServer
 from kill_and_resume import make_images
 
 
@@ -10,3 +13,27 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp('data')
     make_images(root, size=32, train=16, val=8)
     return root
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Empty Hub of the user ``tester``. Subprocesses find it, and an empty cache, in the environment; calls in this
+    process need endpoint=hub.endpoint and a cache_dir."""
+    from huggingface_hub import constants
+    with HubServer() as server:
+        for name, value in server.environment(tmp_path / 'hf_home').items():
+            monkeypatch.setenv(name, value)
+        for name, value in dict(HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_OFFLINE=False).items():
+            monkeypatch.setattr(constants, name, value)  # read from the environment at import, long ago
+        yield server
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that the Hub's client would have waited between its attempts, in place of the waiting."""
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http  # private: the client has no option for how long it waits
+    seconds = []
+    for module in (file_download, _http):
+        monkeypatch.setattr(module, 'time', SimpleNamespace(sleep=seconds.append))
+    return seconds
