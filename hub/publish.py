@@ -23,11 +23,11 @@ from typing import Any
 import timm
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
@@ -135,7 +135,7 @@ def upload(args, folder: Path) -> str:
     if api.repo_exists(args.repo_id):
         try:
             there = hf_hub_download(args.repo_id, 'config.json', endpoint=api.endpoint)
-        except EntryNotFoundError:  # an empty repository
+        except RemoteEntryNotFoundError:  # an empty repository
             there = None
         if there and (other := json.loads(Path(there).read_text()).get('architecture')) != architecture:
             raise ValueError(f'--repo-id: {args.repo_id} exists and holds {other}, not {architecture}; choose another')

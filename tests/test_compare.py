@@ -33,7 +33,8 @@ def test_hot_box():
     heat[2, 3], heat[4, 4], heat[7, 7] = 1., 0.2, 0.19
     heat[0, 0] = torch.nan
     assert compare_explanations.hot_box(heat).tolist() == [2, 2, 5, 5]
-    assert compare_explanations.hot_box(torch.full((8, 8), -1.)).tolist() == [0, 0, 0, 0]
+    for nothing in (-1., 0.):
+        assert compare_explanations.hot_box(torch.full((8, 8), nothing)).tolist() == [0, 0, 0, 0]
 
 
 def test_compare(flags, tmp_path, capsys):
@@ -52,6 +53,7 @@ def test_compare(flags, tmp_path, capsys):
     for name in names[:2]:
         assert tools[name]['completeness_worst'] <= 1e-5
         assert tools[name]['complete'] == 100
+    assert tools['Grad-CAM']['complete'] == 0
     assert tools[names[3]]['completeness_worst'] < tools['Grad-CAM']['completeness_worst']
     assert (tmp_path / 'compare.md').read_text() in capsys.readouterr().out
     assert (tmp_path / 'compare.png').read_bytes().startswith(b'\x89PNG')

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from timm.models import resolve_pretrained_cfg
 
 __all__ = ['HUB_WEIGHTS', 'WEIGHTS_NAME', 'download_weights', 'sha256_of', 'verified_overlay', 'with_published']
 
 WEIGHTS_NAME = 'model.safetensors'  # never a pickle
+ATTEMPTS = 3
 HUB_WEIGHTS_FILE = Path(__file__).parent / 'hub_weights.json'
 # arch.tag -> repo_id, revision (a commit hash), sha256
 HUB_WEIGHTS: dict[str, dict[str, str]] = json.loads(HUB_WEIGHTS_FILE.read_text())
@@ -56,11 +58,17 @@ def download_weights(name: str, cache_dir: str | Path | None = None) -> str:
         cache_dir: another cache.
 
     Raises:
-        RuntimeError: the bytes are not those that were published.
-        huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: they cannot be downloaded.
+        RuntimeError: they cannot be downloaded, or the bytes are not those that were published.
+        huggingface_hub.errors.LocalEntryNotFoundError: they are not in the cache and the network is off.
     """
     entry = HUB_WEIGHTS[name]
-    path = hf_hub_download(entry['repo_id'], WEIGHTS_NAME, revision=entry['revision'], cache_dir=cache_dir)
+    for attempt in range(ATTEMPTS):
+        try:
+            path = hf_hub_download(entry['repo_id'], WEIGHTS_NAME, revision=entry['revision'], cache_dir=cache_dir)
+            break
+        except HTTPError as error:  # the client tries again before the first byte; a broken transfer it can continue
+            if isinstance(error, HfHubHTTPError) or attempt == ATTEMPTS - 1:
+                raise RuntimeError(f'Weights of {name}: cannot download {hub_id(name)}: {error}') from error
     found = sha256_of(path)
     if found != entry['sha256']:
         raise RuntimeError(

@@ -48,8 +48,8 @@ class Shortcut(nn.Module):
     """1×1 convolution of every ``stride``-th position and batch norm: ResNet's projection shortcut.
 
     The positions are picked first, which is what the convolution's stride does, because oneDNN's strided kernel writes
-    past its workspace in the backward pass of few channels (under 16 with AVX-512) in channels-last layout:
-    https://github.com/uxlfoundation/oneDNN/issues/6035. The small models would crash.
+    past its workspace in the backward pass in channels-last layout if the channels are few (under 16 with AVX-512, 8
+    with AVX2): https://github.com/uxlfoundation/oneDNN/issues/6035. The small models would crash.
     """
 
     def __init__(self, in_chs: int, out_chs: int, stride: int, device=None, dtype=None) -> None:
@@ -60,7 +60,9 @@ class Shortcut(nn.Module):
         self.bn = nn.BatchNorm2d(out_chs, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bn(self.conv(x[:, :, ::self.stride, ::self.stride]))
+        if self.stride > 1:
+            x = x[:, :, ::self.stride, ::self.stride]
+        return self.bn(self.conv(x))
 
 
 class ResNetBackbone(nn.Module):

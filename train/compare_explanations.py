@@ -8,11 +8,11 @@
 Each tool explains the image's own label. Its heat map is judged by
   localisation   the smallest square around all pixels hotter than 20 % of the hottest has IoU > 0.5 with a box
   pointing       the hottest pixel lies in a box
-  deletion, insertion   areas under the curves of faithfulness.py, patches ordered by the map's mean over them
+  deletion, insertion   areas under the curves of faithfulness.py, patches of our grid by the map's mean over them
   completeness   |sum of the map's parts - logit| / max(1, |logit|): share of images where it is at most 1e-5, median,
-                 and worst; for integrated gradients the logit's difference to the baseline (the mean colour). Grad-CAM
-                 does not claim this; the numbers say how far off it is
-  ms             wall time per image at --batch-size, tools by turns, median
+                 and worst; for integrated gradients the logit's difference to the baseline (the mean colour), for
+                 Grad-CAM the map before ReLU, scaling and upsampling. It does not claim to add up
+  ms             wall time per image at --batch-size, tools by turns in changing order, median
 "ours" is the lead over the mean of the other classes, "ours, logit alone" the share in the label's own logit, and
 "ours, alpha > 0" is localisation by the model's own selection of patches. Localisation and pointing need boxes
 (prepare.py). Writes compare.json, .md and .png.
@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from boxes import collate_boxes
-from flags import add_data_flags
+from flags import add_data_flags, positive_int
 from record import environment, write_json
 from timm_lossattn.explain import explain, square_box
 from timm_lossattn.faithfulness import completeness_error, deletion_insertion, patch_scores, pointing_game
@@ -43,6 +43,15 @@ from validate import add_weights_flags, open_boxed
 
 THRESHOLD = 0.2  # of the hottest pixel: B. Zhou et al., "Learning Deep Features for Discriminative Localization"
 Explainer = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+class RawGradCAM(GradCAM):
+    """Keeps the map before ReLU, scaling to [0, 1] and upsampling, which alone has the logit's unit."""
+    raw: Any = None
+
+    def get_cam_image(self, *args: Any, **kwargs: Any) -> Any:
+        self.raw = super().get_cam_image(*args, **kwargs)
+        return self.raw
 
 
 def create_explainers(model: Any, ig_steps: int) -> dict[str, Explainer]:
@@ -59,11 +68,10 @@ def create_explainers(model: Any, ig_steps: int) -> dict[str, Explainer]:
         logit = explanation.prediction.logits.gather(1, y[:, None]).squeeze(1)
         return explanation.pixel_map(explanation.evidence), explanation.evidence, logit
 
-    cam = GradCAM(model, target_layers=[model.patch_layers])
-
     def grad_cam(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heat = torch.from_numpy(cam(input_tensor=x, targets=[ClassifierOutputTarget(int(k)) for k in y]))
-        return heat, heat, cam.outputs.detach().gather(1, y[:, None]).squeeze(1)
+        with RawGradCAM(model, target_layers=[model.patch_layers]) as cam:  # its hooks go with it
+            heat = torch.from_numpy(cam(input_tensor=x, targets=[ClassifierOutputTarget(int(k)) for k in y]))
+        return heat, torch.as_tensor(cam.raw), cam.outputs.detach().gather(1, y[:, None]).squeeze(1)
 
     gradients = IntegratedGradients(model)
 
@@ -79,10 +87,13 @@ def create_explainers(model: Any, ig_steps: int) -> dict[str, Explainer]:
 
 
 def hot_box(heat: torch.Tensor) -> torch.Tensor:
-    """(H, W) heat map to (4,): smallest square around all pixels hotter than THRESHOLD of the hottest one."""
+    """(H, W) heat map to (4,): smallest square around all pixels hotter than THRESHOLD of the hottest one.
+
+    Empty if nothing in the map speaks for the class.
+    """
     heat = heat.nan_to_num(-torch.inf)
-    y, x = torch.nonzero(heat >= THRESHOLD * heat.max().clamp(min=0), as_tuple=True)
-    if not len(x):
+    y, x = torch.nonzero(heat >= THRESHOLD * heat.max(), as_tuple=True)
+    if not heat.max() > 0:
         return torch.zeros(4, dtype=torch.long)
     return square_box(torch.stack([x, y, x + 1, y + 1], dim=1), tuple(heat.shape))
 
@@ -94,12 +105,12 @@ def compare(args, model: Any, loader: DataLoader) -> tuple[dict[str, dict[str, f
     collected: dict[str, dict[str, list]] = {
         name: {k: [] for k in ('pointing', 'deletion', 'insertion', 'completeness', 'ms')} for name in explainers}
     shown: list = []
-    for x, y, boxes in tqdm(loader, desc='compare', leave=False, dynamic_ncols=True):
+    for turn, (x, y, boxes) in enumerate(tqdm(loader, desc='compare', leave=False, dynamic_ncols=True)):
         first = explain(model, x, y)
         correct = first.prediction.logits.argmax(dim=1) == y
         located['ours, α > 0'].update(first.boxes, boxes, correct)
         maps = {}
-        for name, explainer in explainers.items():
+        for name, explainer in list(explainers.items())[::1 if turn % 2 else -1]:
             start = time.perf_counter()
             heat, parts, total = explainer(x, y)
             seconds = time.perf_counter() - start
@@ -117,7 +128,7 @@ def compare(args, model: Any, loader: DataLoader) -> tuple[dict[str, dict[str, f
                 found['deletion'] += deletion.tolist()
                 found['insertion'] += insertion.tolist()
             found['completeness'] += completeness_error(parts, total).tolist()
-        shown += [(x[i], boxes[i], int(y[i]), {n: m[i] for n, m in maps.items()}) for i in range(len(x))]
+        shown += [(x[i], boxes[i], int(y[i]), {n: maps[n][i] for n in explainers}) for i in range(len(x))]
         shown = shown[:args.rows]
     result: dict[str, dict[str, float]] = {}
     for name, metric in located.items():
@@ -185,12 +196,12 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_data_flags(parser)
     add_weights_flags(parser)
-    parser.add_argument('--images', type=int, default=200, metavar='N', help='the first N of a fixed random order')
-    parser.add_argument('-b', '--batch-size', type=int, default=20, metavar='N')
+    parser.add_argument('--images', type=positive_int, default=200, metavar='N', help='in a fixed random order')
+    parser.add_argument('-b', '--batch-size', type=positive_int, default=20, metavar='N')
     parser.add_argument('--ig-steps', type=int, default=50, metavar='N', help='of integrated gradients; 0: without')
     parser.add_argument('--deletion', action=argparse.BooleanOptionalAction, default=True,
                         help='deletion and insertion: 2 (M + 1) forward passes for each image and tool')
-    parser.add_argument('--rows', type=int, default=6, metavar='N', help='images in the picture')
+    parser.add_argument('--rows', type=positive_int, default=6, metavar='N', help='images in the picture')
     parser.add_argument('--output', type=Path, default=Path('output/compare'), metavar='DIR')
     parser.set_defaults(distributed=False, rank=0, world_size=1, device='cpu')
     args = parser.parse_args(argv)

@@ -4,10 +4,9 @@
     python train/figures.py --figure 4 --model local-dir:output/tiny/hub --dataset hfds/data/tiny_imagenet
 
 Figure 4: what each patch adds to the label's lead over the other classes (multi-label: to its logit), as a heat map.
-Figure 5: the selected patches (α > 0),
-brighter the larger their weight. Figure 6: the estimated box and the true ones, with their IoU.
-Images are the first --images that the model classifies correctly, in a fixed random order. Figures 4 and 5 need
-no boxes.
+Figure 5: the selected patches, brighter the larger their weight. Figure 6: the estimated box and the true ones, with
+their IoU. Images are the first --images that the model classifies correctly, in a fixed random order. Figures 4 and 5
+need no boxes.
 """
 import argparse
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 import matplotlib
 import torch
 
-from flags import add_data_flags
+from flags import add_data_flags, positive_int
 from timm_lossattn.explain import Explanation, explain
 from timm_lossattn.metrics import box_iou
 from validate import add_weights_flags, open_boxed
@@ -69,8 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     add_data_flags(parser)
     parser.add_argument('--figure', type=int, required=True, choices=(4, 5, 6))
     add_weights_flags(parser)
-    parser.add_argument('--images', type=int, default=12, metavar='N')
-    parser.add_argument('--columns', type=int, default=6, metavar='N')
+    parser.add_argument('--images', type=positive_int, default=12, metavar='N')
+    parser.add_argument('--columns', type=positive_int, default=6, metavar='N')
     parser.add_argument('--output', type=Path, metavar='FILE', help='default: output/figureN.png')
     parser.set_defaults(distributed=False, rank=0, world_size=1, device='cpu', batch_size=1)
     args = parser.parse_args(argv)

@@ -9,9 +9,16 @@ import torch
 import yaml
 from timm.utils import ParseKwargs
 
-__all__ = ['add_data_flags', 'parse_args']
+__all__ = ['add_data_flags', 'parse_args', 'positive_int']
 
 RECIPES = Path(__file__).parent / 'recipes.yaml'
+
+
+def positive_int(text: str) -> int:
+    """For argparse: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be an integer of at least 1, got {text!r}')
+    return int(text)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

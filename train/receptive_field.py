@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from boxes import collate_boxes
-from flags import add_data_flags
+from flags import add_data_flags, positive_int
 from record import environment, write_json
 from validate import add_weights_flags, open_boxed
 
@@ -103,8 +103,8 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_data_flags(parser)
     add_weights_flags(parser)
-    parser.add_argument('--images', type=int, default=500, metavar='N', help='the first N of a fixed random order')
-    parser.add_argument('-b', '--batch-size', type=int, default=50, metavar='N')
+    parser.add_argument('--images', type=positive_int, default=500, metavar='N', help='in a fixed random order')
+    parser.add_argument('-b', '--batch-size', type=positive_int, default=50, metavar='N')
     parser.add_argument('--output', type=Path, default=Path('output/receptive_field'), metavar='DIR')
     parser.set_defaults(distributed=False, rank=0, world_size=1, device='cpu')
     args = parser.parse_args(argv)
