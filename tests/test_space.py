@@ -180,7 +180,8 @@ def test_50_megapixels(app, tmp_path):
     with Image.open(CAT) as cat:
         cat.resize((8660, 5774)).save(tmp_path / 'a.jpg')
     begin = time.monotonic()
-    message, top, _, numbers = next(app.answer(CONV, str(tmp_path / 'a.jpg'), -1, -1))
+    outputs = app.answer(CONV, str(tmp_path / 'a.jpg'), -1, -1)
+    message, top, _, numbers = next(outputs)
     assert time.monotonic() - begin < 60
     assert message == ''
     assert next(iter(top)) == 'cat'
@@ -296,8 +297,11 @@ def test_page(page, server, tmp_path):
     assert seconds < 10  # of a busy machine; 0.6 s on two idle cores
     assert 'ship' in page.locator('#top').inner_text()
 
+    before = page.request.get(picture).body()
     choose(page, 'compared with', 'truck')
     picture = next_picture(page, picture)
+    assert page.request.get(picture).body() != before
+    page.wait_for_timeout(1000)  # it fades in
     page.screenshot(path=tmp_path / 'space.png', full_page=True)
     assert (tmp_path / 'space.png').stat().st_size > 50_000
     with page.expect_download() as download:
@@ -332,3 +336,21 @@ def test_bad_upload_on_page(page, tmp_path):
     page.locator('#examples button').nth(1).click()
     assert next_picture(page, '') != picture
     assert not page.locator('#message').is_visible()
+
+
+def test_phone(page):
+    """The picture keeps a size that can be read and scrolls from its left end to its right; the page does not."""
+    page.set_viewport_size({'width': 390, 'height': 844})
+    page.locator('#examples button').first.click()
+    next_picture(page, '')
+    edges = page.locator('#picture .image-container').evaluate("""container => {
+        const image = container.querySelector('img');
+        const left = image.getBoundingClientRect().left - container.getBoundingClientRect().left;
+        container.scrollLeft = 9999;
+        return [left, container.getBoundingClientRect().right - image.getBoundingClientRect().right,
+                container.scrollLeft, document.documentElement.scrollWidth];
+    }""")
+    assert edges[0] >= -1
+    assert edges[1] >= -1
+    assert edges[2] > 300
+    assert edges[3] <= 390

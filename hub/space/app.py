@@ -31,8 +31,8 @@ CSS = """
 #message:not(:has(p)) { display: none; }
 #message p { padding: 0.75em 1em; border: 1px solid var(--error-border-color); border-radius: var(--radius-md);
              background: var(--error-background-fill); color: var(--error-text-color); font-size: var(--text-lg); }
-#picture { overflow-x: auto; }
-#picture img { min-width: 52rem; background: white; }  /* on a phone: scroll, rather than text nobody can read */
+#picture .image-container { overflow-x: auto; }
+#picture .image-container > button { width: max(100%, 52rem); background: white; }  /* on a phone: scroll to read it */
 """
 INTRODUCTION = """
 # Which part of the image decided?
