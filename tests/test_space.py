@@ -253,7 +253,7 @@ def page(server):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
         page = browser.new_page(viewport={'width': 1280, 'height': 1100})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(120_000)
         page.requested = []
         page.on('request', lambda request: page.requested.append(request.url))
         page.goto(server)
@@ -294,7 +294,7 @@ def test_page(page, server, tmp_path):
     picture = next_picture(page, picture)
     seconds = time.monotonic() - begin
     print(f'from click to picture: {seconds:.2f} s')
-    assert seconds < 10  # 0.6 s was measured, on two cores with a training on them
+    assert seconds < 30  # 0.6 s on two cores with one training on them, 9 s with a load of 14: this only sees hangs
     assert 'ship' in page.locator('#top').inner_text()
 
     before = page.request.get(picture).body()
