@@ -231,7 +231,7 @@ def server(tmp_path_factory):
             [sys.executable, str(SPACE / 'app.py')], env=env, stdout=output, stderr=output) as process:
         try:
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            for _ in range(240):
+            for _ in range(600):
                 assert process.poll() is None, log.read_text()
                 try:
                     opener.open(address, timeout=5).close()
