@@ -1,10 +1,11 @@
-# make demo: explain the images in tests/data with the shipped weights.   make test: the tests.
+# make demo: explain the images in tests/data with the shipped weights.   make space: the same in a web page.
+# make test: the tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.dev
 
-.PHONY: demo test lint conformance conformance-quick benchmark clean
+.PHONY: demo space test lint conformance conformance-quick benchmark clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.viz: pyproject.toml
@@ -19,6 +20,14 @@ $(INSTALLED): $(VENV)/.viz
 demo: $(VENV)/.viz
 	$(BIN)/timm-lossattn explain tests/data/cifar10_test_*.png --model resnet18_lossattn_conv_nano --out demo_output
 	@echo "The pictures and their numbers are in $(CURDIR)/demo_output"
+
+$(VENV)/.space: $(VENV)/.viz
+	$(BIN)/pip install --quiet -e '.[space]'
+	touch $@
+
+# needs no network once it is installed; prints its address, Ctrl-C ends it
+space: $(VENV)/.space
+	HF_HUB_OFFLINE=1 $(BIN)/python hub/space/app.py
 
 # one thread a worker process: more would only wait for each other
 test: $(INSTALLED)
