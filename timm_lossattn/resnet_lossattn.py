@@ -134,7 +134,8 @@ default_cfgs = generate_default_cfgs(with_published({
     'resnet18_lossattn_caps_nano.cifar10': patch_model_cfg(
         file=bundled_weights('resnet18_lossattn_caps_nano.cifar10')),
     'resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini': patch_model_cfg(  # ten of its classes
-        size=64, num_classes=10, label_names=TINY_IMAGENET_MINI_LABELS),
+        size=64, num_classes=10, label_names=TINY_IMAGENET_MINI_LABELS,
+        file=bundled_weights('resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini')),
     'resnet18_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
     'resnet50_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
 }))

@@ -10,7 +10,6 @@ batch already take: CUDA's allocator, or on the CPU the growth of the resident s
 """
 import argparse
 import multiprocessing
-import shlex
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from timm.task import ClassificationTask
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from record import environment, write_json
+from record import command_line, environment, write_json
 from timm_lossattn import LossAttentionLoss, LossAttentionTask
 from timm_lossattn.explain import explain
 
@@ -221,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         result |= measure_speed(args)
     if args.only != 'speed':
         result |= measure_memory(args)
-    result |= {'command': shlex.join(['python', *(sys.argv if argv is None else argv)]),
+    result |= {'command': command_line(argv),
                **environment(torch.device(args.device).type, 1)}
     table = Table(title=args.model, title_justify='left')
     table.add_column('measure')

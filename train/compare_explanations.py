@@ -18,7 +18,6 @@ Each tool explains the image's own label. Its heat map is judged by
 (prepare.py). Writes compare.json, .md and .png.
 """
 import argparse
-import shlex
 import statistics
 import sys
 import time
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from boxes import collate_boxes
 from flags import add_data_flags, positive_int
-from record import environment, write_json
+from record import command_line, environment, write_json
 from timm_lossattn.explain import explain, square_box
 from timm_lossattn.faithfulness import completeness_error, deletion_insertion, patch_scores, pointing_game
 from timm_lossattn.metrics import BoxLocalization
@@ -216,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     loader = DataLoader(torch.utils.data.Subset(boxed, order), args.batch_size, collate_fn=collate_boxes)
     result, shown = compare(args, model, loader)
     args.output.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(['python', *(sys.argv if argv is None else argv)])
+    command = command_line(argv)
     text = markdown(result, len(order), args.batch_size, command)
     (args.output / 'compare.md').write_text(text)
     write_json(args.output / 'compare.json', {

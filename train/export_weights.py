@@ -13,8 +13,6 @@ import argparse
 import hashlib
 import json
 import os
-import shlex
-import sys
 from pathlib import Path
 
 import timm
@@ -26,6 +24,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 import timm_lossattn  # noqa: F401  (registers the models)
+from record import command_line
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,7 +100,7 @@ def main() -> None:
     result['shipped'] = {
         'file': str(file.relative_to(ROOT)), 'bytes': file.stat().st_size,
         'sha256': hashlib.sha256(file.read_bytes()).hexdigest(), **metrics,
-        'command': shlex.join(['python', *sys.argv]),
+        'command': command_line(None),
     }
     out = ROOT / 'train' / 'results' / f'{name}.json'
     out.parent.mkdir(exist_ok=True)

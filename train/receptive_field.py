@@ -15,7 +15,6 @@ around the patch's centre that hold half and 90 % of it, and the share of pixels
 receptive_field.png and .json.
 """
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from boxes import collate_boxes
 from flags import add_data_flags, positive_int
-from record import environment, write_json
+from record import command_line, environment, write_json
 from validate import add_weights_flags, open_boxed
 
 matplotlib.use('Agg')
@@ -127,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         'share_in_patch_box': float(total[y0:y1, x0:x1].sum() / total.sum()),
         'side_half': side_for(shares, 0.5), 'side_90': side_for(shares, 0.9),
         'pixels_with_influence': float((total > 0).double().mean()), 'share_by_side': shares,
-        'command': shlex.join(['python', *(sys.argv if argv is None else argv)]), **environment('cpu', 1)}
+        'command': command_line(argv), **environment('cpu', 1)}
     args.output.mkdir(parents=True, exist_ok=True)
     draw(total, box, shares, result, args.output / 'receptive_field.png')
     write_json(args.output / 'receptive_field.json', result)

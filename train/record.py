@@ -5,8 +5,10 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from timm.models import clean_state_dict, save_for_hf
 import timm_lossattn
 from checkpoint import load_checkpoint
 
-__all__ = ['Trackers', 'environment', 'save_hub_folder', 'write_curves', 'write_json', 'write_summary']
+__all__ = ['Trackers', 'command_line', 'environment', 'save_hub_folder', 'write_curves', 'write_json', 'write_summary']
 
 _logger = logging.getLogger('train')
 
@@ -73,6 +75,19 @@ def write_curves(path: Path, epochs: list[dict[str, Any]], metric: str) -> None:
     figure.savefig(temporary, dpi=120, format='png')
     plt.close(figure)
     os.replace(temporary, path)
+
+
+def command_line(argv: list[str] | None) -> str:
+    """The command that runs now, with the script's path from the root of the repository.
+
+    Args:
+        argv: what the script's main was called with; None for the process's own arguments.
+    """
+    if argv is not None:
+        return shlex.join(['python', *argv])
+    script, root = Path(sys.argv[0]).resolve(), Path(__file__).parents[1].resolve()
+    name = script.relative_to(root) if script.is_relative_to(root) else Path(sys.argv[0])
+    return shlex.join(['python', str(name), *sys.argv[1:]])
 
 
 def environment(device_type: str, world_size: int) -> dict[str, Any]:

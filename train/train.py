@@ -14,7 +14,6 @@ number, so that on the CPU a run that was killed and resumed ends with the weigh
 import contextlib
 import json
 import logging
-import shlex
 import sys
 import time
 from datetime import datetime
@@ -46,7 +45,7 @@ from data import (
 )
 from engine import evaluate, train_one_epoch, updates_in_epoch
 from flags import parse_args
-from record import Trackers, environment, save_hub_folder, write_curves, write_json, write_summary
+from record import Trackers, command_line, environment, save_hub_folder, write_curves, write_json, write_summary
 
 _logger = logging.getLogger('train')
 
@@ -54,7 +53,7 @@ _logger = logging.getLogger('train')
 def main(argv: list[str] | None = None) -> int:
     """Train; errors in what the user gave are one line on stderr and exit code 2."""
     setup_default_logging()
-    command = shlex.join(['python', *(sys.argv if argv is None else argv)])
+    command = command_line(argv)
     try:
         run(parse_args(argv), command)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:

@@ -9,7 +9,6 @@ Prints a table; --results-file also writes JSON with the command. Boxes are the 
 (x0, y0, x1, y1 in pixels); patch models then get patch precision, recall and F, and localisation (metrics.py).
 """
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from boxes import BoxDataset, collate_boxes, evaluation_transform
 from data import channel_statistics, create_eval_loader, label_names, one_line, open_dataset
 from flags import add_data_flags
-from record import environment, write_json
+from record import command_line, environment, write_json
 from timm_lossattn.cli import checkpoint_args
 from timm_lossattn.explain import class_labels, explain
 from timm_lossattn.metrics import BoxLocalization, PatchLocalization, VOCMeanAveragePrecision
@@ -162,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     Console().print(table)
     if args.results_file:
         write_json(args.results_file, {
-            'model': args.model, **result, 'command': shlex.join(['python', *(sys.argv if argv is None else argv)]),
+            'model': args.model, **result, 'command': command_line(argv),
             **environment(torch.device(args.device).type, 1)})
     return 0
 
