@@ -18,6 +18,14 @@ METRICS = {
     'patch_f': ('f1', 'patch F (%)'), 'localization_ap': ('localization_ap', 'localisation AP (%)'),
 }
 
+HEADS = {
+    'lossattn': 'weighted by loss-based attention (X. Shi et al., IEEE TIP 2021)',
+    'avg': 'all with the same weight',
+    'attn': 'weighted by the attention of M. Ilse et al., ICML 2018',
+    'gatedattn': 'weighted by the gated attention of M. Ilse et al., ICML 2018',
+    'routing': 'combined by dynamic routing (S. Sabour et al., NeurIPS 2017)',
+}
+
 
 def measures(result: dict[str, Any]) -> tuple[dict[str, float], str]:
     """What was measured on the weights, and how it came about.
@@ -34,20 +42,15 @@ def measures(result: dict[str, Any]) -> tuple[dict[str, float], str]:
     return {name: found[name] for name in METRICS if name in found and math.isfinite(found[name])}, source
 
 
-def make_card(
-        folder: Path, result: dict[str, Any], config: dict[str, Any], repo_id: str, dataset: str | None, license: str,
-        picture: str | None, note: str | None = None) -> ModelCard:
+def make_card(folder: Path, model: Any, result: dict[str, Any], config: dict[str, Any], args: Any) -> ModelCard:
     """Card for the weights in a folder.
 
     Args:
-        folder: holds model.safetensors.
-        result: its result.json.
-        config: its config.json, as timm writes it.
-        repo_id: where it will stand.
-        dataset: id of the training set on the Hub, if it has one.
-        license: identifier of the Hub.
-        picture: file name of the example picture in the folder.
-        note: a remark on the data.
+        folder: holds model.safetensors, and example.png if there is a picture.
+        model: the weights' model.
+        result: their result.json.
+        config: their config.json, as timm writes it.
+        args: of publish.py: repo_id, dataset (id on the Hub or None), license, note.
     """
     found, source = measures(result)
     runs = [result]
@@ -56,30 +59,35 @@ def make_card(
     commands = [command for run in runs for command in run['commands']]
     if 'shipped' in result:
         commands.append(result['shipped']['command'])
-    args = result['args']
-    name = repo_id.split('/')[-1]
-    dataset_name = dataset or (args['dataset'] or args['data_dir'] or 'images').split('/')[-1]
+    flags = result['args']
+    name = args.repo_id.split('/')[-1]
+    trained_on = Path(flags['dataset'] or flags['data_dir'] or 'images').name
+    dataset_name = args.dataset or trained_on
+    patches = hasattr(model, 'forward_patches')
     data = ModelCardData(
-        library_name='timm', license=license, pipeline_tag='image-classification', model_name=name,
-        tags=['image-classification', 'timm', 'transformers', 'timm_lossattn', 'interpretability',
-              'explainable-ai', 'attention'],
-        datasets=[dataset] if dataset else None,
+        library_name='timm', license=args.license, pipeline_tag='image-classification', model_name=name,
+        tags=['image-classification', 'timm', 'transformers', 'timm_lossattn',
+              *(['interpretability', 'explainable-ai', 'attention'] if patches else [])],
+        datasets=[args.dataset] if args.dataset else None,
         metrics=list(dict.fromkeys(METRICS[measure][0] for measure in found)) or None,
         eval_results=[EvalResult(
-            task_type='image-classification', dataset_type=dataset or dataset_name, dataset_name=dataset_name,
-            dataset_split=args['val_split'], metric_type=METRICS[measure][0], metric_name=METRICS[measure][1],
+            task_type='image-classification', dataset_type=dataset_name, dataset_name=dataset_name,
+            dataset_split=flags['val_split'], metric_type=METRICS[measure][0], metric_name=METRICS[measure][1],
             metric_value=value) for measure, value in found.items()] or None)
     weights = folder / 'model.safetensors'
-    size = config['pretrained_cfg']['input_size']
-    labels = config.get('label_names') or config['pretrained_cfg'].get('label_names') or []
+    size, labels = config['pretrained_cfg']['input_size'], config.get('label_names') or []
     return ModelCard.from_template(
-        data, template_path=str(TEMPLATE), name=name, architecture=f'`{config["architecture"]}`', picture=picture,
-        parameters=f'{result["parameters"] / 1e6:.2f}', input_size=f'{size[0]} × {size[1]} × {size[2]}',
-        num_classes=config['num_classes'], labels=', '.join(labels) if len(labels) <= 20 else '',
-        megabytes=f'{weights.stat().st_size / 1e6:.2f}', sha256=sha256_of(weights),
+        data, template_path=str(TEMPLATE), name=name, architecture=f'`{config["architecture"]}`',
+        picture='example.png' if (folder / 'example.png').exists() else None,
+        patches=patches, head=HEADS.get(getattr(model, 'global_pool', ''), ''), multi_label=flags.get('multi_label'),
+        weighted=getattr(model, 'global_pool', '') in ('lossattn', 'attn', 'gatedattn'),
+        parameters=f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
+        input_size=f'{size[0]} × {size[1]} × {size[2]}', num_classes=config['num_classes'],
+        labels=', '.join(labels) if len(labels) <= 20 else '', megabytes=f'{weights.stat().st_size / 1e6:.2f}',
+        sha256=sha256_of(weights),
         measures=[{'name': METRICS[measure][1], 'value': f'{value:.2f}'} for measure, value in found.items()],
-        split=args['val_split'], dataset_name=dataset_name, images=result.get('shipped', {}).get('images'), note=note,
-        source=source, hub_id=f'hf-hub:{repo_id}', epochs=' + '.join(str(len(run['epochs'])) for run in runs),
-        seed=', '.join(str(run['seed']) for run in runs), hours=f'{sum(run["seconds"] for run in runs) / 3600:.2f}',
-        hardware=result['hardware'], torch=result['versions']['torch'], timm=result['versions']['timm'],
-        command='\n'.join(commands))
+        split=flags['val_split'], dataset_name=dataset_name, images=result.get('shipped', {}).get('images'),
+        note=args.note, source=source, hub_id=f'hf-hub:{args.repo_id}',
+        epochs=' + '.join(str(len(run['epochs'])) for run in runs), seed=', '.join(str(run['seed']) for run in runs),
+        hours=f'{sum(run["seconds"] for run in runs) / 3600:.2f}', hardware=result['hardware'],
+        torch=result['versions']['torch'], timm=result['versions']['timm'], command='\n'.join(commands))

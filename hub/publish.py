@@ -7,10 +7,10 @@
 
 The source is a run of train.py (its hub/ folder and result.json), a folder with model.safetensors, config.json and
 result.json, or the name of weights that ship in the package. What goes up: model.safetensors (never a pickle),
-config.json as timm writes it, README.md made from result.json, result.json, and example.png, the explanation of
---example (of CIFAR-10's classes: of a test image). An interrupted upload is continued by the same command; what is on
-the Hub already is not sent again. --tag writes the commit and the checksum into timm_lossattn/hub_weights.json, from
-where ``pretrained=True`` takes them.
+config.json as timm writes it, README.md made from result.json, result.json (with the commands as they were typed, paths
+included), and example.png, the explanation of --example (of CIFAR-10's classes: of a test image). An interrupted upload
+is continued by the same command; what is on the Hub already is not sent again. --tag writes the commit and the checksum
+into timm_lossattn/hub_weights.json, from where ``pretrained=True`` takes them.
 """
 import argparse
 import io
@@ -22,19 +22,14 @@ from typing import Any
 
 import timm
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 import timm_lossattn
 from card import make_card
+from timm_lossattn.cli import list_patch_models
 from timm_lossattn.explain import explain
 from timm_lossattn.hub_weights import HUB_WEIGHTS_FILE, WEIGHTS_NAME, sha256_of
 from timm_lossattn.image_io import replace_file
@@ -54,14 +49,14 @@ STATUS = {
 }
 
 
-def collect(source: str, folder: Path) -> dict[str, Any]:
+def collect(source: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Copy weights, config.json and result.json into the folder.
 
     Returns:
-        result.json.
+        result.json, config.json.
 
     Raises:
-        ValueError: the source has no such files, or pickles alone.
+        ValueError: the source has no such files, pickles alone, or files that do not belong together.
     """
     path = Path(source)
     if path.is_dir():
@@ -75,15 +70,31 @@ def collect(source: str, folder: Path) -> dict[str, Any]:
                 f' {", ".join(pickles)} are pickles, which are not published.' if pickles else ''))
         for name, file in found.items():
             shutil.copyfile(file, folder / name)
-    elif timm.is_model(source) and timm.models.is_model_pretrained(source) and '.' in source:
+    elif '.' in source and source.split('.')[0] in list_patch_models() and timm.models.is_model_pretrained(source):
         model: Any = timm.create_model(source, pretrained=True)
-        save_for_hf(model, str(folder), safe_serialization=True,
-                    model_config={'label_names': list(model.pretrained_cfg['label_names'])})
+        save_for_hf(model, str(folder), safe_serialization=True)
         shutil.copyfile(model.pretrained_cfg['file'], folder / WEIGHTS_NAME)  # the bytes that ship, in float16
         shutil.copyfile(ROOT / 'train' / 'results' / f'{source}.json', folder / 'result.json')
     else:
         raise ValueError(f'RUN_OR_FOLDER: {source} is no folder, and no arch.tag whose weights ship in the package')
-    return json.loads((folder / 'result.json').read_text())
+    try:
+        result, config = (json.loads((folder / name).read_text()) for name in ('result.json', 'config.json'))
+        trained = result['model'].split('.')[0], result['args']['num_classes']
+        here = config['architecture'], config['num_classes']
+    except (KeyError, ValueError) as error:
+        raise ValueError(f'RUN_OR_FOLDER: result.json or config.json of {source} is damaged: {error!r}') from error
+    if trained != here:
+        raise ValueError(f'RUN_OR_FOLDER: result.json is of {trained[0]} with {trained[1]} classes, the weights are of '
+                         f'{here[0]} with {here[1]}')
+    if 'shipped' in result and result['shipped']['sha256'] != sha256_of(folder / WEIGHTS_NAME):
+        raise ValueError(f'RUN_OR_FOLDER: result.json was measured on other weights than {source}')
+    # where transformers looks for them: it passes num_classes on by itself, and reads labels at the top level alone
+    config.get('model_args', {}).pop('num_classes', None)
+    labels = config.get('label_names') or config['pretrained_cfg'].get('label_names')
+    if labels:
+        config['label_names'] = list(labels)
+    replace_file(folder / 'config.json', (json.dumps(config, indent=2) + '\n').encode())
+    return result, config
 
 
 def prepare(args, folder: Path) -> None:
@@ -94,28 +105,83 @@ def prepare(args, folder: Path) -> None:
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    result = collect(args.source, folder)
-    config = json.loads((folder / 'config.json').read_text())
+    result, config = collect(args.source, folder)
     try:
         model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     except (RuntimeError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise ValueError(f'RUN_OR_FOLDER: {args.source}: the weights do not load: {error}') from error
-    labels = config.get('label_names') or ()
-    example = args.example or (CIFAR_EXAMPLE if tuple(labels) == CIFAR10_LABELS else None)
+    if args.tag:
+        check_tag(args, model)
+    example = args.example or (CIFAR_EXAMPLE if tuple(config.get('label_names') or ()) == CIFAR10_LABELS else None)
     if example and hasattr(model, 'forward_patches'):
         buffer = io.BytesIO()
         try:
-            explain(model, [example]).figure(title=Path(example).name).savefig(buffer, format='png')
+            explanation = explain(model, example, multi_label=bool(result['args'].get('multi_label')))
+            explanation.figure(title=Path(example).name).savefig(buffer, format='png')
         except ValueError as error:
             raise ValueError(f'--example: {error}') from error
         replace_file(folder / 'example.png', buffer.getvalue())
-    picture = 'example.png' if (folder / 'example.png').exists() else None
-    card = make_card(folder, result, config, args.repo_id, args.dataset, args.license, picture, args.note)
+    card = make_card(folder, model, result, config, args)
     replace_file(folder / 'README.md', str(card).encode())
     for file in folder.iterdir():
         if file.stat().st_size > MAX_BYTES:
             raise ValueError(
                 f'RUN_OR_FOLDER: {file.name} has {file.stat().st_size:,} bytes, the Hub takes {MAX_BYTES:,}')
+
+
+def check_tag(args, model: Any) -> None:
+    """Refuse weights that ``pretrained=True`` would not load, or would load into another model.
+
+    Raises:
+        ValueError: no such tag, a model that is not as registered, or other weights in the package.
+    """
+    name = f'{model.pretrained_cfg["architecture"]}.{args.tag}'
+    try:
+        registered: Any = timm.create_model(name)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f'--tag: {name} is not registered: {error}; add it to the default_cfgs first') from error
+    differ = [key for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'label_names')
+              if tuple_of(model.pretrained_cfg.get(key)) != tuple_of(registered.default_cfg.get(key))]
+    differ += [key for key in ('num_classes', 'xi', 'backbone_stride', 'global_pool')
+               if getattr(model, key, None) != getattr(registered, key, None)]
+    if differ:
+        raise ValueError(f'--tag: these weights differ from {name} as it is registered in {", ".join(differ)}')
+    file = registered.default_cfg.get('file')
+    if file and Path(file).is_file() and args.source != name:
+        raise ValueError(f'--tag: the package holds weights of {name}, which would come first; publish those')
+
+
+def tuple_of(value: Any) -> Any:
+    """JSON's lists as tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_repository(args, api: HfApi, architecture: str, labels: list[str] | None) -> bool:
+    """Whether the repository exists; refuse one that these weights do not belong into.
+
+    Raises:
+        ValueError: it holds something else, or is public though --private is given, or private with --tag.
+    """
+    if not api.repo_exists(args.repo_id):
+        return False
+    private = bool(api.repo_info(args.repo_id).private)
+    if args.private and not private:
+        raise ValueError(f'--private: {args.repo_id} exists and is public')
+    if args.tag and private:
+        raise ValueError(f'--tag: {args.repo_id} exists and is private; pretrained weights must be public')
+    revision = args.revision if args.revision and api.revision_exists(args.repo_id, args.revision) else 'main'
+    there = set(api.list_repo_files(args.repo_id, revision=revision)) - {'.gitattributes', 'README.md'}
+    if not there:
+        return True
+    config = {}
+    if 'config.json' in there:  # force_download: an old copy in the cache does not count
+        config = json.loads(Path(hf_hub_download(
+            args.repo_id, 'config.json', revision=revision, endpoint=api.endpoint, force_download=True)).read_text())
+    if config.get('architecture') != architecture or config.get('label_names') != labels:
+        found = config.get('architecture') or 'other files'
+        raise ValueError(f'--repo-id: {args.repo_id} exists and holds {found}, not {architecture} with these classes; '
+                         'choose another')
+    return True
 
 
 def upload(args, folder: Path) -> str:
@@ -125,28 +191,22 @@ def upload(args, folder: Path) -> str:
         Commit hash.
 
     Raises:
-        ValueError: the repository holds another architecture.
+        ValueError: see ``check_repository``.
         HTTPError, OfflineModeIsEnabled: the Hub refuses or is out of reach.
     """
     api = HfApi(library_name='timm_lossattn', library_version=timm_lossattn.__version__)
     api.whoami()  # a wrong token ends here, before anything is created
-    revision = args.revision or 'main'
-    architecture = json.loads((folder / 'config.json').read_text())['architecture']
-    if api.repo_exists(args.repo_id):
-        try:
-            there = hf_hub_download(args.repo_id, 'config.json', endpoint=api.endpoint)
-        except RemoteEntryNotFoundError:  # an empty repository
-            there = None
-        if there and (other := json.loads(Path(there).read_text()).get('architecture')) != architecture:
-            raise ValueError(f'--repo-id: {args.repo_id} exists and holds {other}, not {architecture}; choose another')
-    else:
+    config = json.loads((folder / 'config.json').read_text())
+    if not check_repository(args, api, config['architecture'], config.get('label_names')):
         api.create_repo(args.repo_id, private=args.private, exist_ok=True)
     if args.revision:
         api.create_branch(args.repo_id, branch=args.revision, exist_ok=True)
+    revision = args.revision or 'main'
     before = api.repo_info(args.repo_id, revision=revision).sha
     commit = api.upload_folder(
         repo_id=args.repo_id, folder_path=folder, revision=revision, create_pr=args.create_pr,
-        allow_patterns=list(FILES), commit_message=f'{architecture} with timm_lossattn {timm_lossattn.__version__}')
+        allow_patterns=list(FILES),
+        commit_message=f'{config["architecture"]}, timm_lossattn {timm_lossattn.__version__}')
     if commit.oid == before:
         print(f'{args.repo_id}: nothing to upload, commit {before} has these files')
     else:
@@ -215,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         commit = upload(args, folder)
         if args.tag:
             register(args, folder, commit)
-    except (ValueError, OSError, HFValidationError, HTTPError) as error:
+    except (ValueError, OSError, ImportError, HFValidationError, HTTPError) as error:
         print(f'error: {one_line(error)}', file=sys.stderr)
         return 2
     return 0

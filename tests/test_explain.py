@@ -166,7 +166,7 @@ def test_train_mode():
         explain(planted().train(), torch.zeros(2, 3, *SIZE))
 
 
-@pytest.mark.parametrize('target', [[5, 0], [0, -1], [0], [0, 1, 2], 3, [0.5, 1.], torch.tensor([True, False])])
+@pytest.mark.parametrize('target', [[5, 0], [0, -1], [0], [0, 1, 2], 5, True, [0.5, 1.], torch.tensor([True, False])])
 def test_bad_target(target):
     """Classes that do not exist, a wrong number of them, and what is no class at all."""
     with pytest.raises(ValueError, match=r'^target must hold 2 classes in \[0, 4\]'):
@@ -288,6 +288,45 @@ def test_images_as_files_and_tensors():
             explain(model, images)
 
 
+def test_one_image():
+    """A file or a PIL image need no list; a photograph's orientation is applied in both cases; one int is for all."""
+    model = timm.create_model(NANO, pretrained=True).eval()
+    photo = Image.open(FILES[0]).resize((40, 32))
+    photo.getexif()[0x0112] = 6  # turned by 90°
+    e = explain(model, photo)
+    assert len(e) == 1
+    assert e.source(0).image.size == (32, 40)
+    assert explain(model, FILES[0]).to_dict() == explain(model, [FILES[0]]).to_dict()
+    two = explain(model, FILES, target=9, against=1)
+    assert two.target.tolist() == [9, 9]
+    assert two.against.tolist() == [1, 1]
+    with pytest.raises(ValueError, match='against must differ from the target'):
+        explain(model, FILES, target=9, against=9)
+    with pytest.raises(ValueError, match='without pretrained_cfg'):
+        explain(planted(), FILES)
+
+
+def test_multi_label():
+    """Independent classes: sigmoids, and the evidence is the share in the logit itself. So it is for a single class."""
+    model = timm.create_model(NANO, pretrained=True).eval()
+    e = explain(model, FILES, multi_label=True)
+    torch.testing.assert_close(e.probabilities, e.prediction.logits.sigmoid())
+    assert e.against is None
+    torch.testing.assert_close(e.evidence.sum(1), e.prediction.logits.amax(1))
+    one = timm.create_model(NANO, num_classes=1).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(explain(one, x).probabilities, one(x).sigmoid().detach())
+
+
+def test_own_copy():
+    """What the caller does to the images afterwards does not change the explanation."""
+    x = torch.zeros(1, 3, 32, 32)
+    e = explain(timm.create_model(NANO).eval(), x)
+    before = e.source(0).image.tobytes()
+    x.fill_(2.)
+    assert e.source(0).image.tobytes() == before
+
+
 def test_save(tmp_path):
     """A picture and the numbers for each image; wrong counts are refused before anything is written."""
     e = explain(timm.create_model(NANO).eval(), torch.zeros(2, 3, 32, 32))
@@ -296,6 +335,9 @@ def test_save(tmp_path):
     assert json.loads((tmp_path / 'a' / 'b' / '1.json').read_text()) == {'notes': 'mine', **e.to_dict(1)}
     with pytest.raises(ValueError, match='names and titles must have 2 entries'):
         e.save(tmp_path / 'c', names=['one'])
+    for names in (['a', 'a'], ['a', '../b'], ['a', 'b/c']):
+        with pytest.raises(ValueError, match='different plain file names'):
+            e.save(tmp_path / 'c', names=names)
     assert not (tmp_path / 'c').exists()
 
 

@@ -1,4 +1,5 @@
 """hub/publish.py without a Hub: the folder, the card, and what is refused. test_hub_round_trip.py has the uploads."""
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file
 
+import card
 import publish
 import train
 from timm_lossattn.cli import main as cli_main
@@ -35,28 +37,28 @@ def test_folder(shipped):
     loaded = timm.create_model(f'local-dir:{shipped}', pretrained=True).eval()
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(x), model(x))
-    assert loaded.pretrained_cfg['label_names'] == list(model.pretrained_cfg['label_names'])
+    assert list(loaded.pretrained_cfg['label_names']) == list(model.pretrained_cfg['label_names'])
     assert (shipped / 'example.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_card(shipped):
     """The Hub's own classes read it; its numbers are those of result.json."""
-    card = ModelCard.load(shipped / 'README.md')
+    model_card = ModelCard.load(shipped / 'README.md')
     result = json.loads((shipped / 'result.json').read_text())['shipped']
-    found = {r.metric_name: r.metric_value for r in card.data.eval_results}
+    found = {r.metric_name: r.metric_value for r in model_card.data.eval_results}
     assert found == {'top-1 accuracy (%)': result['top1'], 'top-5 accuracy (%)': result['top5']}
-    assert {r.dataset_type for r in card.data.eval_results} == {'uoft-cs/cifar10'}
-    assert {r.dataset_split for r in card.data.eval_results} == {'test'}
+    assert {r.dataset_type for r in model_card.data.eval_results} == {'uoft-cs/cifar10'}
+    assert {r.dataset_split for r in model_card.data.eval_results} == {'test'}
     data = metadata_load(shipped / 'README.md')
     assert (data['library_name'], data['license'], data['datasets']) == ('timm', 'apache-2.0', ['uoft-cs/cifar10'])
     assert data['pipeline_tag'] == 'image-classification'
     for text in (f'{result["top1"]:.2f}', result['sha256'], 'A remark.', '(example.png)', 'hf-hub:me/nano', 'train.py'):
-        assert text in card.text
-    assert '{{' not in card.text
-    assert '{%' not in card.text
+        assert text in model_card.text
+    assert '{{' not in model_card.text
+    assert '{%' not in model_card.text
 
 
-def test_from_images_to_card(folder, tmp_path, monkeypatch):
+def test_from_images_to_card(folder, tmp_path):
     """One's own images: fine-tune the shipped weights, explain, and look at what would be published."""
     run = tmp_path / 'mine'
     assert train.main([
@@ -71,13 +73,34 @@ def test_from_images_to_card(folder, tmp_path, monkeypatch):
     assert publish.main([str(run), '--repo-id', 'me/mine', '--example', str(SHIP), '--dry-run', '--folder',
                          str(out)]) == 0
     result = json.loads((out / 'result.json').read_text())
-    card = ModelCard.load(out / 'README.md')
+    model_card = ModelCard.load(out / 'README.md')
     best = next(e for e in result['epochs'] if e['epoch'] == result['best']['epoch'])
-    assert card.data.eval_results[0].metric_value == best['eval']['top1']
-    assert card.data.datasets is None  # images on a disk have no id on the Hub
-    assert result['commands'][0] in card.text
+    assert model_card.data.eval_results[0].metric_value == best['eval']['top1']
+    assert model_card.data.datasets is None  # images on a disk have no id on the Hub
+    assert result['commands'][0] in model_card.text
     model = timm.create_model(f'local-dir:{out}', pretrained=True)
     assert model.pretrained_cfg['label_names'] == numbers['labels']
+
+
+@pytest.mark.parametrize(('name', 'words', 'absent'), [
+    (NANO, ['loss-based attention', 'α says', 'lead over the others'], 'plain image classifier'),
+    ('resnet18_meanpool_conv', ['all with the same weight', 'A patch sees'], 'α says'),
+    ('vgg11_bn_cifar', ['plain image classifier'], 'A patch sees')])
+@pytest.mark.parametrize('multi_label', [False, True])
+def test_card_of_other_models(shipped, tmp_path, name, words, absent, multi_label):
+    """The words fit the model: its head, whether it has patches, whether its classes are independent."""
+    shutil.copyfile(shipped / 'model.safetensors', tmp_path / 'model.safetensors')
+    result = json.loads((shipped / 'result.json').read_text())
+    result['args']['multi_label'] = multi_label
+    config = json.loads((shipped / 'config.json').read_text()) | {'architecture': name}
+    args = argparse.Namespace(repo_id='me/x', dataset=None, license='apache-2.0', note=None)
+    model = timm.create_model(name, device='meta')
+    text = card.make_card(tmp_path, model, result, config, args).text
+    for word in words:
+        assert (word in text) != (multi_label and word == 'lead over the others')
+    assert absent not in text
+    assert ('multi_label=True' in text) == (multi_label and name != 'vgg11_bn_cifar')
+    assert f'| parameters | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M |' in text
 
 
 def expect(capsys, text, *args):
@@ -106,10 +129,23 @@ def test_errors(shipped, tmp_path, capsys, monkeypatch):
     pickled = source('b', model_safetensors=None)
     torch.save({}, pickled / 'pytorch_model.bin')
     expect(capsys, 'pytorch_model.bin are pickles, which are not published', pickled, *flags)
-    expect(capsys, 'the weights do not load', source('c', model_safetensors=b'broken'), *flags)
-    other = json.loads((shipped / 'config.json').read_text()) | {'architecture': 'resnet18_lossattn_conv_nano_s2'}
-    other['model_args'] = {'patch_args': {'width': 32}}
-    expect(capsys, 'the weights do not load', source('d', config_json=json.dumps(other).encode()), *flags)
+    expect(capsys, 'was measured on other weights', source('c', model_safetensors=b'broken'), *flags)
+    result = json.loads((shipped / 'result.json').read_text())
+    run = {k: v for k, v in result.items() if k != 'shipped'}  # as train.py leaves it
+    expect(capsys, 'the weights do not load',
+           source('d', model_safetensors=b'broken', result_json=json.dumps(run).encode()), *flags)
+    other = run | {'model': 'resnet18_lossattn_caps_nano'}
+    expect(capsys, 'result.json is of resnet18_lossattn_caps_nano with 10 classes',
+           source('e', result_json=json.dumps(other).encode()), *flags)
+    expect(capsys, "is damaged: KeyError('model')", source('f', result_json=b'{}'), *flags)
+    expect(capsys, 'is damaged', source('g', config_json=b'{"archi'), *flags)
+    expect(capsys, 'is no folder, and no arch.tag', 'resnet18.a1_in1k', *flags)
+    expect(capsys, f'{NANO}.mine is not registered', shipped, *flags, '--tag', 'mine')
+    expect(capsys, 'the package holds weights', shipped, *flags, '--tag', 'cifar10')
+    config = json.loads((shipped / 'config.json').read_text())
+    config['model_args'] = {'xi': 0.5}
+    expect(capsys, f'these weights differ from {NANO}.cifar10 as it is registered in xi',
+           source('h', config_json=json.dumps(config).encode()), *flags, '--tag', 'cifar10')
     expect(capsys, '--example', shipped, *flags, '--example', tmp_path / 'no.png')
     expect(capsys, 'must be ORG/NAME', shipped, '--repo-id', 'nano', '--dry-run')
     expect(capsys, "'a b/c'", shipped, '--repo-id', 'a b/c', '--dry-run')

@@ -1,4 +1,4 @@
-"""The command line: ``timm-lossattn explain``, ``list`` and ``run``."""
+"""The command line: ``timm-lossattn explain``, ``export``, ``list`` and ``run``."""
 import argparse
 import sys
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from .drawing import shorten
 from .explain import class_labels, explain
+from .export import FORMATS, OUTPUTS, check_target, export_model
 from .image_io import open_image, preprocess
 from .script_runner import run_script
 
@@ -30,8 +31,8 @@ def list_patch_models(filter: str = '*') -> list[str]:
     return sorted(name for module in modules for name in timm.list_models(module=module) if fnmatch(name, filter))
 
 
-def load_model(name: str, checkpoint: str | None, device: str) -> Any:
-    """Patch model with weights, in eval mode.
+def load_model(name: str, checkpoint: str | None, device: str, flag: str = '--model') -> Any:
+    """Patch model with weights, in eval mode; ``flag`` is what the command calls the name.
 
     Raises:
         ValueError: no such model, no patch model, no weights, weights that do not fit, or no such device.
@@ -39,19 +40,19 @@ def load_model(name: str, checkpoint: str | None, device: str) -> Any:
     if not timm.is_model(name):
         close = get_close_matches(name, list_patch_models(), n=1)
         hint = f', did you mean {close[0]}?' if close else ';'
-        raise ValueError(f'--model: no model {name!r}{hint} `timm-lossattn list` shows the models.')
+        raise ValueError(f'{flag}: no model {name!r}{hint} `timm-lossattn list` shows the models.')
     if name.split('.')[0] not in list_patch_models():  # before anything is downloaded
-        raise ValueError(f'--model: {name} is no patch model; `timm-lossattn list` shows the models.')
+        raise ValueError(f'{flag}: {name} is no patch model; `timm-lossattn list` shows the models.')
     if checkpoint is None and not timm.models.is_model_pretrained(name):
         with_weights = [n for n in list_patch_models() if timm.models.is_model_pretrained(n)]
         others = f', or choose one of {with_weights}' if with_weights else ''
-        raise ValueError(f'--model: {name} has no weights yet; give --checkpoint FILE{others}.')
+        raise ValueError(f'{flag}: {name} has no weights yet; give --checkpoint FILE{others}.')
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise ValueError(f'--checkpoint: no such file: {checkpoint}')
     if checkpoint is None:
         file = timm.get_pretrained_cfg_value(name, 'file')
         if file and not Path(file).is_file():
-            raise ValueError(f'--model: the weights of {name} are missing from this installation: {file}')
+            raise ValueError(f'{flag}: the weights of {name} are missing from this installation: {file}')
         model = timm.create_model(name, pretrained=True)
     else:
         try:
@@ -64,7 +65,7 @@ def load_model(name: str, checkpoint: str | None, device: str) -> Any:
             raise ValueError(f'--checkpoint: cannot load {checkpoint} into {name}: '
                              f'{shorten(str(error) or type(error).__name__, 300)}') from error
     if not hasattr(model, 'forward_patches'):
-        raise ValueError(f'--model: {name} is no patch model.')
+        raise ValueError(f'{flag}: {name} is no patch model.')
     try:
         return model.eval().to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
@@ -141,13 +142,30 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
             print_error(console, error)
             failed += 1
             continue
-        explanation = explain(model, [source], target, 'rest' if against is None else against)
+        explanation = explain(model, source, target, 'rest' if against is None else against, args.multi_label)
         explanation.save(out, [stem], [f'{path.name} · {args.model}'],
                          image=str(path), model=args.model, checkpoint=args.checkpoint)
         best = explanation.to_dict()['top5'][0]
         line = f'{path.name}: {best["label"]} {100 * best["probability"]:.1f} %  ->  {out / stem}.png, .json'
         console.print(Text(line), soft_wrap=True)
     return 1 if failed else 0
+
+
+def run_export(args: argparse.Namespace, console: Console) -> int:
+    """One file, and what differs between it and the model. Returns 0."""
+    check_target(Path(args.out), args.format, args.opset)
+    model = load_model(args.model, args.checkpoint, 'cpu', flag='MODEL')
+    report = export_model(model, args.out, args.format, args.img_size, args.opset)
+    opset = '' if report.opset is None else f', opset {report.opset}'
+    size = ', '.join(map(str, report.input_size))
+    lines = [f'{report.file}: {report.format}{opset}, {report.size:,} bytes; image (B, {size})']
+    for batch, differences in report.differences.items():
+        numbers = ', '.join(f'{name} {differences[name]:.1e}' for name in OUTPUTS)
+        lines.append(f'max |Δ| of the loaded file, batch {batch}: {numbers}')
+    if not report.differences:
+        lines.append('not compared with the model: onnxruntime is not installed')
+    console.print(Text('\n'.join(lines)), soft_wrap=True)
+    return 0
 
 
 def run_list(args: argparse.Namespace, console: Console) -> int:
@@ -198,9 +216,20 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')
     command.add_argument('--against', metavar='CLASS', help='why not this class? (default: the mean of all others)')
+    command.add_argument('--multi-label', action='store_true',
+                         help='classes are independent: sigmoids, evidence in the logit')
     command.add_argument('--out', default='explanations', metavar='DIR', help='default: explanations')
     command.add_argument('--device', default='cpu', metavar='DEVICE', help='default: cpu')
     command.set_defaults(run=run_explain)
+
+    command = commands.add_parser('export', help='a model in one file for another runtime: ONNX, torch.export, ...')
+    command.add_argument('model', metavar='MODEL', help='name of a model')
+    command.add_argument('--format', required=True, metavar='FORMAT', help=', '.join(FORMATS))
+    command.add_argument('--out', required=True, metavar='FILE', help=', '.join(e for v in FORMATS.values() for e in v))
+    command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
+    command.add_argument('--img-size', type=int, metavar='N', help="height and width (default: the weights')")
+    command.add_argument('--opset', type=int, metavar='N', help="ONNX operator set (default: the exporter's)")
+    command.set_defaults(run=run_export)
 
     command = commands.add_parser('list', help='models, parameters, weights')
     command.add_argument(

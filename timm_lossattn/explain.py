@@ -10,10 +10,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 
 from .attention import PatchPrediction
@@ -21,6 +21,8 @@ from .image_io import Preprocessed, open_image, preprocess, replace_file, to_rgb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Source = Union[Preprocessed, Image.Image, str, Path]
 
 __all__ = ['Explanation', 'class_labels', 'explain', 'patches_to_pixels', 'square_box']
 
@@ -31,21 +33,22 @@ def class_labels(model: Any, num_classes: int) -> list[str]:
     return list(labels) if len(labels) == num_classes else [f'class {k}' for k in range(num_classes)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # tensors have no single truth, and their text is long
 class Explanation:
     """Which part of each of B images decided.
 
     Attributes:
         prediction: what the model computed, on the CPU in float32.
-        probabilities: (B, K) softmax of the image logits; for routing, whose logits are lengths of class capsules and
-            stand for the probability that the class is there, the logits themselves.
+        probabilities: (B, K) softmax of the image logits, or with ``multi_label`` or a single class their sigmoid; for
+            routing, whose logits are lengths of class capsules and stand for the probability that the class is there,
+            the logits themselves.
         target: (B,) the class that is explained, by default the predicted one.
         against: what the target is compared with: 'rest', (B,) classes, or None.
         grid: (H', W') of the patch grid; M = H'·W'.
         input_size: (H, W) of the model's input in pixels.
         patch_boxes: (M, 4) nominal pixels of each patch.
         selected: (B, M) bool; α > 0 for loss attention, α > ξ/M for attention and gated attention, all for the rest.
-        images: what was explained, as it was given: (B, C, H, W) tensor or B preprocessed images.
+        images: what was explained: (B, C, H, W) tensor on the CPU or B preprocessed images.
         statistics: mean and std of the channels, to undo a tensor's normalisation.
         labels: K names of classes.
 
@@ -79,9 +82,9 @@ class Explanation:
             classes:  c_mt − c_ma,            which sums to z_t − z_a: the answer to "why not a?"
             None:     c_mt,                   which sums to z_t
 
-        What a patch adds to all logits alike changes no softmax probability and drops out of the first two. It does
-        not out of the last, which therefore ranks patches worse (docs/reading_explanations.md); that one is for
-        models with independent classes (multi-label), whose logits count each by itself.
+        What all logits of a patch have in common makes its weight larger, but, once weighted, cancels in the softmax.
+        It drops out of the first two and not of the last, which is for models with independent classes (multi-label),
+        whose logits count each by itself. docs/reading_explanations.md measures the difference.
         """
         evidence = self._contributions_to(self.target)
         if self.against is None:
@@ -147,11 +150,11 @@ class Explanation:
     def save(
             self, folder: str | Path, names: Sequence[str] | None = None, titles: Sequence[str] | None = None,
             **notes: Any) -> list[Path]:
-        """Write NAME.png and NAME.json for each image; each file appears whole or not at all.
+        """Write NAME.png and NAME.json for each image; each file appears whole or not at all. Older ones are replaced.
 
         Args:
             folder: made if it does not exist.
-            names: of the B images (default: 0, 1, ...).
+            names: of the B images, all different (default: 0, 1, ...; the next batch needs other ones).
             titles: what stands above the B pictures (default: nothing).
             notes: for every JSON, see ``to_json``.
 
@@ -159,7 +162,7 @@ class Explanation:
             Paths of the pictures.
 
         Raises:
-            ValueError: not B names or titles.
+            ValueError: not B names or titles, or a name that is no plain file name or occurs twice.
             ImportError: matplotlib is not installed.
         """
         B, folder = len(self), Path(folder)
@@ -167,6 +170,8 @@ class Explanation:
         titles = [''] * B if titles is None else titles
         if len(names) != B or len(titles) != B:
             raise ValueError(f'names and titles must have {B} entries, got {len(names)} and {len(titles)}.')
+        if len(set(names)) != B or any(Path(name).name != name for name in names):
+            raise ValueError(f'names must be different plain file names, got {list(names)}.')
         folder.mkdir(parents=True, exist_ok=True)
         for i, (name, title) in enumerate(zip(names, titles)):
             picture, numbers = self._png(i, title), self.to_json(i, **notes).encode()
@@ -194,30 +199,37 @@ class Explanation:
 @torch.no_grad()
 def explain(
         model: Any,
-        images: torch.Tensor | Sequence[Preprocessed | Image.Image | str | Path],
-        target: Sequence[int] | torch.Tensor | None = None,
-        against: Sequence[int] | torch.Tensor | Literal['rest'] | None = 'rest',
+        images: torch.Tensor | Source | Sequence[Source],
+        target: int | Sequence[int] | torch.Tensor | None = None,
+        against: int | Sequence[int] | torch.Tensor | Literal['rest'] | None = 'rest',
+        multi_label: bool = False,
 ) -> Explanation:
     """Explain a batch of images in one forward pass without gradients.
 
     Args:
         model: patch model with a classifier, in eval mode.
-        images: (B, C, H, W) normalised images, any size of at least one patch; or B image files, PIL images or what
-            ``preprocess`` returned, which get timm's evaluation transform.
-        target: class to explain for each image; by default the predicted one.
+        images: (B, C, H, W) normalised images, any size of at least one patch; or one or B image files, PIL images or
+            what ``preprocess`` returned, which get timm's evaluation transform.
+        target: class to explain, for all images or for each; by default the predicted one.
         against: what to compare the target with, see ``Explanation.evidence``: 'rest', the mean of the other classes; a
-            class for each image, "why not that one?"; or None, nothing.
+            class, for all images or for each, "why not that one?"; or None, nothing.
+        multi_label: the classes are independent: probabilities are sigmoids, and 'rest' means nothing.
 
     Raises:
         TypeError: the model is not a patch model.
-        ValueError: the model is in train mode, images are no batch or cannot be read, or a class does not exist.
+        ValueError: the model is in train mode, images are no batch or cannot be read, a class does not exist, or it
+            would be compared with itself.
     """
     if not hasattr(model, 'forward_patches'):
         raise TypeError(f'model must have forward_patches, as patch models do; {type(model).__name__} has not.')
     if model.training:
         raise ValueError('model must be in eval mode: call model.eval() first.')
-    given = images if isinstance(images, torch.Tensor) else [preprocessed(model, image) for image in images]
-    x = given if isinstance(given, torch.Tensor) else torch.stack([image.x for image in given] or [torch.empty(0)])
+    if isinstance(images, (Preprocessed, Image.Image, str, Path)):
+        images = [images]
+    given = images.detach().to('cpu', copy=True) if isinstance(images, torch.Tensor) else [
+        preprocessed(model, image) for image in images]
+    x = images if isinstance(images, torch.Tensor) else torch.stack(
+        [image.x for image in given] or [torch.empty(0)])
     if x.dim() != 4 or not len(x):
         raise ValueError(f'images must be a batch (B, C, H, W) with B > 0, got a tensor of shape {tuple(x.shape)}.')
     parameter = next(model.parameters())
@@ -225,20 +237,27 @@ def explain(
     prediction = PatchPrediction(*(t.float().cpu() for t in output))
     B, K = prediction.logits.shape
 
-    def classes(name: str, value: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    def classes(name: str, value: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
         result = torch.as_tensor(value).reshape(-1).cpu()
+        if isinstance(value, int) and not isinstance(value, bool):
+            result = result.expand(B)
         if (result.shape != (B,) or result.is_floating_point() or result.dtype == torch.bool
                 or int(result.min()) < 0 or int(result.max()) >= K):
             raise ValueError(f'{name} must hold {B} classes in [0, {K - 1}], got {result.tolist()}.')
         return result.long()
 
+    logits = prediction.logits
+    chosen = logits.argmax(dim=1) if target is None else classes('target', target)
     compared: torch.Tensor | Literal['rest'] | None = None
     if isinstance(against, str) and against == 'rest':
-        compared = 'rest' if K > 1 else None
+        compared = 'rest' if K > 1 and not multi_label else None
     elif isinstance(against, str):
         raise ValueError(f"against must be 'rest', None or {B} classes, got {against!r}.")
     elif against is not None:
         compared = classes('against', against)
+        if bool((compared == chosen).any()):
+            raise ValueError('against must differ from the target, which is the predicted class unless it is given; '
+                             f'got {compared.tolist()} for {chosen.tolist()}.')
     M = prediction.alpha.shape[1]
     if model.global_pool == 'lossattn':
         selected = prediction.alpha > 0
@@ -247,12 +266,15 @@ def explain(
     else:
         selected = torch.ones_like(prediction.alpha, dtype=torch.bool)
     height, width = x.shape[-2:]
-    logits = prediction.logits
+    if model.global_pool == 'routing':
+        probabilities = logits
+    else:
+        probabilities = logits.sigmoid() if multi_label or K == 1 else logits.softmax(dim=1)
     config = resolve_model_data_config(model)
     return Explanation(
         prediction=prediction,
-        probabilities=logits if model.global_pool == 'routing' else logits.softmax(dim=1),
-        target=prediction.logits.argmax(dim=1) if target is None else classes('target', target),
+        probabilities=probabilities,
+        target=chosen,
         grid=model.patch_grid(height, width),
         input_size=(height, width),
         patch_boxes=model.patch_boxes(height, width),
@@ -264,20 +286,22 @@ def explain(
     )
 
 
-def preprocessed(model: Any, image: Preprocessed | Image.Image | str | Path) -> Preprocessed:
-    """An image file, or a PIL image of any mode, through the model's evaluation transform.
+def preprocessed(model: Any, image: Source) -> Preprocessed:
+    """An image file, or a PIL image of any mode, upright, through the model's evaluation transform.
 
     Raises:
-        ValueError: not readable, or no image.
+        ValueError: not readable, no image, or the model does not say how it wants its images.
     """
     if isinstance(image, Preprocessed):
         return image
+    if not hasattr(model, 'pretrained_cfg'):
+        raise ValueError('images must be a tensor for a model without pretrained_cfg, which has no transform.')
     if isinstance(image, (str, Path)):
         image = open_image(image)
     elif not isinstance(image, Image.Image):
         raise ValueError(f'images must be a tensor (B, C, H, W) or a list of files or PIL images, got a list with a '
                          f'{type(image).__name__}.')
-    return preprocess(model, to_rgb(image))
+    return preprocess(model, to_rgb(ImageOps.exif_transpose(image)))
 
 
 def patches_to_pixels(values: torch.Tensor, patch_boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

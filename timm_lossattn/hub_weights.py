@@ -72,8 +72,8 @@ def download_weights(name: str, cache_dir: str | Path | None = None) -> str:
     found = sha256_of(path)
     if found != entry['sha256']:
         raise RuntimeError(
-            f'Weights of {name}: {path} has the SHA-256 {found}, published was {entry["sha256"]}. The file was changed '
-            'or damaged; it is not loaded. Delete it to download it anew.')
+            f'Weights of {name}: {Path(path).resolve()} has the SHA-256 {found}, published was {entry["sha256"]}. The '
+            'file was changed or damaged; it is not loaded. Delete it to download it anew.')
     return path
 
 

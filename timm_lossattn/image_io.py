@@ -12,7 +12,7 @@ from timm.data import CenterCropOrPad, ResizeKeepRatio, create_transform, resolv
 from torch import nn
 from torchvision.transforms import CenterCrop, Resize
 
-__all__ = ['Preprocessed', 'open_image', 'preprocess', 'replace_file', 'to_rgb']
+__all__ = ['Preprocessed', 'input_config', 'open_image', 'preprocess', 'replace_file', 'to_rgb']
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -96,23 +96,28 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def input_config(model: nn.Module) -> dict[str, Any]:
+    """timm's data config of a model's weights; for one channel mean and std are averaged, as timm's loader does."""
+    config: dict[str, Any] = resolve_model_data_config(model)
+    if getattr(model, 'in_chans', config['input_size'][0]) == 1:
+        config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
+    return config
+
+
 def preprocess(model: nn.Module, image: Image.Image) -> Preprocessed:
     """Apply the model's evaluation transform and keep track of the geometry.
 
     Args:
         model: timm model; its pretrained_cfg gives size, mean, std, interpolation, crop.
-        image: RGB image. A model with one input channel gets it in grey, normalised by the mean of mean and std, as
-            timm's loader does.
+        image: RGB image. A model with one input channel gets it in grey.
 
     Raises:
         ValueError: the model has neither one nor three input channels.
     """
-    config: dict[str, Any] = resolve_model_data_config(model)
+    config = input_config(model)
     channels = getattr(model, 'in_chans', config['input_size'][0])
     if channels not in (1, 3):
         raise ValueError(f'model must have 1 or 3 input channels, got {channels}.')
-    if channels == 1:
-        config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
     steps: list[Any] = create_transform(**config, is_training=False).transforms
     x: Any = image.convert('L') if channels == 1 else image
     size, offset = image.size, (0., 0.)  # of the whole image at the input's scale; of the input's corner in it

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen: list = []
     for index in torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0)).tolist():
         x, y, boxes = boxed[index]
-        explanation = explain(model, x[None], against=None if args.multi_label else 'rest')
+        explanation = explain(model, x[None], multi_label=args.multi_label)
         k = int(explanation.target)
         right = k == y if isinstance(y, int) else bool(y[k] > 0.5)  # multi-label: (K,)
         if right and (len(boxes) or args.figure != 6):

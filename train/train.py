@@ -14,6 +14,7 @@ number, so that on the CPU a run that was killed and resumed ends with the weigh
 import contextlib
 import json
 import logging
+import shutil
 import sys
 import time
 from datetime import datetime
@@ -163,6 +164,8 @@ def run(args, command: str) -> None:
         if in_place:
             mend(saver, Path(args.resume), start_epoch - 1, history[-1]['eval'][metric_name] if history else None)
         trackers = Trackers(args, output)
+        if start_epoch < num_epochs:  # of an earlier end; its weights would stand beside the numbers of this one
+            shutil.rmtree(output / 'hub', ignore_errors=True)
 
     for epoch in range(start_epoch, num_epochs):
         start = time.perf_counter()

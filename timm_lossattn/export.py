@@ -1,0 +1,261 @@
+"""A patch model as one file for other runtimes: ONNX, torch.export or TorchScript.
+
+The file takes ``image`` (B, C, H, W), any B, fixed H and W (TorchScript does not enforce them), and gives ``logits``
+(B, K), ``patch_logits`` (B, M, K) and ``alpha`` (B, M) by name. Preprocessing, class labels and patch boxes travel in
+it, each a JSON text: in ONNX under ``metadata_props``, in the other two as the extra file ``metadata.json``.
+
+    session = onnxruntime.InferenceSession('model.onnx')
+    logits, patch_logits, alpha = session.run(None, {'image': x})           # float32 NumPy array
+    labels = json.loads(session.get_modelmeta().custom_metadata_map['labels'])
+
+    out = torch.export.load('model.pt2').module()(x)                        # a dictionary; also torch.jit.load
+"""
+import copy
+import io
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .drawing import shorten
+from .explain import class_labels
+from .image_io import input_config
+
+__all__ = ['FORMATS', 'OUTPUTS', 'ExportReport', 'export_model']
+
+OUTPUTS = ('logits', 'patch_logits', 'alpha')
+FORMATS = {'onnx': ('.onnx',), 'torch.export': ('.pt2',), 'torchscript': ('.pt', '.ts')}  # and their file extensions
+METADATA_FILE = 'metadata.json'
+BATCHES = (1, 7)  # that the written file is compared on
+LOWEST_OPSET = 18  # that PyTorch writes; asked for an older one it logs a traceback and gives this one
+TOLERANCE = 1e-3  # relative to the largest output, at least 1; the runtimes differ by 1e-5 or less
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        file: its path.
+        format: a key of FORMATS.
+        opset: ONNX operator set; None for the other formats.
+        size: of the file, in bytes.
+        input_size: (C, H, W).
+        differences: batch size -> output -> max |Δ| between the loaded file and the model; empty for ONNX without
+            onnxruntime.
+    """
+    file: Path
+    format: str
+    opset: int | None
+    size: int
+    input_size: tuple[int, int, int]
+    differences: dict[int, dict[str, float]]
+
+
+class NamedOutputs(nn.Module):
+    """What the file computes: (B, C, H, W) images to a dictionary with the keys OUTPUTS.
+
+    Args:
+        model: patch model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        out = self.model.forward_patches(image)
+        return {'logits': out.logits, 'patch_logits': out.patch_logits, 'alpha': out.alpha}
+
+
+def export_model(
+        model: Any, file: str | Path, format: str, img_size: int | None = None, opset: int | None = None,
+) -> ExportReport:
+    """Write a float32 copy of a patch model in eval mode to a file, after comparing the file with the model.
+
+    Args:
+        model: patch model with a classifier; it is not changed.
+        file: its extension must fit the format; a file that exists is replaced, once the new one is complete.
+        format: a key of FORMATS.
+        img_size: height and width in pixels; None for those of the weights.
+        opset: ONNX operator set; None for the exporter's default.
+
+    Raises:
+        ValueError: unknown format, extension or folder that does not fit, no patch model, or a size or an opset that
+            is not possible.
+        ImportError: packages of the extra ``export`` are missing.
+        RuntimeError: the exporter failed, or the file does not compute what the model does.
+    """
+    file = Path(file)
+    check_target(file, format, opset)
+    if not hasattr(model, 'forward_patches'):
+        raise ValueError('model: it has no forward_patches, so it is no patch model.')
+    if img_size is not None and img_size < 1:
+        raise ValueError(f'img_size must be positive, got {img_size}.')
+    config = input_config(model)
+    _, height, width = config['input_size'] if img_size is None else (0, img_size, img_size)
+    input_size = (model.in_chans, height, width)
+    module = NamedOutputs(copy.deepcopy(model)).cpu().float().eval()
+    module.model.set_grad_checkpointing(False)
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(b, *input_size, generator=generator) for b in BATCHES]
+    with torch.no_grad():
+        expected = [module(x) for x in batches]  # before the export, whose errors about the input are long
+    metadata = {
+        'architecture': getattr(model, 'pretrained_cfg', {}).get('architecture'),
+        'labels': class_labels(model, model.num_classes), **config, 'input_size': input_size,
+        'patch_grid': model.patch_grid(height, width), 'patch_boxes': model.patch_boxes(height, width).tolist(),
+    }
+
+    temporary = file.with_name(f'.{file.name}.tmp')
+    try:
+        temporary.touch()  # before the export, which takes a while
+    except OSError as error:
+        raise ValueError(f'file: cannot write into {file.parent}: {error.strerror}.') from None
+    try:
+        temporary.write_bytes(serialize(module, batches[-1], format, opset, metadata))
+        size, written_opset = temporary.stat().st_size, read_opset(temporary) if format == 'onnx' else None
+        if opset not in (None, written_opset):  # the exporter may fall back to another without an error
+            raise ValueError(f'opset: the exporter cannot write this model in {opset}, it gave {written_opset}.')
+        differences = {}
+        if format != 'onnx' or find_spec('onnxruntime'):
+            for x, computed, wanted in zip(batches, run_file(temporary, format, batches), expected):
+                differences[len(x)] = compare(computed, wanted)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return ExportReport(file, format, written_opset, size, input_size, differences)
+
+
+def check_target(file: Path, format: str, opset: int | None) -> None:
+    """What can be said before the model runs. Raises ValueError and ImportError as export_model does."""
+    if format not in FORMATS:
+        raise ValueError(f'format must be one of {list(FORMATS)}, got {format!r}.')
+    if file.suffix not in FORMATS[format]:
+        raise ValueError(f'file: {file.name} must end in {" or ".join(FORMATS[format])} for the format {format}.')
+    if file.is_dir():
+        raise ValueError(f'file: {file} is a folder.')
+    if format != 'onnx':
+        if opset is not None:
+            raise ValueError(f'opset: {format} has none; it is for the format onnx.')
+        return
+    missing = [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]
+    if missing:
+        raise ImportError(f'the format onnx needs {" and ".join(missing)}: pip install "timm-lossattn[export]"')
+    import onnx
+    highest = onnx.defs.onnx_opset_version()
+    if opset is not None and not LOWEST_OPSET <= opset <= highest:
+        raise ValueError(f'opset must lie in [{LOWEST_OPSET}, {highest}], got {opset}.')
+
+
+def serialize(
+        module: nn.Module, example: torch.Tensor, format: str, opset: int | None, metadata: dict[str, Any]) -> bytes:
+    """The file's content.
+
+    Args:
+        module: NamedOutputs on the CPU, in eval mode.
+        example: (B, C, H, W) with B > 1, because tracing takes a one for a constant.
+        format: a key of FORMATS.
+        opset: for ONNX.
+        metadata: what goes along, values that JSON knows.
+
+    Raises:
+        RuntimeError: the exporter failed, whatever it raised.
+    """
+    write = {'onnx': onnx_bytes, 'torch.export': program_bytes, 'torchscript': script_bytes}[format]
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about what PyTorch will change or drop; nothing to do for the user
+            return write(module, example, opset, metadata)
+    except Exception as error:
+        raise RuntimeError(f'{format}: export failed: {one_line(error)}') from error
+
+
+def one_line(error: Exception) -> str:
+    """The message of an exception, shortened; exporters print whole graphs."""
+    return shorten(' '.join(str(error).split()) or type(error).__name__, 300)
+
+
+def onnx_bytes(module: nn.Module, example: torch.Tensor, opset: int | None, metadata: dict[str, Any]) -> bytes:
+    """ONNX with the weights inside (up to protobuf's 2 GiB)."""
+    import onnx
+    program = torch.onnx.export(
+        module, (example,), input_names=['image'], output_names=list(OUTPUTS), dynamic_shapes={'image': {0: 'batch'}},
+        opset_version=opset, dynamo=True, verbose=False)
+    assert program is not None
+    proto = program.model_proto
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output):
+        part.ClearField('metadata_props')  # the exporter's notes: stack traces with the paths of this machine
+    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
+    onnx.checker.check_model(proto)
+    return proto.SerializeToString()
+
+
+def program_bytes(module: nn.Module, example: torch.Tensor, opset: int | None, metadata: dict[str, Any]) -> bytes:
+    """torch.export's archive."""
+    program = torch.export.export(module, (example,), dynamic_shapes={'image': {0: torch.export.Dim('batch')}})
+    for node in program.graph.nodes:
+        node.meta.pop('stack_trace', None)  # has the paths of this machine
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={METADATA_FILE: json.dumps(metadata)})
+    return content.getvalue()
+
+
+def script_bytes(module: nn.Module, example: torch.Tensor, opset: int | None, metadata: dict[str, Any]) -> bytes:
+    """TorchScript's archive. Scripted, not traced: a trace would take sizes of the example for constants."""
+    content = io.BytesIO()
+    torch.jit.save(torch.jit.script(module), content, _extra_files={METADATA_FILE: json.dumps(metadata)})
+    return content.getvalue()
+
+
+def read_opset(file: Path) -> int:
+    """The operator set of an ONNX file."""
+    import onnx
+    return next(o.version for o in onnx.load(str(file)).opset_import if o.domain in ('', 'ai.onnx'))
+
+
+def run_file(file: Path, format: str, batches: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Load an exported file and run it on the CPU.
+
+    Args:
+        file: its path, with any extension.
+        format: a key of FORMATS.
+        batches: (B, C, H, W) images each.
+
+    Raises:
+        RuntimeError: the file does not load or run, whatever the runtime raised.
+    """
+    try:
+        if format == 'onnx':
+            import onnxruntime
+            session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+            return [dict(zip(OUTPUTS, map(torch.from_numpy, session.run(list(OUTPUTS), {'image': x.numpy()}))))
+                    for x in batches]
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            content = io.BytesIO(file.read_bytes())  # torch.export.load wants a path to end in .pt2
+            model: Any = torch.export.load(content).module() if format == 'torch.export' else torch.jit.load(content)
+            return [model(x) for x in batches]
+    except Exception as error:
+        raise RuntimeError(f'{format}: the exported file does not run: {one_line(error)}') from error
+
+
+def compare(outputs: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Output -> max |Δ|.
+
+    Raises:
+        RuntimeError: a difference that is more than rounding, or not a number.
+    """
+    differences = {name: float((outputs[name] - expected[name]).abs().max()) for name in OUTPUTS}
+    for name, difference in differences.items():
+        if not difference <= TOLERANCE * max(1., float(expected[name].abs().max())):
+            raise RuntimeError(f'the exported file does not compute what the model does: {name}, |Δ| = {difference}.')
+    return differences
