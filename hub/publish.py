@@ -22,7 +22,7 @@ from typing import Any
 
 import timm
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from timm.models import save_for_hf
@@ -225,6 +225,8 @@ def register(args, folder: Path, commit: str) -> None:
 
 def one_line(error: Exception) -> str:
     """What went wrong, and what to do."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError):
+        error = error.__cause__
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         status = error.response.status_code
         wait = error.response.headers.get('Retry-After')
@@ -275,8 +277,8 @@ def main(argv: list[str] | None = None) -> int:
         commit = upload(args, folder)
         if args.tag:
             register(args, folder, commit)
-    except (ValueError, OSError, ImportError, HFValidationError, HTTPError) as error:
-        print(f'error: {one_line(error)}', file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, ImportError, HTTPError) as error:  # RuntimeError: a file's upload failed
+        print('\n' * sys.stderr.isatty() + f'error: {one_line(error)}', file=sys.stderr)  # below a progress bar
         return 2
     return 0
 

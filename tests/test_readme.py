@@ -24,12 +24,12 @@ def test_readme_snippets(monkeypatch, capsys):
 
 @pytest.mark.parametrize(('document', 'function'), [
     ('README.md', 'model_table'), ('MODEL_CARD.md', 'weights_table'),
-    ('docs/reading_explanations.md', 'receptive_field_table')])
+    ('docs/reading_explanations.md', 'receptive_field_table'), ('train/TRAINING.md', None)])
 def test_tables_are_current(document, function):
     """The tables are what `python train/model_table.py` prints, and what the files hold that marks name."""
     functions = runpy.run_path(str(ROOT / 'train' / 'model_table.py'))
     text = (ROOT / document).read_text()
-    assert functions[function]() in text
+    assert function is None or functions[function]() in text
     assert functions['with_included_files'](text) == text
 
 

@@ -88,7 +88,7 @@ def receptive_field_table() -> str:
 def with_included_files(text: str) -> str:
     """The text with what the files hold that marks name."""
     def block(match: re.Match) -> str:
-        content = (ROOT / match[1]).read_text().strip()
+        content = re.sub(r'^# .*\n+', '', (ROOT / match[1]).read_text()).strip()  # without its title
         return f'<!-- begin: {match[1]} -->\n\n{content}\n\n{END}'
     return re.sub(rf'<!-- begin: (\S+\.md) -->.*?{re.escape(END)}', block, text, flags=re.DOTALL)
 
@@ -104,13 +104,16 @@ def main() -> None:
     parser.add_argument('--write', action='store_true', help='replace the tables in the documents')
     args = parser.parse_args()
     for name, table in (('README.md', model_table()), ('MODEL_CARD.md', weights_table()),
-                        ('docs/reading_explanations.md', receptive_field_table())):
+                        ('docs/reading_explanations.md', receptive_field_table()), ('train/TRAINING.md', None)):
         if not args.write:
-            print(table)
+            print(table or '')
             continue
         path = ROOT / name
-        before, rest = path.read_text().split(BEGIN)
-        path.write_text(with_included_files(before + table + rest.split(END, 1)[1]))
+        text = path.read_text()
+        if table:
+            before, rest = text.split(BEGIN)
+            text = before + table + rest.split(END, 1)[1]
+        path.write_text(with_included_files(text))
 
 
 if __name__ == '__main__':
