@@ -273,8 +273,9 @@ def test_hub_style_round_trip(name, tmp_path):
 SHIPPED = [name for name in list_patch_models() if timm.models.is_model_pretrained(name)]
 
 
-def test_two_nano_models_have_weights():
-    assert {'resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano'} <= set(SHIPPED)
+def test_nano_models_have_weights():
+    names = ('resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano', 'resnet18_lossattn_conv_nano_s2')
+    assert set(names) <= set(SHIPPED)
 
 
 @pytest.mark.parametrize('name', SHIPPED)
@@ -305,7 +306,7 @@ def test_channels_last_gradients(name):
 
 
 @pytest.mark.skipif('LOSSATTN_DATA' not in os.environ, reason='LOSSATTN_DATA is not set: no CIFAR-10')
-@pytest.mark.parametrize('name', SHIPPED)
+@pytest.mark.parametrize('name', [name for name in SHIPPED if timm.models.is_model_pretrained(f'{name}.cifar10')])
 def test_stated_accuracy(name):
     """All 10,000 test images: the accuracy that MODEL_CARD.md's table states, and complete explanations."""
     from datasets import load_dataset
@@ -325,6 +326,28 @@ def test_stated_accuracy(name):
             worst = max(worst, float(error.max()))
     assert correct / 100 == pytest.approx(result['shipped']['top1'], abs=0.03)  # float32 kernels differ by machine
     assert worst <= 1e-5
+
+
+@pytest.mark.skipif('LOSSATTN_DATA' not in os.environ, reason='LOSSATTN_DATA is not set: no Tiny ImageNet')
+def test_stated_accuracy_tiny_imagenet():
+    """All 500 validation images of ten classes, read from the official archive's layout: accuracy and completeness."""
+    from PIL import Image
+    name = 'resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini'
+    result = json.loads((Path(__file__).parent.parent / 'train' / 'results' / f'{name}.json').read_text())
+    model = timm.create_model(name, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    root = Path(os.environ['LOSSATTN_DATA']) / 'tiny_imagenet_mini' / 'tiny-imagenet-200'
+    wnids = sorted((root / 'wnids.txt').read_text().split())
+    names = dict(line.split('\t', 1) for line in (root / 'words.txt').read_text().splitlines())
+    assert [names[wnid].split(',')[0] for wnid in wnids] == list(model.pretrained_cfg['label_names'])
+    rows = [line.split('\t')[:2] for line in (root / 'val' / 'val_annotations.txt').read_text().splitlines()]
+    x = torch.stack([transform(Image.open(root / 'val' / 'images' / file).convert('RGB')) for file, _ in rows])
+    with torch.inference_mode():
+        out = model.forward_patches(x)
+    right = out.logits.argmax(1) == torch.tensor([wnids.index(wnid) for _, wnid in rows])
+    assert len(rows) == result['shipped']['images'] == 500
+    assert 100 * float(right.double().mean()) == pytest.approx(result['shipped']['top1'], abs=0.21)  # one image
+    assert float(((out.contributions.sum(1) - out.logits).abs() / out.logits.abs().clamp(min=1)).max()) <= 1e-5
 
 
 def test_parameter_table_matches_the_paper_file():
