@@ -5,6 +5,7 @@ of tests/data; a Space, which has only this folder, needs them as ``examples/``.
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 import html
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import gradio as gr
 import timm
+import torch
 from PIL import Image
 
 from timm_lossattn.cli import DEFAULT_MODEL, list_patch_models
@@ -37,7 +39,7 @@ CSS = """
 INTRODUCTION = """
 # Which part of the image decided?
 The image's logits *are* the sum of what its patches contribute, so the pictures show the computation itself.
-Models tagged `cifar10` see 32×32 pixels and know ten classes: whatever is shown to them, they call it one of those.
+The models here see 32×32 or 64×64 pixels and know ten classes: whatever is shown to them, they call it one of those.
 """
 READING = """
 From left to right: the image; the weight α of each patch; what each patch adds to the class's lead over what it is
@@ -98,12 +100,12 @@ def explain_file(name: str, path: str, target: int = DEFAULT, against: int = DEF
     Raises:
         ValueError: see ``read_image``, or a class would be compared with itself; the message is for the page.
     """
-    explanation = explain(
-        load_model(name), [read_image(path)], target=None if target == DEFAULT else [target],
-        against='rest' if against == DEFAULT else [against])
+    explanation = explain(load_model(name), read_image(path), target=None if target == DEFAULT else target)
+    if against == DEFAULT:
+        return explanation
     if int(explanation.target) == against:
         raise ValueError(f'The evidence is for "{explanation.labels[against]}": compare it with another class.')
-    return explanation
+    return dataclasses.replace(explanation, against=torch.tensor([against]))
 
 
 def answer(name: str, path: str | None, target: int, against: int) -> Iterator[tuple[Any, ...]]:
