@@ -185,7 +185,8 @@ def markdown(result: dict[str, dict[str, float]], images: int, batch_size: int, 
     lines = [f'{images:,} images, batch size {batch_size}: `{command}`', '',
              '| | ' + ' | '.join(columns.values()) + ' |', '|---|' + '--:|' * len(columns)]
     for name, row in result.items():
-        lines.append(f'| {name} | ' + ' | '.join(f'{row[c]:.3g}' if c in row else '–' for c in columns) + ' |')
+        if row:
+            lines.append(f'| {name} | ' + ' | '.join(f'{row[c]:.3g}' if c in row else '–' for c in columns) + ' |')
     return '\n'.join(lines) + '\n'
 
 
