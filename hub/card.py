@@ -38,8 +38,10 @@ def measures(result: dict[str, Any]) -> tuple[dict[str, float], str]:
     else:
         epochs = {entry['epoch']: entry['eval'] for entry in result['epochs']}
         found = epochs[result['best']['epoch']]
-        source = f'the best of {len(epochs)} epochs by {result.get("metric", "top1")} on this split'
-    return {name: found[name] for name in METRICS if name in found and math.isfinite(found[name])}, source
+        source = f'the best epoch ({len(epochs)} in all) by {result.get("metric", "top1")} on this split'
+    few = result['args']['num_classes'] <= 5  # top-5 says nothing then
+    names = [name for name in METRICS if name in found and math.isfinite(found[name]) and not (few and name == 'top5')]
+    return {name: found[name] for name in names}, source
 
 
 def make_card(folder: Path, model: Any, result: dict[str, Any], config: dict[str, Any], args: Any) -> ModelCard:
@@ -60,6 +62,10 @@ def make_card(folder: Path, model: Any, result: dict[str, Any], config: dict[str
     if 'shipped' in result:
         commands.append(result['shipped']['command'])
     flags = result['args']
+    seconds = sum(run['seconds'] for run in runs)
+    start = 'Started from the weights that the package ships for this architecture.' if flags.get('pretrained') else (
+        f'The backbone started from the weights of `{flags["pretrained_backbone"]}`.'
+        if flags.get('pretrained_backbone') else '')
     name = args.repo_id.split('/')[-1]
     trained_on = Path(flags['dataset'] or flags['data_dir'] or 'images').name
     dataset_name = args.dataset or trained_on
@@ -89,5 +95,6 @@ def make_card(folder: Path, model: Any, result: dict[str, Any], config: dict[str
         split=flags['val_split'], dataset_name=dataset_name, images=result.get('shipped', {}).get('images'),
         note=args.note, source=source, hub_id=f'hf-hub:{args.repo_id}',
         epochs=' + '.join(str(len(run['epochs'])) for run in runs), seed=', '.join(str(run['seed']) for run in runs),
-        hours=f'{sum(run["seconds"] for run in runs) / 3600:.2f}', hardware=result['hardware'],
-        torch=result['versions']['torch'], timm=result['versions']['timm'], command='\n'.join(commands))
+        time=f'{seconds / 3600:.2f} hours' if seconds >= 3600 else f'{seconds / 60:.1f} minutes', start=start,
+        hardware=result['hardware'], torch=result['versions']['torch'], timm=result['versions']['timm'],
+        command='\n'.join(commands))

@@ -173,6 +173,28 @@ def test_against(run, tmp_path):
     assert sum(map(sum, numbers['evidence'])) == pytest.approx(difference, abs=1e-4)
 
 
+def test_against_itself(run, models, tmp_path, capsys):
+    """An image that is classified as that class is reported and skipped; the others are explained."""
+    model = models[NANO][0]
+    best, other = (int(model(preprocess(model, open_image(f)).x[None]).argmax()) for f in (CAT, SHIP))
+    assert run(CAT, '--against', best) == 1
+    assert f'--against: {CAT.name} is classified as' in capsys.readouterr().out
+    assert written(tmp_path) == []
+    assert run(CAT, SHIP, '--against', best) == 1
+    assert len(written(tmp_path)) == (0 if other == best else 2)
+
+
+def test_folder_of_a_run(tmp_path, capsys):
+    """What train.py and publish.py leave, by local-dir:; a folder without a model is one clear line."""
+    from timm.models import save_for_hf
+    save_for_hf(random_model(NANO), str(tmp_path / 'hub'), safe_serialization=True)
+    assert main(['explain', str(CAT), '--model', f'local-dir:{tmp_path / "hub"}', '--out', str(tmp_path / 'out')]) == 0
+    assert len(written(tmp_path)) == 2
+    capsys.readouterr()
+    assert main(['explain', str(CAT), '--model', f'local-dir:{tmp_path}', '--out', str(tmp_path / 'out')]) == 2
+    assert 'cannot load local-dir:' in error_line(capsys)
+
+
 @pytest.mark.parametrize('target', ['zebra', '10', '-1', '1.5', ''])
 @pytest.mark.parametrize('flag', ['--target', '--against'])
 def test_bad_class(run, tmp_path, capsys, flag, target):

@@ -166,7 +166,8 @@ def test_train_mode():
         explain(planted().train(), torch.zeros(2, 3, *SIZE))
 
 
-@pytest.mark.parametrize('target', [[5, 0], [0, -1], [0], [0, 1, 2], 5, True, [0.5, 1.], torch.tensor([True, False])])
+@pytest.mark.parametrize('target', [
+    [5, 0], [0, -1], [0], [0, 1, 2], 5, True, 'dog', ['dog', 'cat'], [0.5, 1.], torch.tensor([True, False])])
 def test_bad_target(target):
     """Classes that do not exist, a wrong number of them, and what is no class at all."""
     with pytest.raises(ValueError, match=r'^target must hold 2 classes in \[0, 4\]'):

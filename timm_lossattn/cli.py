@@ -2,6 +2,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.metadata import version
@@ -37,6 +38,8 @@ def load_model(name: str, checkpoint: str | None, device: str, flag: str = '--mo
     Raises:
         ValueError: no such model, no patch model, no weights, weights that do not fit, or no such device.
     """
+    if name.startswith(('local-dir:', 'hf-hub:')):
+        return load_published(name, checkpoint, device, flag)
     if not timm.is_model(name):
         close = get_close_matches(name, list_patch_models(), n=1)
         hint = f', did you mean {close[0]}?' if close else ';'
@@ -64,6 +67,22 @@ def load_model(name: str, checkpoint: str | None, device: str, flag: str = '--mo
         except Exception as error:  # a broken file raises whatever its reader raises
             raise ValueError(f'--checkpoint: cannot load {checkpoint} into {name}: '
                              f'{shorten(str(error) or type(error).__name__, 300)}') from error
+    return ready(model, name, device, flag)
+
+
+def load_published(name: str, checkpoint: str | None, device: str, flag: str) -> Any:
+    """The same for ``local-dir:FOLDER`` and ``hf-hub:ORG/NAME``, which train.py and hub/publish.py write."""
+    if checkpoint is not None:
+        raise ValueError(f'--checkpoint: {name} has weights of its own.')
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except (RuntimeError, OSError, AssertionError, KeyError) as error:
+        raise ValueError(f'{flag}: cannot load {name}: {shorten(str(error) or type(error).__name__, 300)}') from error
+    return ready(model, name, device, flag)
+
+
+def ready(model: Any, name: str, device: str, flag: str) -> Any:
+    """A patch model in eval mode on the device."""
     if not hasattr(model, 'forward_patches'):
         raise ValueError(f'{flag}: {name} is no patch model.')
     try:
@@ -138,11 +157,15 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
     for path, stem in zip(paths, stems):
         try:
             source = preprocess(model, open_image(path))
+            explanation = explain(model, source, target, multi_label=args.multi_label)
+            if against is not None and int(explanation.target) == against[0]:
+                raise ValueError(f'--against: {path.name} is classified as {labels[against[0]]} itself; give --target.')
+            if against is not None:
+                explanation = replace(explanation, against=torch.tensor(against))
         except ValueError as error:
             print_error(console, error)
             failed += 1
             continue
-        explanation = explain(model, source, target, 'rest' if against is None else against, args.multi_label)
         explanation.save(out, [stem], [f'{path.name} · {args.model}'],
                          image=str(path), model=args.model, checkpoint=args.checkpoint)
         best = explanation.to_dict()['top5'][0]

@@ -83,7 +83,7 @@ def draw_explanation(explanation: Explanation, index: int, title: str = '') -> F
     if explanation.against is None:
         evidence_name += f'\n(logit {total:.2f})'
     elif isinstance(explanation.against, str):
-        evidence_name += f'\nover the other classes ({total:+.2f})'
+        evidence_name += f'\nover the mean of the others ({total:+.2f})'
     else:
         evidence_name += f'\nand not "{shorten(labels[int(explanation.against[index])], 20)}" ({total:+.2f})'
 

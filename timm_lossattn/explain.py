@@ -238,7 +238,10 @@ def explain(
     B, K = prediction.logits.shape
 
     def classes(name: str, value: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
-        result = torch.as_tensor(value).reshape(-1).cpu()
+        try:
+            result = torch.as_tensor(value).reshape(-1).cpu()
+        except (TypeError, ValueError):  # names, say
+            raise ValueError(f'{name} must hold {B} classes in [0, {K - 1}], got {value!r}.') from None
         if isinstance(value, int) and not isinstance(value, bool):
             result = result.expand(B)
         if (result.shape != (B,) or result.is_floating_point() or result.dtype == torch.bool
