@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import timm_lossattn
+from test_cli import error_line
 from timm_lossattn import ResNetBackbone, export
 from timm_lossattn.cli import main
 from timm_lossattn.export import FORMATS, METADATA_FILE, OUTPUTS, export_model
@@ -247,15 +248,6 @@ def test_model_is_not_changed(tmp_path):
 def run_cli(*args):
     """Exit code of ``timm-lossattn export``."""
     return main(['export', *map(str, args)])
-
-
-def error_line(capsys):
-    """The one line on stderr; nothing on stdout."""
-    out, err = capsys.readouterr()
-    assert out == ''
-    assert err.startswith('error ')
-    assert err.count('\n') == 1
-    return err
 
 
 @pytest.mark.parametrize('format', FORMATS)

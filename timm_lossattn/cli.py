@@ -168,8 +168,8 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
             continue
         explanation.save(out, [stem], [f'{path.name} · {args.model}'],
                          image=str(path), model=args.model, checkpoint=args.checkpoint)
-        best = explanation.to_dict()['top5'][0]
-        line = f'{path.name}: {best["label"]} {100 * best["probability"]:.1f} %  ->  {out / stem}.png, .json'
+        probability, best = explanation.probabilities[0].max(dim=0)
+        line = f'{path.name}: {labels[int(best)]} {100 * float(probability):.1f} %  ->  {out / stem}.png, .json'
         console.print(Text(line), soft_wrap=True)
     return 1 if failed else 0
 

@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,14 @@ class RawGradCAM(GradCAM):
 
 def create_explainers(model: Any, ig_steps: int) -> dict[str, Explainer]:
     """Name -> (images, classes) -> heat maps (B, H, W), their parts (B, ...), and what these should add up to (B,)."""
-    def ours(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        explanation = explain(model, x, y)
+    def ours(x: torch.Tensor, y: torch.Tensor,
+             against: Any = 'rest') -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        explanation = explain(model, x, y, against)
         logits = explanation.prediction.logits
-        logit = logits.gather(1, y[:, None]).squeeze(1)
-        lead = logit - (logits.sum(dim=1) - logit) / (logits.shape[1] - 1)
-        return explanation.pixel_map(explanation.evidence), explanation.evidence, lead
-
-    def ours_logit(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        explanation = explain(model, x, y, against=None)
-        logit = explanation.prediction.logits.gather(1, y[:, None]).squeeze(1)
-        return explanation.pixel_map(explanation.evidence), explanation.evidence, logit
+        total = logits.gather(1, y[:, None]).squeeze(1)
+        if against == 'rest':
+            total = total - (logits.sum(dim=1) - total) / (logits.shape[1] - 1)
+        return explanation.pixel_map(explanation.evidence), explanation.evidence, total
 
     def grad_cam(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with RawGradCAM(model, target_layers=[model.patch_layers]) as cam:  # its hooks go with it
@@ -81,7 +79,8 @@ def create_explainers(model: Any, ig_steps: int) -> dict[str, Explainer]:
         difference = logits[:-1] - logits[-1]
         return parts.sum(dim=1), parts, difference.gather(1, y[:, None]).squeeze(1)
 
-    tools: dict[str, Explainer] = {'ours': ours, 'ours, logit alone': ours_logit, 'Grad-CAM': grad_cam}
+    tools: dict[str, Explainer] = {
+        'ours': ours, 'ours, logit alone': partial(ours, against=None), 'Grad-CAM': grad_cam}
     return tools | ({f'integrated gradients ({ig_steps} steps)': integrated_gradients} if ig_steps else {})
 
 
