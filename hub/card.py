@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_lossattn.hub_weights import sha256_of
+from timm_lossattn.files import sha256_of
 
 __all__ = ['make_card', 'measures']
 

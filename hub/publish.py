@@ -29,11 +29,11 @@ from timm.models import save_for_hf
 
 import timm_lossattn
 from card import make_card
-from timm_lossattn.cli import list_patch_models
-from timm_lossattn.explain import explain
-from timm_lossattn.hub_weights import HUB_WEIGHTS_FILE, WEIGHTS_NAME, sha256_of
-from timm_lossattn.image_io import replace_file
-from timm_lossattn.patch_classifier import CIFAR10_LABELS
+from timm_lossattn.loading import list_patch_models
+from timm_lossattn.explanation import explain
+from timm_lossattn.models.pretrained import HUB_WEIGHTS_FILE, WEIGHTS_NAME, sha256_of
+from timm_lossattn.files import replace_file
+from timm_lossattn.models.entrypoints import CIFAR10_LABELS
 
 ROOT = Path(__file__).parent.parent
 FILES = (WEIGHTS_NAME, 'config.json', 'result.json', 'README.md', 'example.png')

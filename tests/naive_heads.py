@@ -5,7 +5,7 @@ A feature map is a (C, H', W') tensor of one image; weights and results are nest
 import math
 
 from timm_lossattn.attention import CapsuleLossAttentionHead, ConvPatchHead
-from timm_lossattn.dynamic_routing import DynamicRoutingHead
+from timm_lossattn.attention.routing_head import DynamicRoutingHead
 
 
 def linear(weight, bias, h):

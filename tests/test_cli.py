@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from timm_lossattn.cli import list_patch_models, main, unique_stems
-from timm_lossattn.image_io import open_image, preprocess
+from timm_lossattn.loading import list_patch_models
+from timm_lossattn.cli import main, unique_stems
+from timm_lossattn.explanation.preprocessing import open_image, preprocess
 
 DATA = Path(__file__).parent / 'data'
 CAT, SHIP = DATA / 'cifar10_test_00000_cat.png', DATA / 'cifar10_test_00001_ship.png'

@@ -14,8 +14,8 @@ from torch import nn
 
 import timm_lossattn  # noqa: F401  (registers the models)
 from timm_lossattn import PatchPrediction
-from timm_lossattn.explain import class_labels, explain, patches_to_pixels, square_box
-from timm_lossattn.image_io import open_image, preprocess
+from timm_lossattn.explanation import class_labels, explain, patches_to_pixels, square_box
+from timm_lossattn.explanation.preprocessing import open_image, preprocess
 
 NANO = 'resnet18_lossattn_conv_nano'
 FILES = sorted((Path(__file__).parent / 'data').glob('*.png'))[:2]

@@ -19,7 +19,7 @@ from test_cli import error_line
 from timm_lossattn import ResNetBackbone, export
 from timm_lossattn.cli import main
 from timm_lossattn.export import FORMATS, METADATA_FILE, OUTPUTS, export_model
-from timm_lossattn.image_io import open_image, preprocess
+from timm_lossattn.explanation.preprocessing import open_image, preprocess
 
 IMAGES = sorted((Path(__file__).parent / 'data').glob('*.png'))
 NANO, CAPS = 'resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano'

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from timm_lossattn.faithfulness import completeness_error, deletion_insertion, patch_scores, pointing_game
+from timm_lossattn.evaluation.faithfulness import completeness_error, deletion_insertion, patch_scores, pointing_game
 
 BOXES = torch.tensor([[0, 0, 3, 3], [2, 0, 5, 3], [0, 2, 3, 5], [2, 2, 5, 5]])  # 2×2 patches of 3×3, 2 apart
 

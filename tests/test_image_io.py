@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 import timm_lossattn  # noqa: F401  (registers the models)
-from timm_lossattn.explain import explain
-from timm_lossattn.image_io import open_image, preprocess
+from timm_lossattn.explanation import explain
+from timm_lossattn.explanation.preprocessing import open_image, preprocess
 
 NANO = 'resnet18_lossattn_conv_nano'
 

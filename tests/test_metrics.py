@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_lossattn.metrics import (
+from timm_lossattn.evaluation.metrics import (
     BoxLocalization,
     PatchLocalization,
     VOCMeanAveragePrecision,

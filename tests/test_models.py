@@ -10,7 +10,7 @@ import timm
 import torch
 
 from timm_lossattn import PatchClassifier, ResNetBackbone
-from timm_lossattn.cli import list_patch_models
+from timm_lossattn.loading import list_patch_models
 
 # the paper's Table 2, in millions of parameters for 10 classes; the capsule models without the paper's unused shortcuts
 PARAMETERS = {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import timm_lossattn  # noqa: F401  registers the models
-from timm_lossattn.patch_layers import CapsuleLength, CapsulePatchLayers, ConvPatchLayers, PrimaryCapsules
+from timm_lossattn.models.patch_layers import CapsuleLength, CapsulePatchLayers, ConvPatchLayers, PrimaryCapsules
 
 PRIMARY, SECONDARY = (3, 4), (5, 2)  # capsule channels, capsule dimension
 

@@ -20,7 +20,7 @@ import yaml
 from packaging.requirements import Requirement
 from PIL import Image
 
-from timm_lossattn.explain import explain
+from timm_lossattn.explanation import explain
 
 pytest.importorskip('gradio')
 

@@ -11,7 +11,7 @@ import torch
 from timm.models import save_for_hf
 
 import timm_lossattn  # noqa: F401  (registers the models)
-from timm_lossattn.image_io import open_image, preprocess
+from timm_lossattn.explanation.preprocessing import open_image, preprocess
 
 transformers = pytest.importorskip('transformers')
 

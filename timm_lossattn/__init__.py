@@ -1,15 +1,13 @@
 """Loss-attention models for timm: image logits that are a sum of patch contributions. Importing registers them."""
-from .attention import PatchPrediction
-from .googlenet_lossattn import GoogLeNetBackbone
-from .loss import LossAttentionLoss, MarginLoss, gamma_rampup
-from .patch_classifier import PatchClassifier
-from .resnet_lossattn import ResNetBackbone
-from .task import LossAttentionTask
-from .vgg_lossattn import VGGBackbone, VGGCifar
+from .explanation import Explanation, explain
+from .loading import list_patch_models, load_model
+from .models import GoogLeNetBackbone, PatchClassifier, ResNetBackbone, VGGBackbone, VGGCifar
+from .prediction import PatchPrediction
+from .training import LossAttentionLoss, LossAttentionTask, MarginLoss, gamma_rampup
 
 __all__ = [
-    'GoogLeNetBackbone',
-    'LossAttentionLoss', 'LossAttentionTask', 'MarginLoss', 'PatchClassifier', 'PatchPrediction', 'ResNetBackbone',
-    'VGGBackbone', 'VGGCifar', 'gamma_rampup',
+    'Explanation', 'GoogLeNetBackbone', 'LossAttentionLoss', 'LossAttentionTask', 'MarginLoss', 'PatchClassifier',
+    'PatchPrediction', 'ResNetBackbone', 'VGGBackbone', 'VGGCifar', 'explain', 'gamma_rampup', 'list_patch_models',
+    'load_model',
 ]
 __version__ = '0.1.0'

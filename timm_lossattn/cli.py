@@ -2,104 +2,23 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from difflib import get_close_matches
-from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .drawing import shorten
-from .explain import class_labels, explain
+from .explanation import class_labels, explain, open_image, preprocess
 from .export import FORMATS, OUTPUTS, check_target, export_model
-from .image_io import open_image, preprocess
+from .loading import list_patch_models, load_model
 from .script_runner import run_script
 
-__all__ = ['list_patch_models', 'main']
+__all__ = ['main']
 
 DEFAULT_MODEL = 'resnet18_lossattn_conv_nano'
-
-
-def list_patch_models(filter: str = '*') -> list[str]:
-    """Names of the models that this package registers, without tags."""
-    modules = ('resnet_lossattn', 'vgg_lossattn', 'googlenet_lossattn')
-    return sorted(name for module in modules for name in timm.list_models(module=module) if fnmatch(name, filter))
-
-
-def load_model(name: str, checkpoint: str | None, device: str, flag: str = '--model') -> Any:
-    """Patch model with weights, in eval mode; ``flag`` is what the command calls the name.
-
-    Raises:
-        ValueError: no such model, no patch model, no weights, weights that do not fit, or no such device.
-    """
-    if name.startswith(('local-dir:', 'hf-hub:')):
-        return load_published(name, checkpoint, device, flag)
-    if not timm.is_model(name):
-        close = get_close_matches(name, list_patch_models(), n=1)
-        hint = f', did you mean {close[0]}?' if close else ';'
-        raise ValueError(f'{flag}: no model {name!r}{hint} `timm-lossattn list` shows the models.')
-    if name.split('.')[0] not in list_patch_models():  # before anything is downloaded
-        raise ValueError(f'{flag}: {name} is no patch model; `timm-lossattn list` shows the models.')
-    if checkpoint is None and not timm.models.is_model_pretrained(name):
-        with_weights = [n for n in list_patch_models() if timm.models.is_model_pretrained(n)]
-        others = f', or choose one of {with_weights}' if with_weights else ''
-        raise ValueError(f'{flag}: {name} has no weights yet; give --checkpoint FILE{others}.')
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise ValueError(f'--checkpoint: no such file: {checkpoint}')
-    if checkpoint is None:
-        file = timm.get_pretrained_cfg_value(name, 'file')
-        if file and not Path(file).is_file():
-            raise ValueError(f'{flag}: the weights of {name} are missing from this installation: {file}')
-        model = timm.create_model(name, pretrained=True)
-    else:
-        try:
-            kwargs, labels = checkpoint_args(checkpoint)
-            overlay: dict[str, Any] = dict(file=checkpoint, label_names=labels)
-            if 'num_classes' in kwargs:
-                overlay['num_classes'] = kwargs['num_classes']
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
-        except Exception as error:  # a broken file raises whatever its reader raises
-            raise ValueError(f'--checkpoint: cannot load {checkpoint} into {name}: '
-                             f'{shorten(str(error) or type(error).__name__, 300)}') from error
-    return ready(model, name, device, flag)
-
-
-def load_published(name: str, checkpoint: str | None, device: str, flag: str) -> Any:
-    """The same for ``local-dir:FOLDER`` and ``hf-hub:ORG/NAME``, which train.py and hub/publish.py write."""
-    if checkpoint is not None:
-        raise ValueError(f'--checkpoint: {name} has weights of its own.')
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except (RuntimeError, OSError, AssertionError, KeyError) as error:
-        raise ValueError(f'{flag}: cannot load {name}: {shorten(str(error) or type(error).__name__, 300)}') from error
-    return ready(model, name, device, flag)
-
-
-def ready(model: Any, name: str, device: str, flag: str) -> Any:
-    """A patch model in eval mode on the device."""
-    if not hasattr(model, 'forward_patches'):
-        raise ValueError(f'{flag}: {name} is no patch model.')
-    try:
-        return model.eval().to(device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
-        raise ValueError(f'--device: cannot use {device!r}: {error}') from None
-
-
-def checkpoint_args(checkpoint: str) -> tuple[dict[str, Any], list[str] | None]:
-    """How train.py built the model of a training checkpoint, and its labels; nothing for bare weights."""
-    if Path(checkpoint).suffix == '.safetensors':
-        return {}, None
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    args = vars(content['args']) if isinstance(content, dict) and 'args' in content else {}
-    kwargs = {k: args[k] for k in ('num_classes', 'in_chans', 'xi', 'backbone_stride') if args.get(k) is not None}
-    return {**kwargs, **(args.get('model_kwargs') or {})}, args.get('label_names')
 
 
 def unique_stems(paths: Sequence[Path]) -> list[str]:
@@ -114,6 +33,14 @@ def unique_stems(paths: Sequence[Path]) -> list[str]:
         seen.add(stem.casefold())
         stems.append(stem)
     return stems
+
+
+def load_patch_model(name: str | None, checkpoint: str | None, device: str) -> Any:
+    """``load_model``, by default the small model that ships, and only models that have patches."""
+    model = load_model(name or (None if checkpoint else DEFAULT_MODEL), checkpoint, device)
+    if not hasattr(model, 'forward_patches'):
+        raise ValueError(f'model: {name or checkpoint} is no patch model; `timm-lossattn list` shows those that are.')
+    return model
 
 
 def print_error(console: Console, error: Exception) -> None:
@@ -139,7 +66,7 @@ def class_index(flag: str, value: str | None, labels: Sequence[str]) -> list[int
 
 def run_explain(args: argparse.Namespace, console: Console) -> int:
     """One PNG and one JSON for each image; unreadable images are reported and skipped. Returns the exit code."""
-    model = load_model(args.model, args.checkpoint, args.device)
+    model = load_patch_model(args.model, args.checkpoint, args.device)
     labels = class_labels(model, model.num_classes)
     target, against = (class_index(flag, value, labels)
                        for flag, value in (('--target', args.target), ('--against', args.against)))
@@ -149,6 +76,7 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
     except OSError as error:
         raise ValueError(f'--out: {error}') from None
     failed = 0
+    model_name = args.model or model.pretrained_cfg.get('architecture') or DEFAULT_MODEL
     paths = [Path(p) for p in args.images]
     stems = unique_stems(paths)
     taken = {p.resolve() for p in paths} & {(out / f'{s}{end}').resolve() for s in stems for end in ('.png', '.json')}
@@ -159,15 +87,16 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
             source = preprocess(model, open_image(path))
             explanation = explain(model, source, target, multi_label=args.multi_label)
             if against is not None and int(explanation.target) == against[0]:
-                raise ValueError(f'--against: {path.name} is classified as {labels[against[0]]} itself; give --target.')
+                reason = 'is --target as well' if target else 'is what it is classified as'
+                raise ValueError(f'--against: {path.name}: {labels[against[0]]} {reason}; choose another class.')
             if against is not None:
-                explanation = replace(explanation, against=torch.tensor(against))
+                explanation = explanation.versus(against)
         except ValueError as error:
             print_error(console, error)
             failed += 1
             continue
-        explanation.save(out, [stem], [f'{path.name} · {args.model}'],
-                         image=str(path), model=args.model, checkpoint=args.checkpoint)
+        explanation.save(out, [stem], [f'{path.name} · {model_name}'], args.all_classes,
+                         image=str(path), model=model_name, checkpoint=args.checkpoint)
         probability, best = explanation.probabilities[0].max(dim=0)
         line = f'{path.name}: {labels[int(best)]} {100 * float(probability):.1f} %  ->  {out / stem}.png, .json'
         console.print(Text(line), soft_wrap=True)
@@ -177,7 +106,7 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
 def run_export(args: argparse.Namespace, console: Console) -> int:
     """One file, and what differs between it and the model. Returns 0."""
     check_target(Path(args.out), args.format, args.opset)
-    model = load_model(args.model, args.checkpoint, 'cpu', flag='MODEL')
+    model = load_patch_model(args.model, args.checkpoint, 'cpu')
     report = export_model(model, args.out, args.format, args.img_size, args.opset)
     opset = '' if report.opset is None else f', opset {report.opset}'
     size = ', '.join(map(str, report.input_size))
@@ -235,12 +164,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser('explain', help='which part of each image decided: a PNG and a JSON for each')
     command.add_argument('images', nargs='+', metavar='IMAGE', help='any image that Pillow opens')
-    command.add_argument('--model', default=DEFAULT_MODEL, metavar='NAME', help=f'default: {DEFAULT_MODEL}')
+    command.add_argument('--model', metavar='NAME',
+                         help=f'default: what --checkpoint says, or {DEFAULT_MODEL}; also hf-hub:ORG/NAME, local-dir:FOLDER')
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')
     command.add_argument('--against', metavar='CLASS', help='why not this class? (default: the mean of all others)')
     command.add_argument('--multi-label', action='store_true',
                          help='classes are independent: sigmoids, evidence in the logit')
+    command.add_argument('--all-classes', action='store_true', help='JSON with the contributions to every class')
     command.add_argument('--out', default='explanations', metavar='DIR', help='default: explanations')
     command.add_argument('--device', default='cpu', metavar='DEVICE', help='default: cpu')
     command.set_defaults(run=run_explain)

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .drawing import shorten
-from .explain import class_labels
-from .image_io import input_config
+from .explanation import class_labels, input_config
+from .loading import one_line
 
 __all__ = ['FORMATS', 'OUTPUTS', 'ExportReport', 'export_model']
 
@@ -176,11 +175,6 @@ def serialize(
             return write(module, example, opset, metadata)
     except Exception as error:
         raise RuntimeError(f'{format}: export failed: {one_line(error)}') from error
-
-
-def one_line(error: Exception) -> str:
-    """The message of an exception, shortened; exporters print whole graphs."""
-    return shorten(' '.join(str(error).split()) or type(error).__name__, 300)
 
 
 def onnx_bytes(module: nn.Module, example: torch.Tensor, opset: int | None, metadata: dict[str, Any]) -> bytes:

@@ -10,8 +10,7 @@ import timm.scheduler
 import timm.task
 from timm.utils import unwrap_model
 
-from .loss import LossAttentionLoss
-from .task import LossAttentionTask
+from .training import LossAttentionLoss, LossAttentionTask
 
 __all__ = ['run_script']
 
@@ -36,7 +35,8 @@ def run_script(
     def substitute(task_class: Any) -> Any:
         def create(model: Any, *args: Any, **kwargs: Any) -> Any:
             plain = task_class(model, *args, **kwargs)
-            if getattr(unwrap_model(model), 'global_pool', None) != 'lossattn':
+            weights = getattr(unwrap_model(model), 'patch_weights', None)
+            if weights is None or weights.default_loss != 'loss_attention':
                 return plain
             loss = LossAttentionLoss(plain.criterion, multi_label=plain.multi_label)
             tasks.append(LossAttentionTask(

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from record import command_line, environment, write_json
 from timm_lossattn import LossAttentionLoss, LossAttentionTask
-from timm_lossattn.explain import explain
+from timm_lossattn.explanation import explain
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from timm_lossattn.attention import CapsuleLossAttentionHead
-from timm_lossattn.patch_layers import CapsulePatchLayers
+from timm_lossattn.models.patch_layers import CapsulePatchLayers
 
 
 class LoopedConv(nn.Module):

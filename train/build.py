@@ -16,7 +16,7 @@ from torch import nn
 from schedule import GaussianRampupScheduler
 from sync_batch_norm import convert_sync_batch_norm
 from timm_lossattn import LossAttentionLoss, LossAttentionTask, MarginLoss
-from timm_lossattn.loss import summed_bce
+from timm_lossattn.training.loss import summed_bce
 
 _logger = logging.getLogger('train')
 

@@ -36,9 +36,9 @@ from tqdm import tqdm
 from boxes import collate_boxes
 from flags import add_data_flags, positive_int
 from record import command_line, environment, write_json
-from timm_lossattn.explain import explain, square_box
-from timm_lossattn.faithfulness import completeness_error, deletion_insertion, patch_scores, pointing_game
-from timm_lossattn.metrics import BoxLocalization
+from timm_lossattn.explanation import explain, square_box
+from timm_lossattn.evaluation.faithfulness import completeness_error, deletion_insertion, patch_scores, pointing_game
+from timm_lossattn.evaluation.metrics import BoxLocalization
 from validate import add_weights_flags, open_boxed
 
 THRESHOLD = 0.2  # of the hottest pixel: B. Zhou et al., "Learning Deep Features for Discriminative Localization"

@@ -17,8 +17,8 @@ import matplotlib
 import torch
 
 from flags import add_data_flags, positive_int
-from timm_lossattn.explain import Explanation, explain
-from timm_lossattn.metrics import box_iou
+from timm_lossattn.explanation import Explanation, explain
+from timm_lossattn.evaluation.metrics import box_iou
 from validate import add_weights_flags, open_boxed
 
 matplotlib.use('Agg')

@@ -17,7 +17,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_lossattn.cli import list_patch_models
+from timm_lossattn.loading import list_patch_models
 
 BEGIN, END = '<!-- begin: python train/model_table.py -->', '<!-- end -->'
 ROOT = Path(__file__).parent.parent

@@ -30,8 +30,8 @@ from data import channel_statistics, create_eval_loader, label_names, one_line, 
 from flags import add_data_flags
 from record import command_line, environment, write_json
 from timm_lossattn.cli import checkpoint_args
-from timm_lossattn.explain import class_labels, explain
-from timm_lossattn.metrics import BoxLocalization, PatchLocalization, VOCMeanAveragePrecision
+from timm_lossattn.explanation import class_labels, explain
+from timm_lossattn.evaluation.metrics import BoxLocalization, PatchLocalization, VOCMeanAveragePrecision
 
 
 def load_model(args) -> nn.Module:

@@ -18,9 +18,10 @@ import timm
 import torch
 from PIL import Image
 
-from timm_lossattn.cli import DEFAULT_MODEL, list_patch_models
-from timm_lossattn.explain import Explanation, class_labels, explain
-from timm_lossattn.image_io import open_image
+from timm_lossattn.cli import DEFAULT_MODEL
+from timm_lossattn.loading import list_patch_models
+from timm_lossattn.explanation import Explanation, class_labels, explain
+from timm_lossattn.explanation.preprocessing import open_image
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = sorted((HERE / 'examples').glob('*.png')) or sorted((HERE / '../../tests/data').glob('cifar10_test_*.png'))

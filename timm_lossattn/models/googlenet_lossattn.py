@@ -3,6 +3,7 @@
 C. Szegedy et al., "Going Deeper with Convolutions", with batch norm and two 3×3 convolutions for each 5×5, as is usual
 for 32×32 images. The paper removes the pooling between stages; the stride-1 pooling branch inside a block stays.
 """
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from timm.layers import ConvNormAct
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .hub_weights import with_published
-from .patch_classifier import PatchClassifier, create_patch_classifier, patch_model_args, patch_model_cfg
+from .backbone import StagedBackbone
+from .entrypoints import create_patch_classifier, patch_model_cfg
+from .patch_classifier import PatchClassifier
+from .patch_layers import NoPatchLayers
+from .pretrained import with_published
 
 __all__ = ['GoogLeNetBackbone', 'InceptionBlock']
 
@@ -54,7 +58,7 @@ _STAGES: tuple[tuple[tuple[int, tuple[int, int], tuple[int, int], int], ...], ..
 )
 
 
-class GoogLeNetBackbone(nn.Module):
+class GoogLeNetBackbone(StagedBackbone):
     """Inception stages: (B, in_chans, H, W) -> (B, 1024, ceil(H/s), ceil(W/s)).
 
     Args:
@@ -93,6 +97,7 @@ class GoogLeNetBackbone(nn.Module):
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
         self.num_features = chs
+        self.init_weights()
 
 
 default_cfgs = generate_default_cfgs(with_published({
@@ -101,22 +106,18 @@ default_cfgs = generate_default_cfgs(with_published({
 }))
 
 
-def _create_googlenet(variant: str, pretrained: bool, **kwargs: Any) -> PatchClassifier:
-    if variant.endswith('_cifar'):
-        model_args: dict[str, Any] = dict(patch='none', global_pool='avg', backbone_stride=4)
-    else:
-        model_args = patch_model_args(variant)
-    model_args['backbone'] = GoogLeNetBackbone
-    return create_patch_classifier(variant, pretrained, num_stages=3, **dict(model_args, **kwargs))
+def _create_googlenet(variant: str, backbone: Callable[..., Any], pretrained: bool, **kwargs: Any) -> PatchClassifier:
+    return create_patch_classifier(variant, pretrained, num_stages=3, backbone=backbone, **kwargs)
 
 
 @register_model
 def googlenet_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """GoogLeNet, loss attention on convolutional patches, for 32×32 images."""
-    return _create_googlenet('googlenet_lossattn_conv', pretrained, **kwargs)
+    return _create_googlenet('googlenet_lossattn_conv', GoogLeNetBackbone, pretrained, **kwargs)
 
 
 @register_model
 def googlenet_cifar(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """Plain GoogLeNet in CIFAR form, the baseline."""
-    return _create_googlenet('googlenet_cifar', pretrained, **kwargs)
+    model_args = dict(patch_layers=NoPatchLayers, backbone_stride=4)
+    return _create_googlenet('googlenet_cifar', GoogLeNetBackbone, pretrained, **dict(model_args, **kwargs))

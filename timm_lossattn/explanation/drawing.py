@@ -8,7 +8,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .explain import Explanation
+    from .explanation import Explanation
 
 __all__ = ['draw_explanation']
 

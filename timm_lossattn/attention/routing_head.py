@@ -1,11 +1,30 @@
 """Dynamic routing: S. Sabour et al., "Dynamic Routing Between Capsules", the capsule baseline of the paper."""
+from typing import Any
+
 import torch
 from timm.models import register_notrace_module
 from torch import nn
 
-from .attention import MeanWeights, PatchPrediction, check_pool, upcast
+from ..prediction import PatchPrediction, upcast
+from .head import PatchHead
+from .weights import PatchWeights
 
-__all__ = ['CapsuleVotes', 'DynamicRoutingHead']
+__all__ = ['CapsuleVotes', 'DynamicRoutingHead', 'RoutingWeights']
+
+
+class RoutingWeights(PatchWeights):
+    """α of dynamic routing: a patch's share of the coupling coefficients, of which each capsule hands out one: 1/M."""
+    informative = False
+    default_loss = 'margin'
+    description = 'routed by agreement (dynamic routing of Sabour et al.)'
+
+    def forward(self, h: torch.Tensor, patch_logits: torch.Tensor) -> torch.Tensor:
+        """Patch features h (B, M, C) to α (B, M)."""
+        return torch.full_like(upcast(h[..., 0]), 1. / h.shape[1])
+
+    def probabilities(self, logits: torch.Tensor, multi_label: bool = False) -> torch.Tensor:
+        """The logits themselves: lengths of class capsules, which stand for the probability that the class is there."""
+        return logits
 
 
 class CapsuleVotes(nn.Module):
@@ -32,7 +51,7 @@ class CapsuleVotes(nn.Module):
 
 
 @register_notrace_module  # reason: dtype and shape dependent control flow
-class DynamicRoutingHead(nn.Module):
+class DynamicRoutingHead(PatchHead):
     """Dynamic routing of Sabour et al. (their Procedure 1) on primary capsules, with K class capsules v_k.
 
         u = squash(primary);  c = softmax_k(b);  s_k = Σ_i c_ik û_{k|i};  v_k = squash(s_k);  b_ik += û_{k|i}·v_k
@@ -51,7 +70,13 @@ class DynamicRoutingHead(nn.Module):
         class_capsule_dim: dimension of v_k.
         iterations: routing iterations.
         drop_rate: dropout on the primary capsules.
+        xi: kept for a head that uses it; routing does not.
+
+    Raises:
+        ValueError: no such pool_type.
     """
+    default_pool = 'routing'
+    fixed_grid = True
 
     def __init__(
             self,
@@ -63,11 +88,12 @@ class DynamicRoutingHead(nn.Module):
             class_capsule_dim: int = 16,
             iterations: int = 3,
             drop_rate: float = 0.,
+            xi: float = 0.1,
             device=None,
             dtype=None,
     ) -> None:
         super().__init__()
-        check_pool(pool_type, ('routing', ''), num_classes)
+        self.check_pool(pool_type, num_classes)
         self.capsules = capsules
         self.capsule_dim = capsule_dim
         self.grid_size = grid_size
@@ -75,20 +101,27 @@ class DynamicRoutingHead(nn.Module):
         self.pooled = pool_type != ''
         self.iterations = iterations
         self.drop = nn.Dropout(drop_rate)
-        self.attn = MeanWeights()
+        self.attn = RoutingWeights(xi)
         positions = capsules * grid_size[0] * grid_size[1]
         self.fc = CapsuleVotes(
             positions, capsule_dim, num_classes, class_capsule_dim, device=device, dtype=dtype,
         ) if num_classes > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> PatchPrediction:
-        """Feature map (B, C·D, H', W') to PatchPrediction; its logits are lengths in [0, 1) for the margin loss."""
+    @classmethod
+    def create(
+            cls, features: Any, grid_size: tuple[int, int], num_classes: int, pool_type: str, xi: float,
+            drop_rate: float, device=None, dtype=None) -> 'DynamicRoutingHead':
+        """The head for the features that patch layers give, see PatchHead."""
+        return cls(features.capsules, features.num_features // features.capsules, grid_size, num_classes, pool_type,
+                   drop_rate=drop_rate, xi=xi, device=device, dtype=dtype)
+
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Feature map to votes û (B, C·M, K, O), coupling coefficients c (B, C·M, K) and class capsules s (B, K, O)."""
         B, _, H, W = x.shape
         if self.grid_size != (H, W):
             raise ValueError(
                 f'Dynamic routing was built for a patch grid of {self.grid_size}, the input gives {(H, W)}; '
                 f'create the model with img_size set to the input size.')
-        alpha = self.attn(x.flatten(2).transpose(1, 2), x)
         u = upcast(self.drop(x)).reshape(B, self.capsules, self.capsule_dim, H * W).transpose(2, 3)
         u = squash(u).flatten(1, 2)  # (B, C·M, D)
         votes = upcast(self.fc(u.to(x.dtype)))  # (B, C·M, K, O)
@@ -100,10 +133,22 @@ class DynamicRoutingHead(nn.Module):
             s = (c.unsqueeze(-1) * votes).sum(dim=1)  # (B, K, O)
             if i + 1 < self.iterations:
                 b = b + (votes * squash(s).unsqueeze(1)).sum(dim=-1)
+        return votes, c, s
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature map (B, C·D, H', W') to image logits (B, K): lengths in [0, 1) for the margin loss."""
+        _, _, s = self.route(x)
+        squared = s.square().sum(dim=-1)
+        return (squared / (1 + squared)).to(x.dtype)
+
+    def forward_patches(self, x: torch.Tensor) -> PatchPrediction:
+        """Feature map (B, C·D, H', W') to PatchPrediction; its logits are lengths in [0, 1) for the margin loss."""
+        votes, c, s = self.route(x)
+        alpha = self.attn(x.flatten(2).transpose(1, 2), x)
         length = torch.linalg.vector_norm(s, dim=-1, keepdim=True)  # (B, K, 1)
         direction = s / torch.where(length > 0, length, torch.ones_like(length))
         parts = c * (votes * direction.unsqueeze(1)).sum(dim=-1)  # (B, C·M, K)
-        patch_logits = parts.reshape(B, self.capsules, H * W, -1).sum(dim=1)  # (B, M, K)
+        patch_logits = parts.reshape(len(x), self.capsules, alpha.shape[1], -1).sum(dim=1)  # (B, M, K)
         contributions = patch_logits * (length / (1 + length.square())).transpose(1, 2)
         return PatchPrediction(contributions.sum(dim=1).to(x.dtype), patch_logits.to(x.dtype), alpha, contributions)
 

@@ -7,7 +7,7 @@ from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils import unwrap_model
 from torch import nn
 
-from .attention import PatchPrediction
+from ..prediction import PatchPrediction
 from .loss import LossAttentionLoss, gamma_rampup
 
 __all__ = ['LossAttentionTask', 'PatchTrainingModule']
@@ -44,8 +44,8 @@ class PatchTrainingModule(nn.Module):
 class LossAttentionTask(TrainingTask):
     """Training task for patch models: Eqs. 9 and 10 with the ramp-up of γ.
 
-    Time τ comes from ``set_epoch`` (fractions allowed). With ``updates_per_epoch`` it also follows the ``step`` that a
-    training loop hands to ``update_ema`` at each update, as timm's train.py does with or without an EMA.
+    Time τ is set by ``set_epoch`` (fractions allowed); until it is, γ is γ_max. With ``updates_per_epoch``, τ begins at
+    0, and ``update_ema``, which timm's train.py calls after each update with or without an EMA, forwards its step.
 
     Args:
         model: model with ``forward_patches``.
@@ -63,7 +63,7 @@ class LossAttentionTask(TrainingTask):
 
     Examples:
         >>> task = LossAttentionTask(model)
-        >>> task.set_epoch(3)
+        >>> task.set_epoch(3)                # γ ramps up; without it γ = γ_max
         >>> result = task(images, target)    # {'loss', 'output', 'image_loss', 'patch_loss', 'gamma'}
         >>> result['loss'].backward()
     """
@@ -90,19 +90,19 @@ class LossAttentionTask(TrainingTask):
         self.gamma_max = gamma_max
         self.rampup_epochs = rampup_epochs
         self.updates_per_epoch = updates_per_epoch
-        self.epoch = 0.
+        self.epoch: Optional[float] = None if updates_per_epoch is None else 0.
 
     @property
     def gamma(self) -> float:
-        """γ(τ) at the present time."""
-        return gamma_rampup(self.epoch, self.gamma_max, self.rampup_epochs)
+        """γ(τ) at the present time, γ_max if none was set."""
+        return self.gamma_max if self.epoch is None else gamma_rampup(self.epoch, self.gamma_max, self.rampup_epochs)
 
     def set_epoch(self, epoch: float) -> None:
         """Set τ, in epochs."""
         self.epoch = float(epoch)
 
     def update_ema(self, step: Optional[int] = None) -> None:
-        """Update the EMA, if there is one, and τ, if ``updates_per_epoch`` and ``step`` are known."""
+        """Update the EMA, if there is one; with ``updates_per_epoch``, ``set_epoch`` to where ``step`` updates lead."""
         super().update_ema(step=step)
         if self.updates_per_epoch is not None and step is not None:
             self.set_epoch(step / self.updates_per_epoch)
@@ -144,7 +144,7 @@ class LossAttentionTask(TrainingTask):
             self, state: Optional[dict[str, Any]], strict: bool = True, module: Optional[nn.Module] = None,
             ema: bool = False) -> None:
         """Restore τ."""
-        if state and not ema:
+        if state and not ema and state['epoch'] is not None:
             self.set_epoch(state['epoch'])
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Published weights: which repository and commit holds the weights of each ``arch.tag``, and what their bytes must be.
+"""Pretrained weights: files in the package, and which repository and commit on the Hub holds those of an ``arch.tag``.
 
 ``hub_weights.json`` is written by ``hub/publish.py --tag``. ``pretrained=True`` then downloads the file of exactly that
 commit and loads it only if its SHA-256 is the one that was published. Weights that ship in the package come first.
 """
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,21 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from timm.models import resolve_pretrained_cfg
 
-__all__ = ['HUB_WEIGHTS', 'WEIGHTS_NAME', 'download_weights', 'sha256_of', 'verified_overlay', 'with_published']
+from ..files import sha256_of
+
+__all__ = ['HUB_WEIGHTS', 'WEIGHTS_NAME', 'bundled_weights', 'download_weights', 'verified_overlay', 'with_published']
 
 WEIGHTS_NAME = 'model.safetensors'  # never a pickle
 ATTEMPTS = 3
-HUB_WEIGHTS_FILE = Path(__file__).parent / 'hub_weights.json'
+PACKAGE = Path(__file__).parents[1]
+HUB_WEIGHTS_FILE = PACKAGE / 'hub_weights.json'
 # arch.tag -> repo_id, revision (a commit hash), sha256
 HUB_WEIGHTS: dict[str, dict[str, str]] = json.loads(HUB_WEIGHTS_FILE.read_text())
+
+
+def bundled_weights(name: str) -> str:
+    """Path of weights that ship inside the package, for ``file`` in a default_cfg."""
+    return str(PACKAGE / 'weights' / f'{name}.safetensors')
 
 
 def with_published(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -39,15 +46,6 @@ def with_published(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def hub_id(name: str) -> str:
     """Repository and commit, as timm writes them."""
     return '{repo_id}@{revision}'.format(**HUB_WEIGHTS[name])
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def download_weights(name: str, cache_dir: str | Path | None = None) -> str:

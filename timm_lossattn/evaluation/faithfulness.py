@@ -62,14 +62,21 @@ def deletion_insertion(
     for m, (x0, y0, x1, y1) in enumerate(patch_boxes.tolist()):
         masks[m, y0:y1, x0:x1] = True
     areas = torch.empty(2, B)
+    free = ~masks.any(dim=0)  # pixels of no patch
     for b in range(B):
-        ordered = masks[scores[b].argsort(descending=True, stable=True).cpu()]  # (M, H, W)
-        seen = torch.cat([torch.zeros(1, H, W, dtype=torch.bool), ordered.cummax(dim=0).values])  # steps 0 to M
-        keep = torch.cat([~seen, seen | ~masks.any(dim=0)]).to(images.device)  # deletion, then insertion
-        versions = images[b] * keep[:, None]
-        logits = torch.cat([model(part) for part in versions.split(batch_size)])
-        p = logits.float().softmax(dim=1)[:, int(target[b])].view(2, M + 1).cpu()
-        areas[:, b] = torch.trapezoid(p, dx=1 / M)
+        order = scores[b].argsort(descending=True, stable=True).cpu()
+        gone_after = torch.full((H, W), M + 1)  # step from which a pixel counts as reached
+        for step in range(M, 0, -1):
+            gone_after[masks[order[step - 1]]] = step
+        steps = torch.arange(M + 1)
+        probabilities = []
+        for insertion in (False, True):
+            for part in steps.split(batch_size):  # a chunk of blanked copies at a time
+                reached = gone_after <= part[:, None, None]  # (n, H, W)
+                keep = (reached | free if insertion else ~reached).to(images.device)
+                logits = model(images[b] * keep[:, None])
+                probabilities.append(logits.float().softmax(dim=1)[:, int(target[b])].cpu())
+        areas[:, b] = torch.trapezoid(torch.cat(probabilities).view(2, M + 1), dx=1 / M)
     return areas[0], areas[1]
 
 

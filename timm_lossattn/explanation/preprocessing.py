@@ -1,6 +1,9 @@
-"""Image files to model inputs with timm's evaluation transform, and coordinates back to the file's pixels."""
-import os
-from collections.abc import Sequence
+"""Image -> model input with timm's own evaluation transform, and coordinates from one to the other.
+
+The one path from images to inputs: explain, validate.py, figures and comparisons all go it, so that boxes, maps and
+accuracies are of the same pixels.
+"""
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from timm.data import CenterCropOrPad, ResizeKeepRatio, create_transform, resolv
 from torch import nn
 from torchvision.transforms import CenterCrop, Resize
 
-__all__ = ['Preprocessed', 'input_config', 'open_image', 'preprocess', 'replace_file', 'to_rgb']
+__all__ = ['Preprocessed', 'Preprocessing', 'input_config', 'open_image', 'preprocess', 'to_rgb']
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -85,15 +88,13 @@ class Preprocessed:
         size = torch.tensor([*self.image.size, *self.image.size], dtype=torch.float64)
         return (boxes.double() * scale + offset).clamp(min=0).minimum(size)
 
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside it, then rename."""
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    def to_input(self, boxes: torch.Tensor) -> torch.Tensor:
+        """(..., 4) boxes in image pixels to boxes in input pixels, clipped to the input; float64."""
+        scale = torch.tensor([*self.scale, *self.scale], dtype=torch.float64)
+        offset = torch.tensor([*self.offset, *self.offset], dtype=torch.float64)
+        height, width = self.x.shape[-2:]
+        size = torch.tensor([width, height, width, height], dtype=torch.float64)
+        return ((boxes.double() - offset) / scale).clamp(min=0).minimum(size)
 
 
 def input_config(model: nn.Module) -> dict[str, Any]:
@@ -104,8 +105,43 @@ def input_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
+class Preprocessing:
+    """timm's evaluation transform that keeps track of the geometry: a Pillow image -> Preprocessed.
+
+    Args:
+        config: timm's data config, with input_size, mean, std, interpolation, crop_pct and crop_mode.
+
+    Raises:
+        ValueError: the input has neither one nor three channels.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.channels = config['input_size'][0]
+        if self.channels not in (1, 3):
+            raise ValueError(f'model must have 1 or 3 input channels, got {self.channels}.')
+        keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+        self.steps: list[Any] = create_transform(
+            **{key: config[key] for key in keys if config.get(key) is not None}, is_training=False).transforms
+
+    def __call__(self, image: Image.Image) -> Preprocessed:
+        """RGB image to Preprocessed; for one channel it is made grey."""
+        x: Any = image.convert('L') if self.channels == 1 else image
+        size, offset = image.size, (0., 0.)  # of the whole image at the input's scale; of the input's corner in it
+        for step in self.steps:
+            before = x
+            x = step(before)
+            if isinstance(step, (Resize, ResizeKeepRatio)):
+                size = x.size
+            elif isinstance(step, (CenterCrop, CenterCropOrPad)):
+                # torchvision and timm round an odd crop to the nearest even number, and put an odd padding to the right
+                left, top = (round((b - a) / 2.) if b >= a else -((a - b) // 2) for a, b in zip(x.size, before.size))
+                offset = (float(left), float(top))
+        scale = (image.size[0] / size[0], image.size[1] / size[1])
+        return Preprocessed(image, x, scale, (offset[0] * scale[0], offset[1] * scale[1]))
+
+
 def preprocess(model: nn.Module, image: Image.Image) -> Preprocessed:
-    """Apply the model's evaluation transform and keep track of the geometry.
+    """Apply a model's evaluation transform to an RGB image, see Preprocessing.
 
     Args:
         model: timm model; its pretrained_cfg gives size, mean, std, interpolation, crop.
@@ -116,19 +152,4 @@ def preprocess(model: nn.Module, image: Image.Image) -> Preprocessed:
     """
     config = input_config(model)
     channels = getattr(model, 'in_chans', config['input_size'][0])
-    if channels not in (1, 3):
-        raise ValueError(f'model must have 1 or 3 input channels, got {channels}.')
-    steps: list[Any] = create_transform(**config, is_training=False).transforms
-    x: Any = image.convert('L') if channels == 1 else image
-    size, offset = image.size, (0., 0.)  # of the whole image at the input's scale; of the input's corner in it
-    for step in steps:
-        before = x
-        x = step(before)
-        if isinstance(step, (Resize, ResizeKeepRatio)):
-            size = x.size
-        elif isinstance(step, (CenterCrop, CenterCropOrPad)):
-            # torchvision and timm round an odd crop to the nearest even number, and put an odd padding to the right
-            left, top = (round((b - a) / 2.) if b >= a else -((a - b) // 2) for a, b in zip(x.size, before.size))
-            offset = (float(left), float(top))
-    scale = (image.size[0] / size[0], image.size[1] / size[1])
-    return Preprocessed(image, x, scale, (offset[0] * scale[0], offset[1] * scale[1]))
+    return Preprocessing({**config, 'input_size': (channels, *config['input_size'][1:])})(image)

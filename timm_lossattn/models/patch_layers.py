@@ -1,5 +1,9 @@
 """The two layers between backbone and head: feature map (B, C, H, W) -> patch features (B, C', H', W').
 
+Attributes of all: ``kernel`` and ``stride``, the positions of the backbone's feature map that a patch covers, and from
+one to the next; ``num_features``, C'; ``capsules``, capsule channels in C' or 0; ``head``, the class of heads that such
+features go to, and ``default_pool``, its global_pool.
+
 Each patch is a 9×9 window of the backbone's feature map, one every 4 positions: H' = (H − 9) // 4 + 1. Convolutions
 keep their bias before batch norm, as in the paper, whose parameter counts include them.
 """
@@ -8,7 +12,8 @@ from timm.layers import ConvNormAct
 from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
 
-from .attention import upcast
+from ..attention import CapsuleLossAttentionHead, ConvPatchHead, DynamicRoutingHead
+from ..prediction import upcast
 
 __all__ = ['PATCH_KERNEL', 'PATCH_STRIDE', 'CapsulePatchLayers', 'ConvPatchLayers', 'NoPatchLayers', 'PrimaryCapsules']
 
@@ -34,6 +39,8 @@ class NoPatchLayers(nn.Module):
         backbone_stride: pixels from patch to patch.
     """
     kernel, stride = 1, 1
+    head = ConvPatchHead
+    default_pool = 'avg'
 
     def __init__(self, in_chs: int, backbone_stride: int = 1, device=None, dtype=None) -> None:
         super().__init__()
@@ -54,6 +61,8 @@ class ConvPatchLayers(nn.Module):
         backbone_stride: for the error message on images that are too small.
     """
     kernel, stride = PATCH_KERNEL, PATCH_STRIDE
+    head = ConvPatchHead
+    default_pool = 'lossattn'
 
     def __init__(self, in_chs: int, width: int = 512, backbone_stride: int = 1, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
@@ -84,6 +93,8 @@ class PrimaryCapsules(nn.Module):
         backbone_stride: for the error message on images that are too small.
     """
     kernel, stride = PATCH_KERNEL, PATCH_STRIDE
+    head = DynamicRoutingHead
+    default_pool = 'routing'
 
     def __init__(
             self,
@@ -121,6 +132,11 @@ class CapsuleLength(nn.Module):
         self.capsules = capsules
         self.offset = nn.Parameter(torch.zeros(capsules, 1, 1, device=device, dtype=dtype))
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The offsets are thresholds, not weights."""
+        return {'offset'}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C·D, H', W') to (B, C, H', W')."""
         u = upcast(x).unflatten(1, (self.capsules, -1))
@@ -139,6 +155,8 @@ class CapsulePatchLayers(nn.Module):
         backbone_stride: for the error message on images that are too small.
     """
     kernel, stride = PATCH_KERNEL, PATCH_STRIDE
+    head = CapsuleLossAttentionHead
+    default_pool = 'lossattn'
 
     def __init__(
             self,

@@ -3,6 +3,7 @@
 K. Simonyan and A. Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition". The paper removes
 every max-pooling layer; where an image is larger, a stride stands in the last convolution of a stage instead.
 """
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,16 @@ from timm.models import VGG, build_model_with_cfg, generate_default_cfgs, regist
 from timm.models.vgg import ConvMlp
 from torch import nn
 
-from .hub_weights import verified_overlay, with_published
-from .patch_classifier import PatchClassifier, create_patch_classifier, patch_model_args, patch_model_cfg
+from .backbone import StagedBackbone
+from .entrypoints import NANO_CAPS, NANO_CONV, create_patch_classifier, patch_model_cfg
+from .patch_classifier import PatchClassifier
+from .patch_layers import CapsulePatchLayers, PrimaryCapsules
+from .pretrained import verified_overlay, with_published
 
 __all__ = ['VGGBackbone', 'VGGCifar']
 
 
-class VGGBackbone(nn.Module):
+class VGGBackbone(StagedBackbone):
     """VGG's convolutions without pooling: (B, in_chans, H, W) -> (B, num_features, ceil(H/s), ceil(W/s)).
 
     Args:
@@ -60,6 +64,7 @@ class VGGBackbone(nn.Module):
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
         self.num_features = chs
+        self.init_weights()
 
 
 class VGGCifar(VGG):
@@ -102,19 +107,20 @@ default_cfgs = generate_default_cfgs(with_published({
 }))
 
 
-_DEPTHS = {'vgg11': (1, 1, 2, 2, 2), 'vgg16': (2, 2, 3, 3, 3)}
+WIDTHS, NANO_WIDTHS = (64, 128, 256, 512, 512), (8, 16, 32, 64, 64)
+VGG11_DEPTHS, VGG16_DEPTHS = (1, 1, 2, 2, 2), (2, 2, 3, 3, 3)
+VGG11 = partial(VGGBackbone, depths=VGG11_DEPTHS, widths=WIDTHS)
+VGG11_NANO = partial(VGGBackbone, depths=VGG11_DEPTHS, widths=NANO_WIDTHS)
+VGG16 = partial(VGGBackbone, depths=VGG16_DEPTHS, widths=WIDTHS)
 
 
-def _create_vgg(variant: str, pretrained: bool, **kwargs: Any) -> PatchClassifier:
-    widths = (8, 16, 32, 64, 64) if '_nano' in variant else (64, 128, 256, 512, 512)
-    model_args = patch_model_args(variant)
-    model_args['backbone'] = partial(VGGBackbone, widths=widths, depths=_DEPTHS[variant.split('_')[0]])
-    return create_patch_classifier(variant, pretrained, num_stages=5, **dict(model_args, **kwargs))
+def _create_vgg(variant: str, backbone: Callable[..., Any], pretrained: bool, **kwargs: Any) -> PatchClassifier:
+    return create_patch_classifier(variant, pretrained, num_stages=5, backbone=backbone, **kwargs)
 
 
-def _create_vgg_cifar(variant: str, pretrained: bool, **kwargs: Any) -> VGGCifar:
+def _create_vgg_cifar(variant: str, depths: tuple[int, ...], pretrained: bool, **kwargs: Any) -> VGGCifar:
     cfg: list[Any] = []
-    for depth, width in zip(_DEPTHS[variant.split('_')[0]], (64, 128, 256, 512, 512)):
+    for depth, width in zip(depths, WIDTHS):
         cfg += [width] * depth + ['M']
     return build_model_with_cfg(
         VGGCifar, variant, pretrained, model_cfg=cfg,
@@ -125,100 +131,113 @@ def _create_vgg_cifar(variant: str, pretrained: bool, **kwargs: Any) -> VGGCifar
 @register_model
 def vgg11_bn_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, loss attention on convolutional patches, for 32×32 images."""
-    return _create_vgg('vgg11_bn_lossattn_conv', pretrained, **kwargs)
+    return _create_vgg('vgg11_bn_lossattn_conv', VGG11, pretrained, **kwargs)
 
 
 @register_model
 def vgg11_bn_meanpool_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, mean pooling of convolutional patches, for 32×32 images."""
-    return _create_vgg('vgg11_bn_meanpool_conv', pretrained, **kwargs)
+    model_args = dict(global_pool='avg')
+    return _create_vgg('vgg11_bn_meanpool_conv', VGG11, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_attn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, attention of Ilse et al. on convolutional patches, for 32×32 images."""
-    return _create_vgg('vgg11_bn_attn_conv', pretrained, **kwargs)
+    model_args = dict(global_pool='attn')
+    return _create_vgg('vgg11_bn_attn_conv', VGG11, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_gatedattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, gated attention of Ilse et al. on convolutional patches, for 32×32 images."""
-    return _create_vgg('vgg11_bn_gatedattn_conv', pretrained, **kwargs)
+    model_args = dict(global_pool='gatedattn')
+    return _create_vgg('vgg11_bn_gatedattn_conv', VGG11, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_lossattn_caps(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, loss attention on capsules, for 32×32 images."""
-    return _create_vgg('vgg11_bn_lossattn_caps', pretrained, **kwargs)
+    model_args = dict(patch_layers=CapsulePatchLayers)
+    return _create_vgg('vgg11_bn_lossattn_caps', VGG11, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_routing_caps(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, dynamic routing of primary capsules, for 32×32 images."""
-    return _create_vgg('vgg11_bn_routing_caps', pretrained, **kwargs)
+    model_args = dict(patch_layers=PrimaryCapsules)
+    return _create_vgg('vgg11_bn_routing_caps', VGG11, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_lossattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, loss attention on convolutional patches, for 64×64 images."""
-    return _create_vgg('vgg11_bn_lossattn_conv_s2', pretrained, **kwargs)
+    model_args = dict(backbone_stride=2)
+    return _create_vgg('vgg11_bn_lossattn_conv_s2', VGG11, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_meanpool_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, mean pooling of convolutional patches, for 64×64 images."""
-    return _create_vgg('vgg11_bn_meanpool_conv_s2', pretrained, **kwargs)
+    model_args = dict(global_pool='avg', backbone_stride=2)
+    return _create_vgg('vgg11_bn_meanpool_conv_s2', VGG11, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_attn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, attention of Ilse et al. on convolutional patches, for 64×64 images."""
-    return _create_vgg('vgg11_bn_attn_conv_s2', pretrained, **kwargs)
+    model_args = dict(global_pool='attn', backbone_stride=2)
+    return _create_vgg('vgg11_bn_attn_conv_s2', VGG11, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_gatedattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, gated attention of Ilse et al. on convolutional patches, for 64×64 images."""
-    return _create_vgg('vgg11_bn_gatedattn_conv_s2', pretrained, **kwargs)
+    model_args = dict(global_pool='gatedattn', backbone_stride=2)
+    return _create_vgg('vgg11_bn_gatedattn_conv_s2', VGG11, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_lossattn_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, loss attention on capsules, for 64×64 images."""
-    return _create_vgg('vgg11_bn_lossattn_caps_s2', pretrained, **kwargs)
+    model_args = dict(patch_layers=CapsulePatchLayers, backbone_stride=2)
+    return _create_vgg('vgg11_bn_lossattn_caps_s2', VGG11, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_routing_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, dynamic routing of primary capsules, for 64×64 images."""
-    return _create_vgg('vgg11_bn_routing_caps_s2', pretrained, **kwargs)
+    model_args = dict(patch_layers=PrimaryCapsules, backbone_stride=2)
+    return _create_vgg('vgg11_bn_routing_caps_s2', VGG11, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg16_bn_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG16 with batch norm, loss attention on convolutional patches, for 32×32 images."""
-    return _create_vgg('vgg16_bn_lossattn_conv', pretrained, **kwargs)
+    return _create_vgg('vgg16_bn_lossattn_conv', VGG16, pretrained, **kwargs)
 
 
 @register_model
 def vgg11_bn_lossattn_conv_nano(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm and 1/8 of the widths, loss attention on convolutional patches, for 32×32 images."""
-    return _create_vgg('vgg11_bn_lossattn_conv_nano', pretrained, **kwargs)
+    model_args = dict(patch_layers=NANO_CONV)
+    return _create_vgg('vgg11_bn_lossattn_conv_nano', VGG11_NANO, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_lossattn_caps_nano(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm and 1/8 of the widths, loss attention on capsules, for 32×32 images."""
-    return _create_vgg('vgg11_bn_lossattn_caps_nano', pretrained, **kwargs)
+    model_args = dict(patch_layers=NANO_CAPS)
+    return _create_vgg('vgg11_bn_lossattn_caps_nano', VGG11_NANO, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_cifar(pretrained: bool = False, **kwargs: Any) -> VGGCifar:
     """Plain VGG11 with batch norm in CIFAR form, the baseline."""
-    return _create_vgg_cifar('vgg11_bn_cifar', pretrained, **kwargs)
+    return _create_vgg_cifar('vgg11_bn_cifar', VGG11_DEPTHS, pretrained, **kwargs)
 
 
 @register_model
 def vgg16_bn_cifar(pretrained: bool = False, **kwargs: Any) -> VGGCifar:
     """Plain VGG16 with batch norm in CIFAR form, the baseline."""
-    return _create_vgg_cifar('vgg16_bn_cifar', pretrained, **kwargs)
+    return _create_vgg_cifar('vgg16_bn_cifar', VGG16_DEPTHS, pretrained, **kwargs)

@@ -3,6 +3,7 @@
 ResNet18 and ResNet34 are those of K. He et al., "Deep Residual Learning for Image Recognition", with a 3×3 stem of
 stride 1. The paper's ResNet50 differs from the usual one: see ``Bottleneck3x3``.
 """
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,15 +13,17 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 from torch import nn
 
-from .hub_weights import with_published
-from .patch_classifier import (
+from .backbone import StagedBackbone
+from .entrypoints import (
+    NANO_CAPS,
+    NANO_CONV,
     TINY_IMAGENET_MINI_LABELS,
-    PatchClassifier,
-    bundled_weights,
     create_patch_classifier,
-    patch_model_args,
     patch_model_cfg,
 )
+from .patch_classifier import PatchClassifier
+from .patch_layers import CapsulePatchLayers, NoPatchLayers, PrimaryCapsules
+from .pretrained import bundled_weights, with_published
 
 __all__ = ['Bottleneck3x3', 'ResNetBackbone']
 
@@ -65,7 +68,7 @@ class Shortcut(nn.Module):
         return self.bn(self.conv(x))
 
 
-class ResNetBackbone(nn.Module):
+class ResNetBackbone(StagedBackbone):
     """Residual stages without max-pooling: (B, in_chans, H, W) -> (B, num_features, ceil(H/s), ceil(W/s)).
 
     Args:
@@ -110,6 +113,7 @@ class ResNetBackbone(nn.Module):
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
         self.num_features = chs
+        self.init_weights()
 
 
 default_cfgs = generate_default_cfgs(with_published({
@@ -141,145 +145,156 @@ default_cfgs = generate_default_cfgs(with_published({
 }))
 
 
-_BACKBONES: dict[str, dict[str, Any]] = {
-    'resnet18': dict(depths=(2, 2, 2, 2)),
-    'resnet34': dict(depths=(3, 4, 6, 3)),
-    'resnet50': dict(depths=(3, 4, 6, 3), block=Bottleneck3x3),
-}
+NANO_WIDTHS = (8, 16, 32, 64)  # an eighth
+RESNET18 = partial(ResNetBackbone, depths=(2, 2, 2, 2))
+RESNET18_NANO = partial(RESNET18, widths=NANO_WIDTHS)
+RESNET34 = partial(ResNetBackbone, depths=(3, 4, 6, 3))
+RESNET50 = partial(ResNetBackbone, depths=(3, 4, 6, 3), block=Bottleneck3x3)
 
 
-def _create_resnet(variant: str, pretrained: bool, **kwargs: Any) -> PatchClassifier:
-    name = variant.split('_')[0]
-    widths = (8, 16, 32, 64) if '_nano' in variant else (64, 128, 256, 512)
-    if variant.endswith('_cifar'):
-        model_args: dict[str, Any] = dict(patch='none', global_pool='avg', backbone_stride=8)
-    else:
-        model_args = patch_model_args(variant)
-    model_args['backbone'] = partial(ResNetBackbone, widths=widths, **_BACKBONES[name])
-    return create_patch_classifier(variant, pretrained, num_stages=4, **dict(model_args, **kwargs))
+def _create_resnet(variant: str, backbone: Callable[..., Any], pretrained: bool, **kwargs: Any) -> PatchClassifier:
+    return create_patch_classifier(variant, pretrained, num_stages=4, backbone=backbone, **kwargs)
 
 
 @register_model
 def resnet18_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, loss attention on convolutional patches, for 32×32 images."""
-    return _create_resnet('resnet18_lossattn_conv', pretrained, **kwargs)
+    return _create_resnet('resnet18_lossattn_conv', RESNET18, pretrained, **kwargs)
 
 
 @register_model
 def resnet18_meanpool_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, mean pooling of convolutional patches, for 32×32 images."""
-    return _create_resnet('resnet18_meanpool_conv', pretrained, **kwargs)
+    model_args = dict(global_pool='avg')
+    return _create_resnet('resnet18_meanpool_conv', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_attn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, attention of Ilse et al. on convolutional patches, for 32×32 images."""
-    return _create_resnet('resnet18_attn_conv', pretrained, **kwargs)
+    model_args = dict(global_pool='attn')
+    return _create_resnet('resnet18_attn_conv', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_gatedattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, gated attention of Ilse et al. on convolutional patches, for 32×32 images."""
-    return _create_resnet('resnet18_gatedattn_conv', pretrained, **kwargs)
+    model_args = dict(global_pool='gatedattn')
+    return _create_resnet('resnet18_gatedattn_conv', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_caps(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, loss attention on capsules, for 32×32 images."""
-    return _create_resnet('resnet18_lossattn_caps', pretrained, **kwargs)
+    model_args = dict(patch_layers=CapsulePatchLayers)
+    return _create_resnet('resnet18_lossattn_caps', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_routing_caps(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, dynamic routing of primary capsules, for 32×32 images."""
-    return _create_resnet('resnet18_routing_caps', pretrained, **kwargs)
+    model_args = dict(patch_layers=PrimaryCapsules)
+    return _create_resnet('resnet18_routing_caps', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, loss attention on convolutional patches, for 64×64 images."""
-    return _create_resnet('resnet18_lossattn_conv_s2', pretrained, **kwargs)
+    model_args = dict(backbone_stride=2)
+    return _create_resnet('resnet18_lossattn_conv_s2', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_meanpool_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, mean pooling of convolutional patches, for 64×64 images."""
-    return _create_resnet('resnet18_meanpool_conv_s2', pretrained, **kwargs)
+    model_args = dict(global_pool='avg', backbone_stride=2)
+    return _create_resnet('resnet18_meanpool_conv_s2', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_attn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, attention of Ilse et al. on convolutional patches, for 64×64 images."""
-    return _create_resnet('resnet18_attn_conv_s2', pretrained, **kwargs)
+    model_args = dict(global_pool='attn', backbone_stride=2)
+    return _create_resnet('resnet18_attn_conv_s2', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_gatedattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, gated attention of Ilse et al. on convolutional patches, for 64×64 images."""
-    return _create_resnet('resnet18_gatedattn_conv_s2', pretrained, **kwargs)
+    model_args = dict(global_pool='gatedattn', backbone_stride=2)
+    return _create_resnet('resnet18_gatedattn_conv_s2', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, loss attention on capsules, for 64×64 images."""
-    return _create_resnet('resnet18_lossattn_caps_s2', pretrained, **kwargs)
+    model_args = dict(patch_layers=CapsulePatchLayers, backbone_stride=2)
+    return _create_resnet('resnet18_lossattn_caps_s2', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_routing_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, dynamic routing of primary capsules, for 64×64 images."""
-    return _create_resnet('resnet18_routing_caps_s2', pretrained, **kwargs)
+    model_args = dict(patch_layers=PrimaryCapsules, backbone_stride=2)
+    return _create_resnet('resnet18_routing_caps_s2', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_conv_s8(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, loss attention on convolutional patches, backbone stride 8, for 224×224 images."""
-    return _create_resnet('resnet18_lossattn_conv_s8', pretrained, **kwargs)
+    model_args = dict(backbone_stride=8)
+    return _create_resnet('resnet18_lossattn_conv_s8', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet34_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet34, loss attention on convolutional patches, for 32×32 images."""
-    return _create_resnet('resnet34_lossattn_conv', pretrained, **kwargs)
+    return _create_resnet('resnet34_lossattn_conv', RESNET34, pretrained, **kwargs)
 
 
 @register_model
 def resnet50_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """The paper's ResNet50, loss attention on convolutional patches, for 32×32 images."""
-    return _create_resnet('resnet50_lossattn_conv', pretrained, **kwargs)
+    return _create_resnet('resnet50_lossattn_conv', RESNET50, pretrained, **kwargs)
 
 
 @register_model
 def resnet50_lossattn_conv_s8(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """The paper's ResNet50, loss attention on convolutional patches, backbone stride 8, for 224×224 images."""
-    return _create_resnet('resnet50_lossattn_conv_s8', pretrained, **kwargs)
+    model_args = dict(backbone_stride=8)
+    return _create_resnet('resnet50_lossattn_conv_s8', RESNET50, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_conv_nano(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18 with 1/8 of the widths, loss attention on convolutional patches, for 32×32 images."""
-    return _create_resnet('resnet18_lossattn_conv_nano', pretrained, **kwargs)
+    model_args = dict(patch_layers=NANO_CONV)
+    return _create_resnet('resnet18_lossattn_conv_nano', RESNET18_NANO, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_caps_nano(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18 with 1/8 of the widths, loss attention on capsules, for 32×32 images."""
-    return _create_resnet('resnet18_lossattn_caps_nano', pretrained, **kwargs)
+    model_args = dict(patch_layers=NANO_CAPS)
+    return _create_resnet('resnet18_lossattn_caps_nano', RESNET18_NANO, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_conv_nano_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18 with 1/8 of the widths, loss attention on convolutional patches, for 64×64 images."""
-    return _create_resnet('resnet18_lossattn_conv_nano_s2', pretrained, **kwargs)
+    model_args = dict(patch_layers=NANO_CONV, backbone_stride=2)
+    return _create_resnet('resnet18_lossattn_conv_nano_s2', RESNET18_NANO, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """Plain ResNet18 in CIFAR form, the baseline: mean pooling over an 8 times smaller feature map."""
-    return _create_resnet('resnet18_cifar', pretrained, **kwargs)
+    model_args = dict(patch_layers=NoPatchLayers, backbone_stride=8)
+    return _create_resnet('resnet18_cifar', RESNET18, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """The paper's ResNet50 as a plain classifier in CIFAR form."""
-    return _create_resnet('resnet50_cifar', pretrained, **kwargs)
+    model_args = dict(patch_layers=NoPatchLayers, backbone_stride=8)
+    return _create_resnet('resnet50_cifar', RESNET50, pretrained, **dict(model_args, **kwargs))

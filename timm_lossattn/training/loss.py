@@ -1,12 +1,13 @@
 """The losses of the paper (Eqs. 9 and 10), the margin loss of dynamic routing, and the ramp-up of γ."""
 import math
 from collections.abc import Callable
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import PatchPrediction, upcast
+from ..prediction import PatchPrediction, upcast
 
 __all__ = ['LossAttentionLoss', 'MarginLoss', 'gamma_rampup']
 
@@ -49,22 +50,26 @@ class LossAttentionLoss(nn.Module):
         criterion: image loss (logits, target) -> scalar, e.g. any of ``timm.loss``. By default cross entropy with
             ``smoothing``, or for multi-label targets binary cross entropy as above.
         multi_label: targets are (B, K) with 0 and 1 for independent classes.
-        smoothing: label smoothing for class-index targets. Read from ``criterion.smoothing`` if that exists.
+        smoothing: label smoothing for class-index targets; by default that of the criterion, if it says so, or else 0.
 
     Raises:
-        ValueError: smoothing outside [0, 1).
+        ValueError: smoothing outside [0, 1), or another one than the criterion's own.
     """
 
     def __init__(
             self,
-            criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+            criterion: Optional[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = None,
             multi_label: bool = False,
-            smoothing: float = 0.,
+            smoothing: Optional[float] = None,
     ) -> None:
         super().__init__()
         for name in ('smoothing', 'label_smoothing'):  # timm's name, torch's name
             own = getattr(criterion, name, None)
+            if own is not None and smoothing not in (None, own):
+                raise ValueError(
+                    f'smoothing: {smoothing!r} contradicts criterion.{name} = {own!r}; give one of the two.')
             smoothing = smoothing if own is None else own
+        smoothing = smoothing or 0.
         if not 0. <= smoothing < 1.:
             raise ValueError(f'smoothing must lie in [0, 1), got {smoothing!r}.')
         self.multi_label = multi_label
@@ -107,13 +112,12 @@ class LossAttentionLoss(nn.Module):
             positive = (target > 0.5).unsqueeze(1)  # (B, 1, K)
             nll = (-F.logsigmoid(p)).masked_fill(~positive, torch.inf).amin(dim=2)  # (B, M)
             nll = torch.where(positive.any(dim=2), nll, torch.zeros_like(nll))
+        elif target.dim() == 1:
+            nll = F.cross_entropy(
+                p.transpose(1, 2), target.unsqueeze(1).expand(p.shape[:2]), reduction='none',
+                label_smoothing=self.smoothing)  # (B, M)
         else:
-            if target.dim() == 1:
-                y = F.one_hot(target, p.shape[-1]).to(p.dtype)
-                y = y * (1. - self.smoothing) + self.smoothing / p.shape[-1]
-            else:
-                y = target.to(p.dtype)
-            nll = -(y.unsqueeze(1) * p.log_softmax(dim=-1)).sum(dim=-1)  # (B, M)
+            nll = -(target.to(p.dtype).unsqueeze(1) * p.log_softmax(dim=-1)).sum(dim=-1)  # (B, M)
         return (prediction.alpha.to(p.dtype) * nll).sum(dim=1).mean()
 
 

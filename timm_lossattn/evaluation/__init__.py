@@ -1,0 +1,1 @@
+"""Measures: how well patches find the object (``metrics``), and how faithful a heat map is (``faithfulness``)."""

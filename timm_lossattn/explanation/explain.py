@@ -1,0 +1,97 @@
+"""explain: one forward pass of a patch model -> Explanation."""
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import torch
+from PIL import Image, ImageOps
+
+from ..prediction import PatchPrediction
+from .explanation import Explanation, class_labels, classes_of
+from .preprocessing import Preprocessed, input_config, open_image, preprocess, to_rgb
+
+Source = Union[Preprocessed, Image.Image, str, Path]
+
+__all__ = ['explain']
+
+
+@torch.no_grad()
+def explain(
+        model: Any,
+        images: torch.Tensor | Source | Sequence[Source],
+        target: int | Sequence[int] | torch.Tensor | None = None,
+        against: int | Sequence[int] | torch.Tensor | Literal['rest'] | None = 'rest',
+        multi_label: bool = False,
+) -> Explanation:
+    """Explain a batch of images in one forward pass without gradients.
+
+    Args:
+        model: patch model with a classifier, in eval mode.
+        images: (B, C, H, W) normalised images, any size of at least one patch; or one or B image files, PIL images or
+            what ``preprocess`` returned, which get timm's evaluation transform.
+        target: class to explain, for all images or for each; by default the predicted one.
+        against: what to compare the target with, see ``Explanation.evidence``: 'rest', the mean of the other classes; a
+            class, for all images or for each, "why not that one?"; or None, nothing.
+        multi_label: the classes are independent: probabilities are sigmoids, and 'rest' means nothing.
+
+    Raises:
+        TypeError: the model is not a patch model.
+        ValueError: the model, or a part of it, is in train mode, images are no batch or cannot be read, a class does not exist, or it
+            would be compared with itself.
+    """
+    if not hasattr(model, 'forward_patches'):
+        raise TypeError(f'model must have forward_patches, as patch models do; {type(model).__name__} has not.')
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise ValueError('model must be in eval mode: call model.eval() first'
+                         + (f' (its part {training!r} is in train mode).' if training else '.'))
+    if isinstance(images, (Preprocessed, Image.Image, str, Path)):
+        images = [images]
+    given = images.detach().to('cpu', copy=True) if isinstance(images, torch.Tensor) else [
+        preprocessed(model, image) for image in images]
+    x = images if isinstance(images, torch.Tensor) else torch.stack(
+        [image.x for image in given] or [torch.empty(0)])
+    if x.dim() != 4 or not len(x):
+        raise ValueError(f'images must be a batch (B, C, H, W) with B > 0, got a tensor of shape {tuple(x.shape)}.')
+    parameter = next(model.parameters())
+    output = model.forward_patches(x.to(device=parameter.device, dtype=parameter.dtype))
+    prediction = PatchPrediction(*(t.float().cpu() for t in output))
+    B, K = prediction.logits.shape
+
+    logits = prediction.logits
+    chosen = logits.argmax(dim=1) if target is None else classes_of('target', target, B, K)
+    weights, (height, width) = model.patch_weights, x.shape[-2:]
+    config = input_config(model)
+    explanation = Explanation(
+        prediction=prediction,
+        probabilities=weights.probabilities(logits, multi_label),
+        target=chosen,
+        grid=model.patch_grid(height, width),
+        input_size=(height, width),
+        patch_boxes=model.patch_boxes(height, width),
+        selected=weights.selected(prediction.alpha),
+        images=given,
+        statistics=(config['mean'], config['std']),
+        labels=class_labels(model, K),
+        against=None,
+    )
+    independent = K == 1 or multi_label
+    return explanation.versus(None if independent and isinstance(against, str) and against == 'rest' else against)
+
+
+def preprocessed(model: Any, image: Source) -> Preprocessed:
+    """An image file, or a PIL image of any mode, upright, through the model's evaluation transform.
+
+    Raises:
+        ValueError: not readable, no image, or the model does not say how it wants its images.
+    """
+    if isinstance(image, Preprocessed):
+        return image
+    if not hasattr(model, 'pretrained_cfg'):
+        raise ValueError('images must be a tensor for a model without pretrained_cfg, which has no transform.')
+    if isinstance(image, (str, Path)):
+        image = open_image(image)
+    elif not isinstance(image, Image.Image):
+        raise ValueError(f'images must be a tensor (B, C, H, W) or a list of files or PIL images, got a list with a '
+                         f'{type(image).__name__}.')
+    return preprocess(model, to_rgb(ImageOps.exif_transpose(image)))

@@ -1,0 +1,49 @@
+"""Files that appear whole or not at all, and their checksums."""
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ['replace_file', 'sha256_of', 'write_csv', 'write_json']
+
+
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Write to a temporary file beside it, then rename: a kill leaves the old file or the new one.
+
+    Raises:
+        OSError: the folder does not exist, or cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any, indent: int = 2) -> None:
+    """A value as JSON, see ``replace_file``."""
+    replace_file(path, (json.dumps(value, indent=indent) + '\n').encode())
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with the same keys, which become the header, see ``replace_file``."""
+    content = io.StringIO(newline='')
+    writer = csv.DictWriter(content, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, content.getvalue().encode())
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""The one loader of "a model that somebody names": registry name, hf-hub:ORG/NAME, local-dir:FOLDER, or a checkpoint.
+
+A checkpoint of train/train.py says itself how to build its model, as plain data under ``model_config``: architecture,
+model_args, label_names and data_config (timm's, for the preprocessing). A checkpoint without it needs the name.
+"""
+import argparse
+from collections.abc import Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model_pretrained
+
+__all__ = ['MODEL_CONFIG', 'check_name', 'list_patch_models', 'load_model', 'model_config', 'read_checkpoint']
+
+MODEL_CONFIG = 'model_config'
+MODULES = ('resnet_lossattn', 'vgg_lossattn', 'googlenet_lossattn')
+PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+SOURCES = ('hf-hub', 'hf_hub', 'local-dir')
+
+
+def list_patch_models(filter: str = '*') -> list[str]:
+    """Names of the models that this package registers, without tags."""
+    return sorted(name for module in MODULES for name in timm.list_models(module=module) if fnmatch(name, filter))
+
+
+def one_line(error: Exception, length: int = 300) -> str:
+    """The message of an exception in one line; readers and exporters print whole files."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    half = (length - 1) // 2
+    return text if len(text) <= length else f'{text[:length - 1 - half]}…{text[len(text) - half:]}'
+
+
+def check_name(name: str) -> None:
+    """Whether timm can create a model of this name.
+
+    Raises:
+        ValueError: it cannot; names that are close are named.
+    """
+    if name.partition(':')[0] in SOURCES:
+        return
+    if not timm.is_model(name):
+        known = [*list_patch_models(), *timm.list_models()]
+        close = get_close_matches(name.split('.')[0], known, n=1)
+        hint = f'; did you mean {close[0]}?' if close else '; `timm-lossattn list` shows the models of this package.'
+        raise ValueError(f'model: timm has no model {name!r}, nor has timm_lossattn{hint}')
+
+
+def model_config(
+        architecture: str, model_args: Mapping[str, Any], label_names: list[str] | None = None,
+        data_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a checkpoint needs to be read, as plain data."""
+    return {
+        'architecture': architecture, 'model_args': dict(model_args), 'label_names': label_names,
+        'data_config': {key: value for key, value in (data_config or {}).items() if key in PREPROCESSING},
+    }
+
+
+def read_checkpoint(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights of a checkpoint (EMA weights if there are any) and its ``model_config``, {} if it has none.
+
+    Raises:
+        ValueError: no such file, or no checkpoint.
+    """
+    if not Path(file).is_file():
+        raise ValueError(f'checkpoint: no such file: {file}')
+    config: dict[str, Any] = {}
+    try:
+        # timm's train.py stores its flags as a Namespace; nothing reads it
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            if Path(file).suffix != '.safetensors':
+                content = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+                config = content.get(MODEL_CONFIG) or {} if isinstance(content, dict) else {}
+            return timm.models.load_state_dict(str(file)), config
+    except Exception as error:  # a broken file raises whatever its reader raises
+        raise ValueError(f'checkpoint: cannot read {file}: {one_line(error)}') from error
+
+
+def load_model(
+        name: str | None = None, checkpoint: str | Path | None = None, device: str | torch.device = 'cpu',
+        **kwargs: Any) -> Any:
+    """A model with weights, in eval mode.
+
+    Args:
+        name: a model of timm or of this package, with or without tag, ``hf-hub:ORG/NAME`` or ``local-dir:FOLDER``; None
+            if the checkpoint says it.
+        checkpoint: file with weights to load instead of the pretrained ones, .safetensors or of a training.
+        device: where the model goes.
+        kwargs: arguments of the model, which win over those of the checkpoint.
+
+    Raises:
+        ValueError: no such model, file, weights or device, or weights that do not fit; the message says which.
+    """
+    state, config = (None, {}) if checkpoint is None else read_checkpoint(checkpoint)
+    if name is None and not config:
+        raise ValueError('model: no name is given, and ' + (
+            'no checkpoint.' if checkpoint is None else f'{checkpoint} does not say which model it is of.'))
+    name = name or config['architecture']
+    check_name(name)
+    published = name.partition(':')[0] in SOURCES
+    if published and checkpoint is not None:
+        raise ValueError(f'checkpoint: {name} has weights of its own.')
+    if state is None and not published:
+        check_has_weights(name)
+    model_args = {**config.get('model_args', {}), **kwargs}
+    if state is not None:
+        overlay = {'label_names': config.get('label_names'), **config.get('data_config', {})}
+        if 'num_classes' in model_args:
+            overlay['num_classes'] = model_args['num_classes']
+        model_args['pretrained_cfg_overlay'] = overlay
+    try:
+        model: Any = timm.create_model(name, pretrained=state is None, **model_args)
+        if state is not None:
+            model.load_state_dict(state)
+    except Exception as error:  # broken folders, weights that do not fit, no network: many kinds
+        what = f'cannot load {checkpoint} into {name}' if state is not None else f'cannot load {name}'
+        raise ValueError(f'{"checkpoint" if state is not None else "model"}: {what}: {one_line(error)}') from error
+    if state is not None:  # create_patch_classifier drops the names of weights that it did not load
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'label_names': config.get('label_names')}
+    try:
+        return model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise ValueError(f'device: cannot use {str(device)!r}: {one_line(error)}') from None
+
+
+def check_has_weights(name: str) -> None:
+    """ValueError unless a registered name has pretrained weights, and a file of this package is where it should be."""
+    if not is_model_pretrained(name):
+        others = [n for n in list_patch_models() if is_model_pretrained(n)]
+        raise ValueError(f'model: {name} has no weights yet; give a checkpoint, or choose one of {others}.')
+    file = timm.get_pretrained_cfg_value(name, 'file')
+    if file and not Path(file).is_file():
+        raise ValueError(f'model: the weights of {name} are missing from this installation: {file}')

@@ -1,0 +1,54 @@
+"""What the entry points of this package share: default_cfgs, layer arguments, and timm's model builder."""
+from functools import partial
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
+
+from .patch_classifier import PatchClassifier
+from .patch_layers import CapsulePatchLayers, ConvPatchLayers
+from .pretrained import verified_overlay
+
+__all__ = [
+    'CIFAR10_LABELS', 'NANO_CAPS', 'NANO_CONV', 'TINY_IMAGENET_MINI_LABELS', 'create_patch_classifier',
+    'patch_model_cfg',
+]
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+TINY_IMAGENET_MINI_LABELS = (
+    'goldfish', 'king penguin', 'ladybug', 'monarch', 'gazelle', 'lifeboat', 'trolleybus', 'umbrella', 'orange',
+    'banana')
+
+# an eighth of the widths; capsules keep their numbers and have 2 and 16 dimensions
+NANO_CONV = partial(ConvPatchLayers, width=64)
+NANO_CAPS = partial(CapsulePatchLayers, primary=(32, 2), secondary=(64, 16))
+
+
+def patch_model_cfg(size: int = 32, **kwargs: Any) -> dict[str, Any]:
+    """default_cfg for images of size × size pixels: CIFAR-10 (32), Tiny ImageNet (64), ImageNet (224)."""
+    num_classes, pool_size = {32: (10, (6, 6)), 64: (200, (6, 6)), 224: (1000, (5, 5))}[size]
+    return {
+        'num_classes': num_classes, 'input_size': (3, size, size), 'pool_size': pool_size,
+        'crop_pct': 1.0 if size < 224 else 0.875, 'interpolation': 'bicubic', 'fixed_input_size': False,
+        'mean': CIFAR_MEAN if size == 32 else IMAGENET_DEFAULT_MEAN,
+        'std': CIFAR_STD if size == 32 else IMAGENET_DEFAULT_STD,
+        'first_conv': 'backbone.stem.conv', 'classifier': 'head.fc', 'license': 'apache-2.0',
+        'label_names': CIFAR10_LABELS if size == 32 else None,
+        'paper_name': 'Loss-based Attention for Interpreting Image-level Prediction of Convolutional Neural Networks',
+        **kwargs,
+    }
+
+
+def create_patch_classifier(variant: str, pretrained: bool, num_stages: int, **kwargs: Any) -> PatchClassifier:
+    """PatchClassifier, or its backbone with ``features_only=True``, through timm's model builder."""
+    model = build_model_with_cfg(
+        PatchClassifier,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=tuple(range(num_stages)), feature_cls='getter'),
+        **verified_overlay(variant, pretrained, kwargs),
+    )
+    if not pretrained:  # the class names are those of the weights
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'label_names': None}
+    return model

@@ -1,0 +1,5 @@
+"""What trains a patch model: the losses of the paper, and a timm task."""
+from .loss import LossAttentionLoss, MarginLoss, gamma_rampup
+from .task import LossAttentionTask
+
+__all__ = ['LossAttentionLoss', 'LossAttentionTask', 'MarginLoss', 'gamma_rampup']
