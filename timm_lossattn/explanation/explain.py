@@ -36,8 +36,8 @@ def explain(
 
     Raises:
         TypeError: the model is not a patch model.
-        ValueError: the model, or a part of it, is in train mode, images are no batch or cannot be read, a class does not exist, or it
-            would be compared with itself.
+        ValueError: the model, or a part of it, is in train mode, images are no batch or cannot be read, a class does
+            not exist, or it would be compared with itself.
     """
     if not hasattr(model, 'forward_patches'):
         raise TypeError(f'model must have forward_patches, as patch models do; {type(model).__name__} has not.')

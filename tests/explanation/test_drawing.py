@@ -7,8 +7,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from test_cli import CAT, NANO, random_model
-from timm_lossattn.explanation.drawing import draw_explanation, outline, shorten, view_window
 from timm_lossattn.explanation import explain
+from timm_lossattn.explanation.drawing import draw_explanation, outline, shorten, view_window
 from timm_lossattn.explanation.preprocessing import preprocess
 
 

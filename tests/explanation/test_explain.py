@@ -14,21 +14,24 @@ from torch import nn
 
 import timm_lossattn  # noqa: F401  (registers the models)
 from timm_lossattn import PatchPrediction
+from timm_lossattn.attention import AttentionWeights, GatedAttentionWeights, LossAttentionWeights, MeanWeights
+from timm_lossattn.attention.routing_head import RoutingWeights
 from timm_lossattn.explanation import class_labels, explain, patches_to_pixels, square_box
 from timm_lossattn.explanation.preprocessing import open_image, preprocess
 
 NANO = 'resnet18_lossattn_conv_nano'
-FILES = sorted((Path(__file__).parent / 'data').glob('*.png'))[:2]
+FILES = sorted((Path(__file__).parents[1] / 'data').glob('*.png'))[:2]
 GRID, PATCH, STEP = (3, 4), 9, 4  # rows, columns of the fake model
 
 
 class FakePatchModel(nn.Module):
     """Answers with given contributions and alpha, whatever the images; 3×4 patches of 9×9 pixels, 4 apart."""
 
-    def __init__(self, contributions, alpha, global_pool='lossattn', xi=0.1):
+    def __init__(self, contributions, alpha, weights=None):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
-        self.contributions, self.alpha, self.global_pool, self.xi = contributions, alpha, global_pool, xi
+        self.contributions, self.alpha = contributions, alpha
+        self.patch_weights = weights or LossAttentionWeights()
 
     def forward_patches(self, x):
         patch_logits = self.contributions / self.alpha.clamp(min=1e-9).unsqueeze(-1)
@@ -132,18 +135,18 @@ def test_evidence_sums(name, target):
     assert e.pixel_map(e.evidence).shape == (2, 32, 40)
 
 
-@pytest.mark.parametrize(('pool', 'selected'), [
-    ('lossattn', [3, 5, 7]),  # α > 0
-    ('attn', [5, 7]),  # α > ξ/M = 0.5/12
-    ('gatedattn', [5, 7]),
-    ('avg', list(range(12))),
-    ('routing', list(range(12))),
+@pytest.mark.parametrize(('weights', 'selected'), [
+    (LossAttentionWeights(xi=0.5), [3, 5, 7]),  # α > 0
+    (AttentionWeights(2, xi=0.5), [5, 7]),  # α > ξ/M = 0.5/12
+    (GatedAttentionWeights(2, xi=0.5), [5, 7]),
+    (MeanWeights(), list(range(12))),
+    (RoutingWeights(), list(range(12))),
 ])
-def test_selected_rule(pool, selected):
+def test_selected_rule(weights, selected):
     """DESIGN.md section 7: which patches count as selected with each head."""
     alpha = torch.zeros(1, 12)
     alpha[0, 3], alpha[0, 5], alpha[0, 7] = 0.04, 0.044, 0.916  # ξ/M = 0.0417
-    e = explain(FakePatchModel(torch.zeros(1, 12, 5), alpha, pool, xi=0.5).eval(), torch.zeros(1, 3, *SIZE))
+    e = explain(FakePatchModel(torch.zeros(1, 12, 5), alpha, weights).eval(), torch.zeros(1, 3, *SIZE))
     assert e.selected[0].nonzero().flatten().tolist() == selected
 
 
@@ -351,7 +354,40 @@ def test_show(monkeypatch):
 
 
 def test_class_labels():
-    """Of the weights, or indices where their number does not fit."""
-    model = timm.create_model(NANO)
+    """Names are those of weights that were loaded; other classes, or weights of one's own, have numbers."""
+    model = timm.create_model(NANO, pretrained=True)
     assert class_labels(model, 10)[:2] == ['airplane', 'automobile']
     assert class_labels(model, 3) == ['class 0', 'class 1', 'class 2']
+    assert class_labels(timm.create_model(NANO), 10)[:2] == ['class 0', 'class 1']
+    model.reset_classifier(10)
+    assert class_labels(model, 10)[:2] == ['class 0', 'class 1']
+
+
+def test_a_part_in_train_mode():
+    """Batch norm in train mode anywhere would explain another model: refused, and named."""
+    model = timm.create_model(NANO).eval()
+    model.backbone.stages[1].train()
+    with pytest.raises(ValueError, match=r"eval mode.*part 'backbone\.stages\.1' is in train mode"):
+        explain(model, torch.zeros(1, 3, 32, 32))
+
+
+def test_versus():
+    """Another comparison of the same forward pass equals explaining anew; the target and strangers are refused."""
+    e = explain(planted(), torch.zeros(2, 3, *SIZE))
+    anew = explain(planted(), torch.zeros(2, 3, *SIZE), against=[4, 1])
+    torch.testing.assert_close(e.versus([4, 1]).evidence, anew.evidence)
+    torch.testing.assert_close(e.versus(None).versus('rest').evidence, e.evidence)
+    assert e.versus(1).against.tolist() == [1, 1]
+    for wrong, message in ((2, 'must differ from the target'), (5, r'in \[0, 4\]'), ('dog', "'dog'")):
+        with pytest.raises(ValueError, match=message):
+            e.versus(wrong)
+
+
+def test_json_holds_what_is_compared():
+    """The map of the target and of the class it is compared with; every class on request."""
+    e = explain(planted(), torch.zeros(2, 3, *SIZE), against=[4, 1])
+    shares = e.to_dict(0)['contributions']
+    assert set(shares) == {'target', 'against'}
+    assert (shares['target'][1][2], shares['against'][1][2]) == (3., -2.)
+    assert set(e.versus('rest').to_dict(0)['contributions']) == {'target'}
+    assert torch.tensor(e.to_dict(0, all_classes=True)['contributions']).shape == (*GRID, 5)

@@ -80,6 +80,17 @@ def test_model_without_patches():
         LossAttentionTask(nn.Linear(2, 2), verbose=False)
 
 
+def test_without_a_time_gamma_is_gamma_max():
+    """Used without set_epoch, the task trains with the patch term, not silently without it."""
+    task = LossAttentionTask(create(), gamma_max=0.2, verbose=False)
+    result = task(images(), TARGET)
+    assert result['gamma'] == 0.2
+    torch.testing.assert_close(result['loss'].detach(), result['image_loss'] + 0.2 * result['patch_loss'])
+    other = LossAttentionTask(create(), verbose=False)
+    other.load_task_state(task.get_task_state())
+    assert other.gamma == 0.1
+
+
 @pytest.mark.parametrize('name', ['gamma_max', 'rampup_epochs'])
 def test_negative_arguments(name):
     """ValueError that names the argument, when the task is made."""

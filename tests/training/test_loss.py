@@ -147,12 +147,15 @@ def test_multi_label_criterion():
 
 
 @pytest.mark.parametrize('criterion', [
-    nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.), timm.loss.LabelSmoothingCrossEntropy(smoothing=0.)])
-def test_criterion_without_smoothing_wins(criterion):
-    """Docstring: smoothing is read from the criterion if it has that; zero there is zero in the patch term as well."""
+    nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.2), timm.loss.LabelSmoothingCrossEntropy(0.2)])
+def test_smoothing_is_said_once(criterion):
+    """It is read from the criterion if that has it, zero as well; another one beside it is an error that names both."""
     out = prediction()
-    terms = LossAttentionLoss(criterion, smoothing=0.3)(out, INDICES, 0.07)
-    assert_terms(terms, *naive_eq9(out, [one_hot(y, 0.) for y in INDICES.tolist()]), 0.07)
+    own = getattr(criterion, 'label_smoothing', getattr(criterion, 'smoothing', None))
+    for loss in (LossAttentionLoss(criterion), LossAttentionLoss(criterion, smoothing=own)):
+        assert_terms(loss(out, INDICES, 0.07), *naive_eq9(out, [one_hot(y, own) for y in INDICES.tolist()]), 0.07)
+    with pytest.raises(ValueError, match=rf'smoothing: 0.3 contradicts criterion\.\w+ = {own}'):
+        LossAttentionLoss(criterion, smoothing=0.3)
 
 
 @pytest.mark.parametrize(('multi_label', 'target'), [(False, INDICES), (False, soft_targets()), (True, MULTI_HOT)])
@@ -176,7 +179,7 @@ def test_detached_alpha_has_other_gradients(multi_label, target):
     """Through a head, the classifier's gradient differs from that with a detached α."""
     torch.manual_seed(0)
     head = create_head('conv', 6, K, 'lossattn', dtype=torch.float64)
-    out = head(torch.randn(B, 6, 2, 2, dtype=torch.float64))
+    out = head.forward_patches(torch.randn(B, 6, 2, 2, dtype=torch.float64))
     loss = LossAttentionLoss(multi_label=multi_label)
     attached, detached = (
         torch.autograd.grad(loss.patch_loss(o, target), head.fc.weight, retain_graph=True)[0]
