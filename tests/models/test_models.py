@@ -304,7 +304,7 @@ def test_channels_last_gradients(name):
         model(x.contiguous(memory_format=memory_format)).square().sum().backward()
         gradients.append([p.grad.clone(memory_format=torch.contiguous_format) for p in model.parameters()])
     for usual, last in zip(*gradients):
-        torch.testing.assert_close(last, usual, rtol=0., atol=0.05 * float(usual.abs().max()) + 1e-6)  # rounding grows
+        torch.testing.assert_close(last, usual, rtol=0., atol=0.05 * float(usual.abs().max()) + 1e-5)  # rounding grows
 
 
 @pytest.mark.skipif('LOSSATTN_DATA' not in os.environ, reason='LOSSATTN_DATA is not set: no CIFAR-10')
