@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.task import TrainingTask
 from timm.utils import CheckpointSaver
+
+from timm_lossattn.loading import MODEL_CONFIG
 
 __all__ = ['AtomicSaver', 'find_checkpoint', 'load_checkpoint', 'mend', 'save_checkpoint']
 
@@ -19,8 +22,39 @@ class AtomicSaver(CheckpointSaver):
     """timm's saver with files that are on the disk, whole and each on its own, before they get their name.
 
     timm's unlinks last.pth.tar before it renames the new one, and links the others to it: a kill between the two leaves
-    no last.pth.tar, and one damaged file is three. The two private methods below are where it does so.
+    no last.pth.tar, and one damaged file is three. The private methods below are where it does so, and where it chooses
+    what a checkpoint holds: here plain data only, with what ``timm_lossattn.loading`` needs to build the model.
+
+    Args:
+        task: what is trained.
+        optimizer: of the task.
+        folder: of the run.
+        model_config: of ``timm_lossattn.loading.model_config``.
+        options: of the run, as plain data.
+        scaler: loss scaler, if there is one.
+        history: checkpoints to keep besides the last and the best.
+        decreasing: a lower metric is better.
     """
+
+    def __init__(
+            self, task: TrainingTask, optimizer: torch.optim.Optimizer, folder: Path, model_config: dict[str, Any],
+            options: dict[str, Any], scaler: Any = None, history: int = 2, decreasing: bool = False) -> None:
+        super().__init__(
+            task.get_eval_model(), optimizer, amp_scaler=scaler, checkpoint_dir=str(folder), recovery_dir=str(folder),
+            max_history=history, decreasing=decreasing, task=task)
+        self.model_config, self.options = model_config, options
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        state = {
+            'epoch': epoch, 'arch': self.model_config['architecture'], MODEL_CONFIG: self.model_config,
+            'args': self.options, 'optimizer': self.optimizer.state_dict(),
+            'version': 2,  # as timm counts
+            'metric': metric, 'saver': self.state_dict(epoch, metric),
+            **self.task.get_checkpoint_state(), **self.task.get_checkpoint_state(ema=True),
+        }
+        if self.amp_scaler is not None:
+            state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
+        torch.save(state, save_path)
 
     def _replace(self, src: str, dst: str) -> None:
         with open(src, 'rb') as file:
@@ -40,7 +74,7 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         ValueError: the file is truncated or no checkpoint of a training.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in those of timm's train.py
             checkpoint = torch.load(file, map_location='cpu', weights_only=True)
         if not {'epoch', 'state_dict', 'optimizer'} <= set(checkpoint):
             raise ValueError('it holds weights, but no state of a training')
