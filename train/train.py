@@ -98,6 +98,7 @@ def prepare_task(
 def begin_epoch(epoch: int, seed: int, rank: int, loader: Any) -> None:
     """All that is random in an epoch follows from this, whatever came before: a resumed epoch is the same epoch."""
     random_seed((1_000_003 * seed + epoch) * 4099 % 2 ** 31, rank)
+    shuffled: Any
     for shuffled in (loader, loader.dataset, getattr(loader, 'batch_sampler', None), getattr(loader, 'sampler', None)):
         if hasattr(shuffled, 'set_epoch'):
             shuffled.set_epoch(epoch)

@@ -65,7 +65,8 @@ def resolve_lr(options: TrainOptions, world_size: int) -> TrainOptions:
 
 def create_optimizer(options: TrainOptions, task: TrainingTask) -> torch.optim.Optimizer:
     """timm's optimizer over the task's trainable parameters."""
-    return create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=options), **options.opt_kwargs)
+    module: Any = task.get_trainable_module()
+    return create_optimizer_v2(module, **optimizer_kwargs(cfg=options), **options.opt_kwargs)
 
 
 def create_scheduler(

@@ -20,7 +20,8 @@ _logger = logging.getLogger('train')
 
 
 def cache_images(
-        dataset: Any, transform: Any, workers: int, device: torch.device, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+        dataset: Any, transform: Any, workers: int, device: torch.device,
+        what: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode a dataset once.
 
     Args:
@@ -40,15 +41,15 @@ def cache_images(
         raise ValueError('--cache-dataset: a streamed dataset (hfids/, wds/, tfds/) cannot be cached.')
     dataset.transform = transform
     loader = DataLoader(dataset, batch_size=500, num_workers=workers)
-    images, targets, done = None, None, 0
+    images: Any = None
+    targets: Any = None
+    done = 0
     for x, y in tqdm(loader, desc=f'decode {what}', leave=False, dynamic_ncols=True, mininterval=1):
         if images is None:  # filled in place: a list and torch.cat would need the memory twice
             images = torch.empty(len(dataset), *x.shape[1:], dtype=torch.uint8)
             targets = torch.empty(len(dataset), *y.shape[1:], dtype=y.dtype)
         images[done:done + len(x)], targets[done:done + len(x)] = x, y
         done += len(x)
-    assert images is not None
-    assert targets is not None
     _logger.info(f'{what}: {len(images)} images in {images.numel() / 2 ** 20:.0f} MiB on {device}')
     return images.to(device), targets.to(device)
 

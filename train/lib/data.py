@@ -75,7 +75,7 @@ def open_dataset(
     if data.dataset.lower() == 'torch/svhn':
         return torchvision_datasets.SVHN(
             data.data_dir or '.', split=split, download=data.dataset_download, target_transform=target_transform)
-    keys = {name: value for name, value in (('input_key', data.input_key), ('target_key', data.target_key)) if value}
+    keys: dict[str, Any] = {name: value for name, value in (('input_key', data.input_key), ('target_key', data.target_key)) if value}
     try:
         dataset: Any = create_dataset(
             data.dataset, root=data.data_dir, split=split, is_training=is_training, download=data.dataset_download,
@@ -161,7 +161,7 @@ def create_train_loader(
         images, targets = cache_images(dataset, fit(config), options.workers, process.device, 'train')
         augment = BatchAugment(
             config['input_size'][1:], config['mean'], config['std'], crop_padding=options.crop_padding,
-            scale=tuple(options.scale), ratio=tuple(options.ratio), hflip=options.hflip, reprob=options.reprob,
+            scale=(options.scale[0], options.scale[1]), ratio=(options.ratio[0], options.ratio[1]), hflip=options.hflip, reprob=options.reprob,
             device=images.device, enabled=not options.no_aug)
         return CachedLoader(
             images, targets, options.batch_size, augment, seed=options.seed, rank=process.rank,
@@ -169,8 +169,9 @@ def create_train_loader(
             mixup=Mixup(**mixing) if options.mixed else None)
     loader: Any = create_loader(
         dataset, batch_size=options.batch_size, is_training=True, no_aug=options.no_aug, re_prob=options.reprob,
-        re_mode='const', train_crop_mode=options.train_crop_mode, scale=options.scale, ratio=options.ratio,
-        hflip=options.hflip, color_jitter=options.color_jitter, auto_augment=options.aa,
+        re_mode='const', train_crop_mode=options.train_crop_mode, hflip=options.hflip,
+        scale=(options.scale[0], options.scale[1]), ratio=(options.ratio[0], options.ratio[1]),
+        color_jitter=options.color_jitter or 0., auto_augment=options.aa,
         collate_fn=FastCollateMixup(**mixing) if options.mixed else None,
         persistent_workers=False,  # or a resumed epoch would draw other augmentations
         input_size_choices=options.train_img_sizes, batch_choice_seed=options.seed,
@@ -184,7 +185,8 @@ def create_train_loader(
 
 
 def create_eval_loader(
-        data: DataOptions, process: Process, dataset: Any, config: dict[str, Any], batch_size: int | None = None) -> Any:
+        data: DataOptions, process: Process, dataset: Any, config: dict[str, Any],
+        batch_size: int | None = None) -> Any:
     """Loader of evaluation batches in the dataset's order, with timm's evaluation transform to the last bit."""
     batch_size = batch_size or data.batch_size
     if data.cache_dataset:

@@ -59,8 +59,8 @@ def train_one_epoch(
                 loss = result['loss'] / (tail if i >= batches - tail else options.grad_accum_steps)
                 parameters = task.get_clip_parameters(exclude_head='agc' in options.clip_mode)
                 if scaler is not None:
-                    scaler(loss, optimizer, clip_grad=options.clip_grad, clip_mode=options.clip_mode, parameters=parameters,
-                           need_update=update)
+                    scaler(loss, optimizer, clip_grad=options.clip_grad, clip_mode=options.clip_mode,
+                           parameters=parameters, need_update=update)
                 else:
                     loss.backward()
             if update:

@@ -9,8 +9,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask, evaluation_sample_limit
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader

@@ -58,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
                 kwargs.setdefault('nargs', '+')
                 kind = get_args(kind)[0]
             kwargs.setdefault('type', kind)
-        default = one.default if one.default is not MISSING else one.default_factory()  # type: ignore[misc]
+        default = one.default if one.default_factory is MISSING else one.default_factory()
         groups[owner].add_argument(*names, dest=one.name, default=default, **kwargs)
 
 

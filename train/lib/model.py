@@ -32,8 +32,9 @@ def load_trained(options: EvalOptions, device: torch.device | str = 'cpu', patch
     Raises:
         ValueError: no such model or weights.
     """
-    given = {key: getattr(options, key) for key in ('xi', 'num_classes', 'in_chans') if getattr(options, key) is not None}
-    model = load_model(options.model, options.checkpoint, device, **given)
+    given = {'xi': options.xi, 'num_classes': options.num_classes, 'in_chans': options.in_chans}
+    model = load_model(
+        options.model, options.checkpoint, device, **{key: value for key, value in given.items() if value is not None})
     if patches and not hasattr(model, 'forward_patches'):
         raise ValueError(f'--model: {options.model} is no patch model')
     return model

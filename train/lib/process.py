@@ -8,10 +8,13 @@ from timm.utils.distributed import init_distributed_device_so
 __all__ = ['Process']
 
 
+CPU = torch.device('cpu')
+
+
 @dataclass(frozen=True)
 class Process:
     """Where this process computes, and which of how many it is; the default is one process on the CPU."""
-    device: torch.device = torch.device('cpu')
+    device: torch.device = CPU
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0

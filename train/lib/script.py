@@ -3,13 +3,14 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from timm.utils import setup_default_logging
 
 __all__ = ['one_line', 'script']
 
 _logger = logging.getLogger('train')
-Main = Callable[[list[str] | None], int]
+Main = TypeVar('Main', bound=Callable[..., int])
 
 
 def one_line(error: Exception) -> str:
@@ -34,7 +35,7 @@ def script(main: Main) -> Main:
     Of timm and PyTorch only warnings are shown: what a script says would drown in their notes.
     """
     @functools.wraps(main)
-    def wrapper(argv: list[str] | None = None) -> int:
+    def wrapped(argv: list[str] | None = None) -> Any:
         setup_default_logging()
         for name in ('timm', 'torch'):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -44,4 +45,4 @@ def script(main: Main) -> Main:
             _logger.debug('traceback', exc_info=True)
             print('error: ' + one_line(error), file=sys.stderr)
             return 2
-    return wrapper
+    return wrapped  # type: ignore[return-value]  # it takes what main takes

@@ -14,7 +14,7 @@ import torch
 import timm_lossattn  # noqa: F401  (registers the models)
 import train as train_script
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICK = ('--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--val-split', 'val', '--batch-size', '8',
          '--epochs', '2', '--warmup-epochs', '0', '--workers', '0', '--lr', '0.02', '--device', 'cpu',
          '--color-jitter', '0', '--scale', '0.8', '1')
