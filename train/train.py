@@ -170,8 +170,9 @@ def run(options: TrainOptions, command: str) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / 'args.yaml').write_text(yaml.safe_dump(given))
             saver = AtomicSaver(
-                task, optimizer, folder, model_config(options.model, built, labels, data_config), recorded, scaler,
-                options.checkpoint_hist, decreasing=metric == 'loss')
+                model, optimizer, recorded, amp_scaler=scaler, checkpoint_dir=str(folder), recovery_dir=str(folder),
+                max_history=options.checkpoint_hist, decreasing=metric == 'loss', task=task)
+            saver.model_config = model_config(options.model, built, labels, data_config)
             if in_place:
                 mend(saver, Path(options.resume), start_epoch - 1, history[-1]['eval'][metric] if history else None)
             log = stack.enter_context(trackers(options, folder, recorded))

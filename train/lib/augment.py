@@ -1,5 +1,6 @@
 """Augmentation of whole batches on the device."""
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,28 +19,19 @@ class BatchAugment:
         size: height and width of the batches.
         mean: of each channel, for images in [0, 1].
         std: of each channel.
+        device: of the batches.
+        enabled: False for evaluation: only normalise.
         crop_padding: pixels of zero padding.
         scale: range of the area of the crop.
         ratio: range of its aspect ratio.
         hflip: probability of a horizontal flip.
         reprob: probability of random erasing.
-        device: of the batches.
-        enabled: False for evaluation: only normalise.
     """
 
     def __init__(
-            self,
-            size: tuple[int, int],
-            mean: tuple[float, ...],
-            std: tuple[float, ...],
-            crop_padding: int | None = None,
-            scale: tuple[float, float] = (0.08, 1.),
-            ratio: tuple[float, float] = (3 / 4, 4 / 3),
-            hflip: float = 0.5,
-            reprob: float = 0.,
-            device: torch.device | str = 'cpu',
-            enabled: bool = True,
-    ) -> None:
+            self, size: Sequence[int], mean: Sequence[float], std: Sequence[float], device: torch.device | str = 'cpu',
+            enabled: bool = True, crop_padding: int | None = None, scale: Sequence[float] = (0.08, 1.),
+            ratio: Sequence[float] = (3 / 4, 4 / 3), hflip: float = 0.5, reprob: float = 0.) -> None:
         self.size = tuple(size)
         self.mean, self.std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
         self.crop_padding, self.scale, self.ratio, self.hflip = crop_padding, scale, ratio, hflip
@@ -89,7 +81,7 @@ class BatchAugment:
         def uniform(low: float, high: float) -> torch.Tensor:
             return low + (high - low) * torch.rand(len(x), generator=generator)
 
-        area, aspect = uniform(*self.scale), torch.exp(uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+        area, aspect = uniform(*self.scale), torch.exp(uniform(*map(math.log, self.ratio)))
         width, height = (area * aspect).sqrt().clamp(max=1.), (area / aspect).sqrt().clamp(max=1.)  # of the image's
         dx, dy = uniform(-1., 1.) * (1. - width), uniform(-1., 1.) * (1. - height)  # centre, in [−1, 1] coordinates
         sign = torch.where(uniform(0., 1.) < self.hflip, -1., 1.)

@@ -75,19 +75,9 @@ class CachedLoader:
     """
 
     def __init__(
-            self,
-            images: torch.Tensor,
-            targets: torch.Tensor,
-            batch_size: int,
-            augment: BatchAugment,
-            seed: int = 0,
-            rank: int = 0,
-            world_size: int = 1,
-            is_training: bool = True,
-            sizes: list[int] | None = None,
-            progressive_epochs: int | None = None,
-            mixup: Mixup | None = None,
-    ) -> None:
+            self, images: torch.Tensor, targets: torch.Tensor, batch_size: int, augment: BatchAugment, seed: int = 0,
+            rank: int = 0, world_size: int = 1, is_training: bool = True, sizes: list[int] | None = None,
+            progressive_epochs: int | None = None, mixup: Mixup | None = None) -> None:
         self.images, self.targets, self.augment, self.mixup = images, targets, augment, mixup
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.is_training = is_training

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.task import TrainingTask
 from timm.utils import CheckpointSaver
 
 from timm_lossattn.loading import MODEL_CONFIG
@@ -25,29 +24,15 @@ class AtomicSaver(CheckpointSaver):
     no last.pth.tar, and one damaged file is three. The private methods below are where it does so, and where it chooses
     what a checkpoint holds: here plain data only, with what ``timm_lossattn.loading`` needs to build the model.
 
-    Args:
-        task: what is trained.
-        optimizer: of the task.
-        folder: of the run.
+    Attributes:
         model_config: of ``timm_lossattn.loading.model_config``.
-        options: of the run, as plain data.
-        scaler: loss scaler, if there is one.
-        history: checkpoints to keep besides the last and the best.
-        decreasing: a lower metric is better.
     """
-
-    def __init__(
-            self, task: TrainingTask, optimizer: torch.optim.Optimizer, folder: Path, model_config: dict[str, Any],
-            options: dict[str, Any], scaler: Any = None, history: int = 2, decreasing: bool = False) -> None:
-        super().__init__(
-            task.get_eval_model(), optimizer, amp_scaler=scaler, checkpoint_dir=str(folder), recovery_dir=str(folder),
-            max_history=history, decreasing=decreasing, task=task)
-        self.model_config, self.options = model_config, options
+    model_config: dict[str, Any]
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         state = {
             'epoch': epoch, 'arch': self.model_config['architecture'], MODEL_CONFIG: self.model_config,
-            'args': self.options, 'optimizer': self.optimizer.state_dict(),
+            'args': self.args, 'optimizer': self.optimizer.state_dict(),
             'version': 2,  # as timm counts
             'metric': metric, 'saver': self.state_dict(epoch, metric),
             **self.task.get_checkpoint_state(), **self.task.get_checkpoint_state(ema=True),

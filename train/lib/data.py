@@ -28,21 +28,13 @@ __all__ = ['create_eval_loader', 'create_train_loader', 'input_config', 'label_n
 
 
 class CheckedTarget:
-    """Target transform that refuses a class index outside [0, num_classes).
-
-    Args:
-        num_classes: K of the model.
-    """
+    """Target transform that refuses a class index outside [0, num_classes), the classes of the model."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
 
     def __call__(self, target: int) -> int:
-        """The target itself.
-
-        Raises:
-            ValueError: it is no class of the model.
-        """
+        """The target itself; ValueError if it is no class."""
         if not 0 <= int(target) < self.num_classes:
             raise ValueError(f'--dataset: label {target} outside [0, {self.num_classes}), the classes of the model')
         return int(target)
@@ -75,7 +67,8 @@ def open_dataset(
     if data.dataset.lower() == 'torch/svhn':
         return torchvision_datasets.SVHN(
             data.data_dir or '.', split=split, download=data.dataset_download, target_transform=target_transform)
-    keys: dict[str, Any] = {name: value for name, value in (('input_key', data.input_key), ('target_key', data.target_key)) if value}
+    keys: dict[str, Any] = {
+        key: value for key, value in (('input_key', data.input_key), ('target_key', data.target_key)) if value}
     try:
         dataset: Any = create_dataset(
             data.dataset, root=data.data_dir, split=split, is_training=is_training, download=data.dataset_download,
@@ -160,9 +153,8 @@ def create_train_loader(
     if options.cache_dataset:
         images, targets = cache_images(dataset, fit(config), options.workers, process.device, 'train')
         augment = BatchAugment(
-            config['input_size'][1:], config['mean'], config['std'], crop_padding=options.crop_padding,
-            scale=(options.scale[0], options.scale[1]), ratio=(options.ratio[0], options.ratio[1]), hflip=options.hflip, reprob=options.reprob,
-            device=images.device, enabled=not options.no_aug)
+            config['input_size'][1:], config['mean'], config['std'], images.device, not options.no_aug,
+            options.crop_padding, options.scale, options.ratio, options.hflip, options.reprob)
         return CachedLoader(
             images, targets, options.batch_size, augment, seed=options.seed, rank=process.rank,
             world_size=process.world_size, sizes=options.train_img_sizes, progressive_epochs=schedule_epochs,
@@ -170,7 +162,7 @@ def create_train_loader(
     loader: Any = create_loader(
         dataset, batch_size=options.batch_size, is_training=True, no_aug=options.no_aug, re_prob=options.reprob,
         re_mode='const', train_crop_mode=options.train_crop_mode, hflip=options.hflip,
-        scale=(options.scale[0], options.scale[1]), ratio=(options.ratio[0], options.ratio[1]),
+        scale=tuple(options.scale), ratio=tuple(options.ratio),  # type: ignore[arg-type]  # two each
         color_jitter=options.color_jitter or 0., auto_augment=options.aa,
         collate_fn=FastCollateMixup(**mixing) if options.mixed else None,
         persistent_workers=False,  # or a resumed epoch would draw other augmentations
@@ -192,7 +184,7 @@ def create_eval_loader(
     if data.cache_dataset:
         images, targets = cache_images(dataset, eval_steps(config), data.workers, process.device, 'evaluation')
         augment = BatchAugment(
-            config['input_size'][1:], config['mean'], config['std'], device=images.device, enabled=False)
+            config['input_size'][1:], config['mean'], config['std'], images.device, enabled=False)
         return CachedLoader(
             images, targets, batch_size, augment, rank=process.rank, world_size=process.world_size, is_training=False)
     return create_loader(  # timm's prefetcher rounds otherwise when it normalises
