@@ -24,7 +24,8 @@ import train as train_script
 from kill_and_resume import kill_and_resume
 from lib import build, checkpoint, command
 from lib.engine import train_one_epoch
-from lib.model import renamed_backbone
+from lib.evaluate import evaluate_task
+from lib.model import create_model, renamed_backbone
 from lib.process import Process
 from lib.schedule import GaussianRampupScheduler
 
@@ -143,6 +144,35 @@ def test_backbone_of_timm(source, model, missing):
     renamed = renamed_backbone(state, list(own))
     fits = {name for name, tensor in own.items() if name in renamed and renamed[name].shape == tensor.shape}
     assert {name.removeprefix('backbone.') for name in set(own) - fits} == missing
+
+
+@pytest.mark.parametrize(('name', 'ema'), [
+    ('resnet18_lossattn_conv_nano', False), ('resnet18_lossattn_conv_nano', True), ('resnet18_cifar', True)])
+def test_compiled_models_are_evaluated_compiled(name, ema):
+    """With and without EMA, and the numbers are those of the model as it is."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    options = command.parse_args(['--device', 'cpu', '--smoothing', '0'])
+    task = build.create_task(options, timm.create_model(name, num_classes=2), 1, torch.device('cpu'))
+    if ema:
+        task.setup_ema(decay=0.5)
+    loader = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 1, 0]))]
+    plain = evaluate_task(task, loader, Process(), nullcontext, False)
+    task.compile(backend=backend)
+    task.compile_ema(backend=backend)
+    assert not graphs
+    assert evaluate_task(task, loader, Process(), nullcontext, False) == pytest.approx(plain)
+    assert graphs
+
+
+def test_sync_bn_needs_gpus():
+    options = command.parse_args(['--model', 'resnet18_lossattn_conv_nano', '--sync-bn', '--device', 'cpu'])
+    with pytest.raises(ValueError, match='--sync-bn: PyTorch has it on GPUs only'):
+        create_model(options, Process(world_size=2))
 
 
 def test_hub_folder(finished):
