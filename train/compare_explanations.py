@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     text = markdown(result, len(order), options.batch_size, command)
     replace_file(options.output / 'compare.md', text.encode())
     write_json(options.output / 'compare.json', {
-        'model': options.model, 'images': len(order), 'batch_size': options.batch_size, 'tools': result,
+        'model': options.name, 'images': len(order), 'batch_size': options.batch_size, 'tools': result,
         'command': command, **environment()})
     draw(shown, data_config, labels, options.output / 'compare.png')
     print(f'{text}\n{options.output}/compare.json, .md, .png')

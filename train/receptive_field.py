@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     x0, y0, x1, y1 = box
     shares = square_shares(total, box)
     result: dict[str, Any] = {
-        'model': options.model, 'images': len(order), 'input_size': list(x.shape[-2:]), 'patch_box': box,
+        'model': options.name, 'images': len(order), 'input_size': list(x.shape[-2:]), 'patch_box': box,
         'share_in_patch_box': float(total[y0:y1, x0:x1].sum() / total.sum()),
         'side_half': side_for(shares, 0.5), 'side_90': side_for(shares, 0.9),
         'pixels_with_influence': float((total > 0).double().mean()), 'share_by_side': shares,
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     draw(total, box, shares, result, options.output / 'receptive_field.png')
     write_json(options.output / 'receptive_field.json', result)
     inside, some = 100 * result['share_in_patch_box'], 100 * result['pixels_with_influence']
-    print(f'{options.model}: the patch box, {x1 - x0} × {y1 - y0} pixels, holds {inside:.1f} % of the influence; '
+    print(f'{options.name}: the patch box, {x1 - x0} × {y1 - y0} pixels, holds {inside:.1f} % of the influence; '
           f'squares with half of it and with 90 % have sides of {result["side_half"]} and {result["side_90"]} pixels; '
           f'{some:.0f} % of all pixels have some.\n{options.output}/receptive_field.png, .json')
     return 0

@@ -37,11 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(ValidateOptions, __doc__, argv)
     model = load_trained(options, options.device)
     result = evaluate_dataset(model, options, options.device)
-    name = options.model or model.pretrained_cfg['architecture']
-    print_table(name, result)
+    print_table(str(options.name), result)
     if options.results_file:
         write_json(options.results_file, {
-            'model': name, **result, 'command': command_line(argv), **environment(torch.device(options.device).type)})
+            'model': options.name, **result, 'command': command_line(argv), **environment(torch.device(options.device).type)})
     return 0
 
 

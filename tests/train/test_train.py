@@ -85,8 +85,8 @@ def test_explain_reads_how_the_checkpoint_was_built(run, tmp_path):
 def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
     """From the checkpoint alone and from hub/: arguments of the model, channels, labels, preprocessing."""
     done = train('--data-dir', folder, *QUICK, '--epochs', '1', '--output', tmp_path, '--experiment', 'x',
-                 '--xi', '0.5', '--backbone-stride', '2', '--model-kwargs', 'global_pool=attn', '--input-size', '1', '40', '36',
-                 '--crop-mode', 'squash')
+                 '--xi', '0.5', '--backbone-stride', '2', '--model-kwargs', 'global_pool=attn',
+                 '--input-size', '1', '40', '36', '--crop-mode', 'squash')
     assert done.returncode == 0, done.stderr
     checkpoint = torch.load(tmp_path / 'x' / 'last.pth.tar', weights_only=True)  # plain data, no classes
     assert checkpoint['args']['model'] == checkpoint['arch'] == 'resnet18_lossattn_conv_nano'

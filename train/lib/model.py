@@ -36,7 +36,7 @@ def load_trained(options: EvalOptions, device: torch.device | str = 'cpu', patch
     model = load_model(
         options.model, options.checkpoint, device, **{key: value for key, value in given.items() if value is not None})
     if patches and not hasattr(model, 'forward_patches'):
-        raise ValueError(f'--model: {options.model} is no patch model')
+        raise ValueError(f'--model: {options.name} is no patch model')
     return model
 
 

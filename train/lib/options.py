@@ -54,6 +54,11 @@ class EvalOptions(DataOptions):
     checkpoint: str | None = flag(None, 'weights (default: the pretrained ones)', metavar='FILE')
     xi: float | None = flag(None, 'ξ of Eq. 5b, if not as trained', metavar='X')
 
+    @property
+    def name(self) -> str | None:
+        """For titles and records."""
+        return self.model or self.checkpoint
+
 
 @dataclass(frozen=True)
 class ModelOptions:

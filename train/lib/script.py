@@ -2,6 +2,7 @@
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -39,6 +40,7 @@ def script(main: Main) -> Main:
         setup_default_logging()
         for name in ('timm', 'torch'):
             logging.getLogger(name).setLevel(logging.WARNING)
+        warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores: --workers says it
         try:
             return main(argv)
         except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
