@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     print_table(str(options.name), result)
     if options.results_file:
         write_json(options.results_file, {
-            'model': options.name, **result, 'command': command_line(argv), **environment(torch.device(options.device).type)})
+            'model': options.name, **result, 'command': command_line(argv),
+            **environment(torch.device(options.device).type)})
     return 0
 
 
