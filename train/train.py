@@ -36,6 +36,7 @@ from lib.engine import train_one_epoch, updates_in_epoch
 from lib.evaluate import evaluate_task
 from lib.model import create_model, model_args
 from lib.options import TrainOptions
+from lib.position import Recovery
 from lib.process import Process
 from lib.record import command_line, environment, save_hub_folder, trackers, write_summary
 from lib.script import script
@@ -77,11 +78,11 @@ def find_run(options: TrainOptions, process: Process) -> tuple[TrainOptions, Pat
 
 def prepare_task(
         options: TrainOptions, process: Process, task: TrainingTask, optimizer: torch.optim.Optimizer,
-        scaler: Any) -> int:
-    """State of the checkpoint to resume, EMA, compilation, distribution; the epoch to begin with."""
-    start_epoch = 0
+        scaler: Any) -> tuple[int, dict[str, Any] | None]:
+    """State of the checkpoint to resume, EMA, compilation, distribution; the epoch and the position to begin with."""
+    start_epoch, position = 0, None
     if options.resume:
-        load_checkpoint(Path(options.resume))  # says clearly what is wrong with it
+        position = load_checkpoint(Path(options.resume)).get('position')  # it says clearly if something is wrong
         start_epoch = resume_task_checkpoint(task, options.resume, optimizer=optimizer, loss_scaler=scaler) or 0
     if options.model_ema:
         task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
@@ -92,7 +93,7 @@ def prepare_task(
         task.compile_ema(backend=options.torchcompile)
     if process.distributed:
         task.prepare_distributed(device_ids=[process.local_rank] if process.device.type == 'cuda' else None)
-    return start_epoch
+    return start_epoch, position
 
 
 def begin_epoch(epoch: int, seed: int, rank: int, loader: Any) -> None:
@@ -140,7 +141,7 @@ def run(options: TrainOptions, command: str) -> None:
     options = resolve_lr(replace(options, eval_metric=metric), process.world_size)
     optimizer = create_optimizer(options, task)
     autocast, scaler = create_precision(options, process.device)
-    start_epoch = prepare_task(options, process, task, optimizer, scaler)
+    start_epoch, position = prepare_task(options, process, task, optimizer, scaler)
     scheduler, num_epochs = create_scheduler(options, optimizer, updates)
 
     history: list[dict[str, Any]] = []
@@ -157,6 +158,9 @@ def run(options: TrainOptions, command: str) -> None:
         scheduler.step_update(start_epoch * updates)
         if start_epoch and not history:
             scheduler.step(start_epoch)
+        if position is not None:
+            done = position['ranks'][0]['batches'] // options.grad_accum_steps
+            scheduler.step_update(start_epoch * updates + done)
 
     recorded = {  # plain data, for result.json and checkpoints
         **asdict(options), 'device': str(process.device), 'distributed': process.distributed,
@@ -179,11 +183,12 @@ def run(options: TrainOptions, command: str) -> None:
             if start_epoch < num_epochs:  # of an earlier end; its weights would stand beside the numbers of this one
                 shutil.rmtree(folder / 'hub', ignore_errors=True)
 
+        recovery = Recovery(options.checkpoint_minutes, process, saver, position)
         for epoch in range(start_epoch, num_epochs):
             start = time.perf_counter()
             begin_epoch(epoch, options.seed, process.rank, train_loader)
             train_metrics = train_one_epoch(
-                epoch, options, process, task, train_loader, optimizer, scheduler, autocast, scaler)
+                epoch, options, process, task, train_loader, optimizer, scheduler, autocast, scaler, recovery)
             if process.distributed and options.dist_bn and not options.sync_bn:
                 for ema in (False, True)[:1 + task.has_ema()]:
                     distribute_bn(task.get_eval_model(ema=ema), process.world_size, options.dist_bn == 'reduce')

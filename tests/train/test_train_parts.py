@@ -21,7 +21,7 @@ from torch import nn
 
 import compare_runs
 import train as train_script
-from kill_and_resume import kill_and_resume
+from kill_and_resume import identical, kill_and_resume, state
 from lib import build, checkpoint, command
 from lib.engine import train_one_epoch
 from lib.evaluate import evaluate_task
@@ -275,6 +275,41 @@ def test_killed_runs_end_like_undisturbed_ones():
     assert kill_and_resume(2, seed=1, extra=('--workers', '1')) == [True, True]
 
 
+@pytest.mark.parametrize('save', [1, 2, 5])
+@pytest.mark.parametrize('flags', [
+    ('--mixup', '0.2', '--reprob', '0.5', '--drop', '0.1', '--sched-on-updates', '--workers', '1'),
+    ('--mixup', '0.2', '--reprob', '0.5', '--drop', '0.1', '--drop-path', '0.1', '--model-ema'),
+    ('--cache-dataset', '--cutmix', '1', '--reprob', '0.5', '--drop', '0.1', '--batch-size', '4', '--grad-accum-steps',
+     '2', '--model-ema')])
+def test_resumed_within_an_epoch(folder, tmp_path, monkeypatch, flags, save):
+    """--checkpoint-minutes: a run that ends after some update and goes on from there ends with the same bits."""
+    def command(name):
+        return ['--data-dir', str(folder), *QUICK, *flags, '--checkpoint-minutes', '0', '--output', str(tmp_path),
+                '--experiment', name, '--resume', 'auto']
+
+    saves = []
+    original = checkpoint.AtomicSaver.save_position
+
+    def save_and_stop(self, epoch, position):
+        original(self, epoch, position)
+        saves.append(epoch)
+        if len(saves) == save:
+            raise KeyboardInterrupt
+
+    assert train_script.main(command('undisturbed')) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.AtomicSaver, 'save_position', save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_script.main(command('stopped'))
+    assert checkpoint.load_checkpoint(tmp_path / 'stopped' / 'last.pth.tar')['epoch'] == saves[-1] - 1
+    assert train_script.main(command('stopped')) == 0
+    assert identical(state(tmp_path / 'stopped'), state(tmp_path / 'undisturbed'))
+    results = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('stopped', 'undisturbed')]
+    for ours, theirs in zip(*(result['epochs'] for result in results)):
+        assert ours['eval'] == theirs['eval']
+        assert ours['train']['loss'] == theirs['train']['loss']
+
+
 @pytest.mark.parametrize('workers', ['0', '1'])
 def test_unreadable_image(folder, tmp_path, capfd, workers):
     """An error that names it, not a silent replacement."""
@@ -323,7 +358,8 @@ def test_two_processes_train_like_one(tmp_path):
 
 
 @pytest.mark.parametrize('cache', [('--model-ema',), ('--cache-dataset', '--dist-bn', 'broadcast'), (
-    '--cache-dataset', '--no-patch-loss', '--validation-batch-size', '7')])
+    '--cache-dataset', '--no-patch-loss', '--validation-batch-size', '7', '--checkpoint-minutes', '0', '--batch-size',
+    '2')])
 def test_torchrun(folder, tmp_path, cache):
     """train.py under torchrun: one writer, metrics over all 15 images, of which the last batch has none for rank 1."""
     shutil.copytree(folder, tmp_path / 'data')

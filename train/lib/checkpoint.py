@@ -29,16 +29,27 @@ class AtomicSaver(CheckpointSaver):
     """
     model_config: dict[str, Any]
 
-    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+    def save_position(self, epoch: int, position: dict[str, Any]) -> None:
+        """last.pth.tar within an epoch; it counts as that of the epoch before."""
+        temporary = str(Path(self.checkpoint_dir) / 'tmp.pth.tar')
+        self._save(temporary, epoch - 1, position=position)
+        self._replace(temporary, str(Path(self.checkpoint_dir) / 'last.pth.tar'))
+
+    def _save(
+            self, save_path: str, epoch: int, metric: float | None = None,
+            position: dict[str, Any] | None = None) -> None:
+        within = position is not None
         state = {
             'epoch': epoch, 'arch': self.model_config['architecture'], MODEL_CONFIG: self.model_config,
             'args': self.args, 'optimizer': self.optimizer.state_dict(),
             'version': 2,  # as timm counts
-            'metric': metric, 'saver': self.state_dict(epoch, metric),
+            'metric': metric, 'saver': self.state_dict(*((None, None) if within else (epoch, metric))),
             **self.task.get_checkpoint_state(), **self.task.get_checkpoint_state(ema=True),
         }
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
+        if within:
+            state['position'] = position
         torch.save(state, save_path)
 
     def _replace(self, src: str, dst: str) -> None:
@@ -121,7 +132,7 @@ def mend(saver: AtomicSaver, resumed: Path, epoch: int, metric: float | None) ->
         if epoch_of(file) > epoch:
             file.unlink()
     saver.load_state_dict_from_checkpoint(str(last))
-    if not own.exists() and metric is not None:
+    if not own.exists() and metric is not None and 'position' not in load_checkpoint(last):
         known = saver.checkpoint_files
         if len(known) < saver.max_history or saver.cmp(metric, known[-1][1]):
             saver._duplicate(str(last), str(own))

@@ -15,11 +15,12 @@ from .options import TrainOptions
 __all__ = ['RECIPES', 'parse_args']
 
 RECIPES = Path(__file__).parents[1] / 'recipes.yaml'
+INFINITY = float('inf')
 RANGES: dict[str, tuple[float, float]] = {
-    'gamma_max': (0, float('inf')), 'rampup_epochs': (0, float('inf')), 'xi': (0, 1), 'smoothing': (0, 0.999),
-    'batch_size': (1, float('inf')), 'epochs': (1, float('inf')), 'lr': (0, float('inf')),
-    'grad_accum_steps': (1, float('inf')), 'checkpoint_hist': (1, float('inf')), 'crop_padding': (0, float('inf')),
-    'hflip': (0, 1), 'reprob': (0, 1), 'workers': (0, float('inf')),
+    'gamma_max': (0, INFINITY), 'rampup_epochs': (0, INFINITY), 'xi': (0, 1), 'smoothing': (0, 0.999),
+    'batch_size': (1, INFINITY), 'epochs': (1, INFINITY), 'lr': (0, INFINITY), 'grad_accum_steps': (1, INFINITY),
+    'checkpoint_hist': (1, INFINITY), 'checkpoint_minutes': (0, INFINITY), 'crop_padding': (0, INFINITY),
+    'hflip': (0, 1), 'reprob': (0, 1), 'workers': (0, INFINITY),
 }
 
 

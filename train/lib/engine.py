@@ -13,6 +13,7 @@ from timm.utils import dispatch_clip_grad
 from tqdm import tqdm
 
 from .options import TrainOptions
+from .position import Recovery
 from .process import Process
 
 __all__ = ['train_one_epoch', 'updates_in_epoch']
@@ -27,8 +28,9 @@ def updates_in_epoch(options: TrainOptions, loader: Any) -> int:
 
 def train_one_epoch(
         epoch: int, options: TrainOptions, process: Process, task: TrainingTask, loader: Any,
-        optimizer: torch.optim.Optimizer, scheduler: Any, autocast: Callable[[], Any], scaler: Any) -> dict[str, float]:
-    """One pass over the training set.
+        optimizer: torch.optim.Optimizer, scheduler: Any, autocast: Callable[[], Any], scaler: Any,
+        recovery: Recovery | None = None) -> dict[str, float]:
+    """One pass over the training set, or what ``recovery`` has left of it.
 
     Returns:
         Means over the images of the loss terms and of γ, images/s of all processes, and the share of the time in which
@@ -42,6 +44,11 @@ def train_one_epoch(
     tail = batches % options.grad_accum_steps or options.grad_accum_steps  # batches in the last update
     sums: dict[str, Any] = {}  # tensors stay on the device: reading one waits for it
     images, step = 0, epoch * updates
+    recovery = recovery or Recovery(None, process, None)
+    if recovery.position is not None:
+        images, step = recovery.position['images'], step + recovery.position['batches'] // options.grad_accum_steps
+        sums = {name: value.to(process.device) if torch.is_tensor(value) else value
+                for name, value in recovery.position['sums'].items()}
     start = end = time.perf_counter()
     waited = 0.
     bar = tqdm(total=batches, desc=f'epoch {epoch + 1}/{options.epochs}', leave=False, dynamic_ncols=True,
@@ -50,6 +57,9 @@ def train_one_epoch(
     with bar:  # an error clears it
         for i, (x, y) in enumerate(loader):
             waited += time.perf_counter() - end
+            if recovery.skip(i):
+                bar.update()
+                continue
             if options.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             update = (i + 1) % options.grad_accum_steps == 0 or i + 1 == batches
@@ -86,7 +96,9 @@ def train_one_epoch(
                     raise FloatingPointError(f'loss is {means["loss"]} by update {step}; try a lower --lr')
                 rate = images * process.world_size / (time.perf_counter() - start)
                 bar.set_postfix({k: f'{v:.4g}' for k, v in means.items()} | {'images/s': f'{rate:.0f}'}, refresh=False)
+            recovery.batch_done(epoch, i + 1, step if update and i + 1 < batches else None, images, sums)
             end = time.perf_counter()
+    recovery.position = None
     total = torch.tensor([float(value) for value in sums.values()] + [images], dtype=torch.float64)
     if process.distributed:  # of all processes
         total = total.to(process.device)

@@ -163,6 +163,8 @@ class RunOptions:
     seed: int = flag(42)
     eval_metric: str | None = flag(None, 'chooses the best checkpoint (default: top1 or map)', metavar='NAME')
     checkpoint_hist: int = flag(2, 'checkpoints to keep', metavar='N')
+    checkpoint_minutes: float | None = flag(
+        None, 'also write last.pth.tar within an epoch, every so many minutes', metavar='N')
     log_tensorboard: bool = flag(False)
     log_trackio: bool = flag(False)
     log_wandb: bool = flag(False)
