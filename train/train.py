@@ -79,10 +79,17 @@ def find_run(options: TrainOptions, process: Process) -> tuple[TrainOptions, Pat
 def prepare_task(
         options: TrainOptions, process: Process, task: TrainingTask, optimizer: torch.optim.Optimizer,
         scaler: Any) -> tuple[int, dict[str, Any] | None]:
-    """State of the checkpoint to resume, EMA, compilation, distribution; the epoch and the position to begin with."""
+    """State of the checkpoint to resume, EMA, compilation, distribution; the epoch and the position to begin with.
+
+    Raises:
+        ValueError: the checkpoint is none, or from within an epoch of another number of processes.
+    """
     start_epoch, position = 0, None
     if options.resume:
         position = load_checkpoint(Path(options.resume)).get('position')  # it says clearly if something is wrong
+        if position is not None and len(position['ranks']) != process.world_size:
+            raise ValueError(f'--resume: {options.resume} is from within an epoch of {len(position["ranks"])} '
+                             f'processes, there are {process.world_size}.')
         start_epoch = resume_task_checkpoint(task, options.resume, optimizer=optimizer, loss_scaler=scaler) or 0
     if options.model_ema:
         task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
