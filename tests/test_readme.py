@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import flags
+from lib.command import parse_args
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,4 +64,4 @@ def test_training_commands_parse(document):
     for command in commands:
         if not command.strip() or '...' in command:
             continue
-        assert flags.parse_args(shlex.split(command)).model
+        assert parse_args(shlex.split(command)).model

@@ -12,11 +12,13 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from lib.model import count_gmacs
+from timm_lossattn.files import replace_file
 from timm_lossattn.loading import list_patch_models
 
 BEGIN, END = '<!-- begin: python train/model_table.py -->', '<!-- end -->'
@@ -37,12 +39,11 @@ def model_table() -> str:
     """The table, with its markers."""
     lines = [BEGIN, '', '| model | input | parameters (M) | GMACs | weights, top-1 |', '|---|---|--:|--:|---|']
     for name in list_patch_models():
-        model = timm.create_model(name, device='meta').eval()
+        model: Any = timm.create_model(name, device='meta').eval()
         size = model.default_cfg['input_size']
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, *size, device='meta'))
+        gmacs = count_gmacs(model, torch.empty(1, *size, device='meta'))
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        lines.append(f'| `{name}` | {size[1]}×{size[2]} | {parameters:.2f} | {counter.get_total_flops() / 2e9:.2f} | '
+        lines.append(f'| `{name}` | {size[1]}×{size[2]} | {parameters:.2f} | {gmacs:.2f} | '
                      f'{weights(name)} |')
     return '\n'.join([*lines, '', END])
 
@@ -113,7 +114,7 @@ def main() -> None:
         if table:
             before, rest = text.split(BEGIN)
             text = before + table + rest.split(END, 1)[1]
-        path.write_text(with_included_files(text))
+        replace_file(path, with_included_files(text).encode())
 
 
 if __name__ == '__main__':

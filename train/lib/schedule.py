@@ -29,14 +29,8 @@ class GaussianRampupScheduler(Scheduler):
     """
 
     def __init__(
-            self,
-            optimizer: torch.optim.Optimizer,
-            rampup_t: float = 80,
-            milestones: Sequence[int] = (120, 160),
-            decay_rate: float = 0.1,
-            beta2_after_rampup: float | None = None,
-            updates_per_epoch: int = 1,
-    ) -> None:
+            self, optimizer: torch.optim.Optimizer, rampup_t: float = 80, milestones: Sequence[int] = (120, 160),
+            decay_rate: float = 0.1, beta2_after_rampup: float | None = None, updates_per_epoch: int = 1) -> None:
         if not rampup_t >= 0:
             raise ValueError(f'rampup_t must be at least 0, got {rampup_t!r}.')
         if beta2_after_rampup is not None and any('betas' not in group for group in optimizer.param_groups):

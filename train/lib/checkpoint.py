@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from timm.utils import CheckpointSaver
 
+from timm_lossattn.loading import MODEL_CONFIG
+
 __all__ = ['AtomicSaver', 'find_checkpoint', 'load_checkpoint', 'mend', 'save_checkpoint']
 
 _logger = logging.getLogger('train')
@@ -19,8 +21,36 @@ class AtomicSaver(CheckpointSaver):
     """timm's saver with files that are on the disk, whole and each on its own, before they get their name.
 
     timm's unlinks last.pth.tar before it renames the new one, and links the others to it: a kill between the two leaves
-    no last.pth.tar, and one damaged file is three. The two private methods below are where it does so.
+    no last.pth.tar, and one damaged file is three. The private methods below are where it does so, and where it chooses
+    what a checkpoint holds: here plain data only, with what ``timm_lossattn.loading`` needs to build the model.
+
+    Attributes:
+        model_config: of ``timm_lossattn.loading.model_config``.
     """
+    model_config: dict[str, Any]
+
+    def save_position(self, epoch: int, position: dict[str, Any]) -> None:
+        """last.pth.tar within an epoch; it counts as that of the epoch before."""
+        temporary = str(Path(self.checkpoint_dir) / 'tmp.pth.tar')
+        self._save(temporary, epoch - 1, position=position)
+        self._replace(temporary, str(Path(self.checkpoint_dir) / 'last.pth.tar'))
+
+    def _save(
+            self, save_path: str, epoch: int, metric: float | None = None,
+            position: dict[str, Any] | None = None) -> None:
+        within = position is not None
+        state = {
+            'epoch': epoch, 'arch': self.model_config['architecture'], MODEL_CONFIG: self.model_config,
+            'args': self.args, 'optimizer': self.optimizer.state_dict(),
+            'version': 2,  # as timm counts
+            'metric': metric, 'saver': self.state_dict(*((None, None) if within else (epoch, metric))),
+            **self.task.get_checkpoint_state(), **self.task.get_checkpoint_state(ema=True),
+        }
+        if self.amp_scaler is not None:
+            state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
+        if within:
+            state['position'] = position
+        torch.save(state, save_path)
 
     def _replace(self, src: str, dst: str) -> None:
         with open(src, 'rb') as file:
@@ -40,7 +70,7 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         ValueError: the file is truncated or no checkpoint of a training.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in those of timm's train.py
             checkpoint = torch.load(file, map_location='cpu', weights_only=True)
         if not {'epoch', 'state_dict', 'optimizer'} <= set(checkpoint):
             raise ValueError('it holds weights, but no state of a training')
@@ -102,7 +132,7 @@ def mend(saver: AtomicSaver, resumed: Path, epoch: int, metric: float | None) ->
         if epoch_of(file) > epoch:
             file.unlink()
     saver.load_state_dict_from_checkpoint(str(last))
-    if not own.exists() and metric is not None:
+    if not own.exists() and metric is not None and 'position' not in load_checkpoint(last):
         known = saver.checkpoint_files
         if len(known) < saver.max_history or saver.cmp(metric, known[-1][1]):
             saver._duplicate(str(last), str(own))

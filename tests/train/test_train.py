@@ -11,10 +11,11 @@ import pytest
 import timm
 import torch
 
-import timm_lossattn  # noqa: F401  (registers the models)
 import train as train_script
+from timm_lossattn import load_model
+from timm_lossattn.explanation import input_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICK = ('--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--val-split', 'val', '--batch-size', '8',
          '--epochs', '2', '--warmup-epochs', '0', '--workers', '0', '--lr', '0.02', '--device', 'cpu',
          '--color-jitter', '0', '--scale', '0.8', '1')
@@ -34,6 +35,8 @@ def run(folder, tmp_path_factory):
     done = train('--data-dir', folder, *QUICK, '--model-ema', '--model-ema-decay', '0.5', '--channels-last',
                  '--output', out, '--experiment', 'run')
     assert done.returncode == 0, done.stderr
+    assert 'epoch 2/2  top1' in done.stderr
+    assert 'Current checkpoints' not in done.stderr  # of timm's own words only warnings
     return out / 'run'
 
 
@@ -79,12 +82,49 @@ def test_explain_reads_how_the_checkpoint_was_built(run, tmp_path):
     assert numbers['labels'] == ['left', 'right']
 
 
+def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
+    """From the checkpoint alone and from hub/: arguments of the model, channels, labels, preprocessing."""
+    done = train('--data-dir', folder, *QUICK, '--epochs', '1', '--output', tmp_path, '--experiment', 'x',
+                 '--xi', '0.5', '--backbone-stride', '2', '--model-kwargs', 'global_pool=attn',
+                 '--input-size', '1', '40', '36', '--crop-mode', 'squash')
+    assert done.returncode == 0, done.stderr
+    checkpoint = torch.load(tmp_path / 'x' / 'last.pth.tar', weights_only=True)  # plain data, no classes
+    assert checkpoint['args']['model'] == checkpoint['arch'] == 'resnet18_lossattn_conv_nano'
+    x = torch.randn(2, 1, 40, 36)
+    outputs = []
+    for model in (load_model(checkpoint=tmp_path / 'x' / 'model_best.pth.tar'),
+                  load_model(f'local-dir:{tmp_path / "x" / "hub"}')):
+        assert (model.xi, model.backbone_stride, model.global_pool, model.in_chans) == (0.5, 2, 'attn', 1)
+        config = input_config(model)
+        assert (tuple(config['input_size']), config['crop_mode']) == ((1, 40, 36), 'squash')
+        assert list(model.pretrained_cfg['label_names']) == ['left', 'right']
+        outputs.append(model(x))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(('script', 'module', 'extra'), [
+    ('train', 'tqdm', 'train'), ('validate', 'yaml', 'train'), ('prepare', 'pyarrow', 'train'),
+    ('prepare', 'datasets', 'train'), ('figures', 'matplotlib', 'viz'), ('compare_explanations', 'captum', 'compare'),
+    ('compare_explanations', 'torchmetrics', 'compare')])
+def test_missing_packages(script, module, extra):
+    """One line that names the extra."""
+    code = (f'import runpy, sys; sys.path.insert(0, "train"); sys.modules[{module!r}] = None; '
+            f'sys.argv = ["x"]; runpy.run_path("train/{script}.py", run_name="__main__")')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith('error: ')
+    assert 'is not installed' in line
+    assert extra in line.partition('pip install')[2]
+
+
 @pytest.mark.parametrize(('flags', 'loss_terms'), [
     (('--no-patch-loss',), {'loss'}),
     (('--mixup', '0.2', '--train-img-sizes', '16', '24', '--train-size-schedule', 'progressive'), {'patch_loss'}),
     (('--model-kwargs', 'global_pool=attn', '--in-chans', '1', '--input-size', '1', '32', '32'), {'loss'}),
     (('--cache-dataset', '--in-chans', '1', '--cutmix', '1', '--grad-accum-steps', '3'), {'patch_loss'}),
     (('--pretrained-backbone', 'resnet18_lossattn_caps_nano', '--sched', 'plateau'), {'patch_loss'}),
+    (('--torchcompile', 'eager', '--model-ema'), {'patch_loss'}),
     (('--amp', '--amp-dtype', 'bfloat16', '--xi', '0.5', '--clip-grad', '1', '--sched-on-updates'), {'patch_loss'}),
 ])
 def test_variants(folder, tmp_path, flags, loss_terms):

@@ -4,12 +4,12 @@ import json
 import pytest
 import timm
 import torch
+from test_prepare import tiny_folder  # noqa: F401  (a fixture)
 
 import compare_explanations
 import figures
 import prepare
 import receptive_field
-from test_prepare import tiny_folder  # noqa: F401  (a fixture)
 
 MODEL = 'resnet18_lossattn_conv_nano_s2'
 

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cached_loader import BatchAugment, CachedLoader
+from lib.augment import BatchAugment
+from lib.cached_loader import CachedLoader
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 IMAGES = torch.randint(256, (6, 3, 8, 10), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -4,9 +4,9 @@ import json
 import tarfile
 
 from datasets import load_dataset
+from test_train import QUICK
 
 import train as train_script
-from test_train import QUICK
 
 
 def quick(*flags):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from datasets import load_dataset
 from PIL import Image
+from test_train import QUICK
 
 import prepare
 import train as train_script
 import validate as validate_script
-from test_train import QUICK
 
 WORDS = {'n01443537': 'goldfish, Carassius auratus', 'n02056570': 'king penguin'}
 
