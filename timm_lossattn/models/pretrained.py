@@ -28,7 +28,7 @@ PACKAGE = Path(__file__).parents[1]
 HUB_WEIGHTS_FILE = PACKAGE / 'hub_weights.json'
 # arch.tag -> repo_id, revision (a commit hash), sha256
 HUB_WEIGHTS: dict[str, dict[str, str]] = json.loads(HUB_WEIGHTS_FILE.read_text())
-RECIPES = ('cifar10', 'cifar100', 'tiny_imagenet', 'tiny_imagenet_mini')  # tags that train/recipes.yaml has a dataset for
+RECIPES = ('cifar10', 'cifar100', 'tiny_imagenet', 'tiny_imagenet_mini')  # tags with a dataset in train/recipes.yaml
 
 
 def packaged_file(name: str) -> Path:
