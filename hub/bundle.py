@@ -180,7 +180,8 @@ def bundle(options: Options) -> dict[str, Any]:
         written.write_bytes(content)
         metrics = evaluate(
             load_model(options.name, checkpoint=written, device=options.device), options, result['args'])
-    folder.mkdir(parents=True, exist_ok=True)
+    for parent in (folder, file.parent):
+        parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, content)
     for other in {packaged_file(options.name), folder / WEIGHTS_NAME} - {file}:
         other.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from timm_lossattn.explanation.preprocessing import open_image, preprocess
 
 transformers = pytest.importorskip('transformers')
 
-IMAGES = sorted((Path(__file__).parent / 'data').glob('*.png'))
+IMAGES = sorted((Path(__file__).parents[1] / 'data').glob('*.png'))
 NANO, CAPS = 'resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano'
 
 
