@@ -24,13 +24,14 @@ from timm_lossattn.loading import list_patch_models
 BEGIN, END = '<!-- begin: python train/model_table.py -->', '<!-- end -->'
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'train' / 'results'
+WEIGHTS = ROOT / 'hub' / 'weights'
 
 
 def weights(name: str) -> str:
-    """Tags with weights and their measured accuracy, from train/results."""
+    """Tags with weights and their measured accuracy, from hub/weights."""
     tags = []
     for tagged in timm.list_pretrained(name):
-        result = json.loads((RESULTS / f'{tagged}.json').read_text())
+        result = json.loads((WEIGHTS / tagged / 'result.json').read_text())
         tags.append(f'`{tagged.split(".", 1)[1]}` {result["shipped"]["top1"]:.2f} %')
     return ', '.join(tags) or '–'
 
@@ -49,12 +50,12 @@ def model_table() -> str:
 
 
 def weights_table() -> str:
-    """Every file in train/results: what was measured on the weights that ship, and how they were made."""
+    """Everything in hub/weights: what was measured on the weights, and how they were made."""
     lines = [BEGIN, '', '| weights | top-1 | top-5 | images | file | epochs | seed | hours | on |',
              '|---|--:|--:|--:|--:|--:|--:|--:|---|']
     commands = []
-    for file in sorted(RESULTS.glob('*.json')):
-        result = json.loads(file.read_text())
+    for file in sorted(WEIGHTS.glob('*/result.json')):
+        name, result = file.parent.name, json.loads(file.read_text())
         shipped = result['shipped']
         runs = [result]
         while 'initial' in runs[0]:  # started from another run's checkpoint
@@ -63,10 +64,10 @@ def weights_table() -> str:
         seeds = ', '.join(str(run['seed']) for run in runs)
         seconds = sum(run['seconds'] for run in runs)
         lines.append(
-            f'| `{file.stem}` | {shipped["top1"]:.2f} % | {shipped["top5"]:.2f} % | {shipped["images"]:,} | '
+            f'| `{name}` | {shipped["top1"]:.2f} % | {shipped["top5"]:.2f} % | {shipped["images"]:,} | '
             f'{shipped["bytes"] / 1e6:.2f} MB | {epochs} | {seeds} | '
             f'{seconds / 3600:.2f} | {result["hardware"]} |')
-        commands += ['', f'`{file.stem}`:', '', '```bash']
+        commands += ['', f'`{name}`:', '', '```bash']
         for command in (*(command for run in runs for command in run['commands']), shipped['command']):
             commands += wrap(command)
         commands.append('```')

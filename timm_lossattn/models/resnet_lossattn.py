@@ -22,7 +22,7 @@ from .entrypoints import (
 )
 from .patch_classifier import PatchClassifier
 from .patch_layers import CapsulePatchLayers, NoPatchLayers, PrimaryCapsules
-from .pretrained import bundled_weights, with_published
+from .pretrained import with_published
 
 __all__ = ['Bottleneck3x3', 'ResNetBackbone']
 
@@ -132,13 +132,10 @@ default_cfgs = generate_default_cfgs(with_published({
     'resnet34_lossattn_conv.cifar10': patch_model_cfg(),
     'resnet50_lossattn_conv.cifar10': patch_model_cfg(),
     'resnet50_lossattn_conv_s8.in1k': patch_model_cfg(size=224, min_input_size=(3, 160, 160)),
-    'resnet18_lossattn_conv_nano.cifar10': patch_model_cfg(
-        file=bundled_weights('resnet18_lossattn_conv_nano.cifar10')),
-    'resnet18_lossattn_caps_nano.cifar10': patch_model_cfg(
-        file=bundled_weights('resnet18_lossattn_caps_nano.cifar10')),
+    'resnet18_lossattn_conv_nano.cifar10': patch_model_cfg(),
+    'resnet18_lossattn_caps_nano.cifar10': patch_model_cfg(),
     'resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini': patch_model_cfg(  # ten of its classes
-        size=64, num_classes=10, label_names=TINY_IMAGENET_MINI_LABELS,
-        file=bundled_weights('resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini')),
+        size=64, num_classes=10, label_names=TINY_IMAGENET_MINI_LABELS),
     'resnet18_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
     'resnet50_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
 }))

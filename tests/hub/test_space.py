@@ -24,8 +24,9 @@ from timm_lossattn.explanation import explain
 
 pytest.importorskip('gradio')
 
-ROOT = Path(__file__).parent.parent
-SPACE, DATA = ROOT / 'hub' / 'space', ROOT / 'tests' / 'data'
+ROOT = Path(__file__).parents[2]
+SPACE = ROOT / 'hub' / 'space'
+DATA = SPACE / 'examples'
 CAT, SHIP = DATA / 'cifar10_test_00000_cat.png', DATA / 'cifar10_test_00001_ship.png'
 CONV, CAPS = 'resnet18_lossattn_conv_nano.cifar10', 'resnet18_lossattn_caps_nano.cifar10'
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -199,7 +200,7 @@ def test_space_by_itself(app, tmp_path, names):
     assert [path.name for path in alone.EXAMPLES] == names
     [examples] = [block for block in alone.demo.blocks.values() if block.get_block_name() == 'dataset']
     assert examples.visible == bool(names)
-    assert len(app.EXAMPLES) == 10
+    assert len(app.EXAMPLES) == 5
 
 
 def test_front_matter():

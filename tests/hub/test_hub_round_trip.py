@@ -13,11 +13,13 @@ import torch
 
 import publish
 import timm_lossattn
-from timm_lossattn import hub_weights
+import upload
+from timm_lossattn.models import pretrained
 
 NANO, REPO = 'resnet18_lossattn_conv_nano', 'tester/nano'
 SOURCE = f'{NANO}.cifar10'
 PACKAGE = Path(timm_lossattn.__file__).parent
+PREPARE = publish.prepare
 LOGITS = """
 import sys
 import timm, timm_lossattn, torch
@@ -43,11 +45,11 @@ def run(hub, waits, prepared, monkeypatch, tmp_path, capsys):
                         hub.endpoint + '/{repo_id}/resolve/{revision}/{filename}')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
 
-    def copy_prepared(args, folder):
+    def copy_prepared(job):
         """In place of making the same folder again; a note changes the card."""
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(prepared, folder)
-        (folder / 'README.md').write_text((folder / 'README.md').read_text() + (args.note or ''))
+        shutil.rmtree(job.folder, ignore_errors=True)
+        shutil.copytree(prepared, job.folder)
+        (job.folder / 'README.md').write_text((job.folder / 'README.md').read_text() + (job.words.note or ''))
     monkeypatch.setattr(publish, 'prepare', copy_prepared)
 
     def publish_shipped(*args, repo=REPO):
@@ -125,10 +127,10 @@ def test_other_architecture(run, hub, monkeypatch):
     before = hub.repos[REPO].refs['main']
     prepare = publish.prepare
 
-    def another(args, folder):
-        prepare(args, folder)
-        config = json.loads((folder / 'config.json').read_text())
-        (folder / 'config.json').write_text(json.dumps(config | {'architecture': 'another'}))
+    def another(job):
+        prepare(job)
+        config = json.loads((job.folder / 'config.json').read_text())
+        (job.folder / 'config.json').write_text(json.dumps(config | {'architecture': 'another'}))
     monkeypatch.setattr(publish, 'prepare', another)
     code, _, err = run()
     assert code == 2
@@ -179,8 +181,8 @@ def test_broken_uploads(run, hub, tmp_path, kind, method, path, details):
         assert not (files(hub) or set()) & set(publish.FILES)
         assert run()[0] == 0
     assert files(hub) >= set(publish.FILES)
-    stored = hub.repos[REPO].commits[hub.repos[REPO].refs['main']][publish.WEIGHTS_NAME]
-    assert stored.data == (tmp_path / 'folder' / publish.WEIGHTS_NAME).read_bytes()
+    stored = hub.repos[REPO].commits[hub.repos[REPO].refs['main']][pretrained.WEIGHTS_NAME]
+    assert stored.data == (tmp_path / 'folder' / pretrained.WEIGHTS_NAME).read_bytes()
 
 
 def test_no_network(run, hub, monkeypatch):
@@ -200,7 +202,7 @@ def published(run, hub, tmp_path, monkeypatch):
     """A copy of the package whose weights are on the Hub and nowhere else."""
     package = tmp_path / 'copy' / 'timm_lossattn'
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns('__pycache__', '*.safetensors'))
-    monkeypatch.setattr(publish, 'HUB_WEIGHTS_FILE', package / 'hub_weights.json')
+    monkeypatch.setattr(upload, 'HUB_WEIGHTS_FILE', package / 'hub_weights.json')
     assert run('--tag', 'cifar10')[0] == 0
     return package
 
@@ -234,22 +236,59 @@ def test_weights_in_the_package_come_first(published, hub, tmp_path, expected):
     assert len(hub.log) == before
 
 
+def test_checkout_comes_second(published, hub, tmp_path, expected):
+    """Without a file in the package, that of hub/weights beside it is taken, and nothing is asked of the Hub."""
+    folder = published.parent / 'hub' / 'weights' / SOURCE
+    folder.mkdir(parents=True)
+    shutil.copy(PACKAGE / 'weights' / f'{SOURCE}.safetensors', folder / pretrained.WEIGHTS_NAME)
+    before = len(hub.log)
+    assert torch.equal(logits_in_new_process(SOURCE, tmp_path, published), expected)
+    assert len(hub.log) == before
+
+
+def test_error_names_the_hub(published, tmp_path):
+    """Published, but neither on this machine nor within reach: the id and the commit are in the message."""
+    entry = json.loads((published / 'hub_weights.json').read_text())[SOURCE]
+    error = logits_in_new_process(SOURCE, tmp_path, published, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'nothing'))
+    assert isinstance(error, str)
+    last = [line for line in error.splitlines() if line.startswith('RuntimeError')]
+    assert f'{REPO}@{entry["revision"]}' in last[0]
+
+
+def test_all(hub, waits, run, tmp_path, monkeypatch):
+    """One command: every bundle in a repository of its own, as it lies in hub/weights, and the pins of all."""
+    monkeypatch.setattr(publish, 'prepare', PREPARE)
+    pins = tmp_path / 'pins.json'
+    pins.write_text('{}')
+    monkeypatch.setattr(upload, 'HUB_WEIGHTS_FILE', pins)
+    assert publish.main(['--all', '--repo-prefix', 'tester', '--folder', str(tmp_path / 'all')]) == 0
+    names = publish.list_bundles()
+    assert len(names) >= 3
+    for name in names:
+        pin = json.loads(pins.read_text())[name]
+        assert pin['repo_id'] == f'tester/{name}'
+        stored = hub.repos[pin['repo_id']].commits[pin['revision']]
+        for file in pretrained.bundle_folder(name).iterdir():
+            assert stored[file.name].data == file.read_bytes()
+        assert stored[pretrained.WEIGHTS_NAME].data == Path(pretrained.bundled_weights(name)).read_bytes()
+
+
 @pytest.mark.parametrize(('kind', 'details'), [
     ('truncate', dict(after=300_000)), ('corrupt', dict(after=300_000)), ('cut', dict(after=300_000)),
     ('status', dict(status=500)), ('status', dict(status=429, headers={'Retry-After': '1'})),
     ('status', dict(status=404, times=9)), ('status', dict(status=401, times=9)), ('slow', dict(before=1.))])
 def test_broken_downloads(published, hub, waits, tmp_path, monkeypatch, kind, details):
     """What arrives is what was published, or an error; a second attempt succeeds."""
-    monkeypatch.setattr(hub_weights, 'HUB_WEIGHTS', json.loads((published / 'hub_weights.json').read_text()))
+    monkeypatch.setattr(pretrained, 'HUB_WEIGHTS', json.loads((published / 'hub_weights.json').read_text()))
     fault = hub.fault('GET', '/resolve/', kind, **details)
     cache = tmp_path / 'downloads'
     with contextlib.suppress(OSError, RuntimeError):  # the Hub's errors are OSErrors
-        path = Path(hub_weights.download_weights(SOURCE, cache))
-        assert hub_weights.sha256_of(path) == hub_weights.HUB_WEIGHTS[SOURCE]['sha256']
+        path = Path(pretrained.download_weights(SOURCE, cache))
+        assert pretrained.sha256_of(path) == pretrained.HUB_WEIGHTS[SOURCE]['sha256']
     assert fault.hits
     hub.faults.clear()
     for blob in cache.rglob('blobs/*'):  # as the error says
-        if hub_weights.sha256_of(blob) != hub_weights.HUB_WEIGHTS[SOURCE]['sha256']:
+        if pretrained.sha256_of(blob) != pretrained.HUB_WEIGHTS[SOURCE]['sha256']:
             blob.unlink()
-    path = Path(hub_weights.download_weights(SOURCE, cache))
-    assert hub_weights.sha256_of(path) == hub_weights.HUB_WEIGHTS[SOURCE]['sha256']
+    path = Path(pretrained.download_weights(SOURCE, cache))
+    assert pretrained.sha256_of(path) == pretrained.HUB_WEIGHTS[SOURCE]['sha256']
