@@ -313,7 +313,7 @@ def test_stated_accuracy(name):
     """All 10,000 test images: the accuracy that MODEL_CARD.md's table states, and complete explanations."""
     from datasets import load_dataset
     from PIL import Image
-    result = json.loads((Path(__file__).parents[2] / 'train' / 'results' / f'{name}.cifar10.json').read_text())
+    result = json.loads((Path(__file__).parents[2] / 'hub' / 'weights' / f'{name}.cifar10' / 'result.json').read_text())
     model = timm.create_model(name, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     rows = load_dataset(f'{os.environ["LOSSATTN_DATA"]}/cifar10', split='test')
@@ -335,7 +335,7 @@ def test_stated_accuracy_tiny_imagenet():
     """All 500 validation images of ten classes, read from the official archive's layout: accuracy and completeness."""
     from PIL import Image
     name = 'resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini'
-    result = json.loads((Path(__file__).parents[2] / 'train' / 'results' / f'{name}.json').read_text())
+    result = json.loads((Path(__file__).parents[2] / 'hub' / 'weights' / name / 'result.json').read_text())
     model = timm.create_model(name, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     root = Path(os.environ['LOSSATTN_DATA']) / 'tiny_imagenet_mini' / 'tiny-imagenet-200'
