@@ -57,9 +57,10 @@ def normalize(weights: torch.Tensor) -> torch.Tensor:
 
 def weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Σ_n weights_n · values_n of (B, N) and (B, N, K), to (B, K): one batched product, in the values' precision."""
-    if torch.jit.is_scripting() or torch.is_autocast_enabled(values.device.type):
-        return (weights.unsqueeze(-1) * values).sum(dim=1)  # autocast would round a batched product to half precision
-    return torch.bmm(weights.unsqueeze(1), values).squeeze(1)
+    if not torch.jit.is_scripting():  # noqa: SIM102  (alone, so that TorchScript leaves out what is below it)
+        if not torch.is_autocast_enabled(values.device.type):
+            return torch.bmm(weights.unsqueeze(1), values).squeeze(1)
+    return (weights.unsqueeze(-1) * values).sum(dim=1)  # autocast would round a batched product to half precision
 
 
 class PatchWeights(nn.Module):

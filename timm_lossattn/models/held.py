@@ -1,10 +1,10 @@
 """Holding the nonlinearities of a classifier head at the state of one image, so that the head becomes affine.
 
-A head f maps the pooled vector h̄ = Σ_m α_m h_m to logits. Run on h̄, every step that is not affine is recorded (``Record``):
-the 1/σ of a normalisation, the gate g(ū) = (f(ū) − f(0))/ū of an activation, the second factor of a product, the mask of a
-dropout, the batch statistics of a batch norm in train mode. Run on the patches with what was recorded (``Replay``) the head
-is an affine map L, and as Σα = 1, Σ_m α_m L(h_m) = L(h̄) = f(h̄), to rounding. What is not known here runs as it is;
-``probe.analyse`` finds out whether the sum is still exact.
+A head f maps the pooled vector h̄ = Σ_m α_m h_m to logits. Run on h̄, every step that is not affine is recorded
+(``Record``): the 1/σ of a normalisation, the gate g(ū) = (f(ū) − f(0))/ū of an activation, the second factor of a
+product, the mask of a dropout, the batch statistics of a batch norm in train mode. Run on the patches with what was
+recorded (``Replay``) the head is an affine map L, and as Σα = 1, Σ_m α_m L(h_m) = L(h̄) = f(h̄), to rounding. What is not
+known here runs as it is; ``probe.analyse`` finds out whether the sum is still exact.
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +23,9 @@ __all__ = ['Record', 'Replay', 'frozen_batch_norms']
 # functions of each number by itself, finite at 0, under their names in torch, torch.Tensor and torch.nn.functional,
 # without underscores (relu_, __mul__)
 POINTWISE = frozenset({
-    'relu', 'relu6', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'hardsigmoid', 'leaky_relu', 'prelu', 'elu', 'selu',
-    'celu', 'softplus', 'softsign', 'tanhshrink', 'softshrink', 'hardshrink', 'threshold', 'logsigmoid', 'tanh', 'sigmoid',
-    'abs', 'square', 'sqrt', 'exp', 'log1p', 'erf', 'sin', 'clamp', 'clip',
+    'relu', 'relu6', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'hardsigmoid', 'leaky_relu', 'prelu', 'elu',
+    'selu', 'celu', 'softplus', 'softsign', 'tanhshrink', 'softshrink', 'hardshrink', 'threshold', 'logsigmoid', 'tanh',
+    'sigmoid', 'abs', 'square', 'sqrt', 'exp', 'log1p', 'erf', 'sin', 'clamp', 'clip',
 })
 PRODUCTS = frozenset({'mul', 'imul', 'rmul', 'multiply', 'div', 'divide', 'true_divide', 'truediv', 'itruediv'})
 NORMS: dict[str, tuple[str, ...]] = {  # the arguments after the input, in their order
@@ -82,7 +82,7 @@ class HeadMode(TorchFunctionMode):
         """How a call is held, None if it is run as it is."""
         if not args or not isinstance(args[0], torch.Tensor):
             return None
-        if name in NORMS or name in ('batch_norm', 'dropout') and func in (F.batch_norm, F.dropout, torch.dropout):
+        if name in NORMS or func in (F.batch_norm, F.dropout, torch.dropout):
             return name
         if name in POINTWISE:
             return 'pointwise'
@@ -114,6 +114,11 @@ class Record(HeadMode):
         """A: affine; B: but for normalisations; C: with gates."""
         rules = {rule for rule, _ in self.states}
         return 'C' if rules & {'pointwise', 'product'} else 'B' if rules & NORMS.keys() else 'A'
+
+    @property
+    def affine(self) -> bool:
+        """Nothing had to be held."""
+        return all(held is None for _, held in self.states)
 
     @property
     def batch_norm(self) -> bool:

@@ -5,7 +5,6 @@ random features, with random weights in place of the model's own, which may be z
 itself, its mode and the random state are not touched, and it may lie on the meta device itself.
 """
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ __all__ = ['PatchAccess', 'analyse', 'feature_grid', 'join_patches', 'split_patc
 
 ROWS, COLS = 2, 3  # of the probe's features
 TOLERANCE = 1e-9  # of the logits' scale, in float64
+PERIOD = 1_000_003  # a prime
 
 
 @dataclass
@@ -77,7 +77,7 @@ def shape_twin(model: nn.Module) -> Any:
 
 def meta_input(model: nn.Module, height: int, width: int) -> torch.Tensor:
     """Two images without numbers."""
-    channels = resolve_model_data_config(model)['input_size'][0]
+    channels = getattr(model, 'in_chans', resolve_model_data_config(model)['input_size'][0])
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return torch.empty(2, channels, height, width, device='meta', dtype=dtype)
 
@@ -109,10 +109,10 @@ def traced_forward(model: nn.Module, twin: Any, x: torch.Tensor) -> tuple[torch.
     methods = {name: watched(name) for name in calls}
     twin.__dict__.update(methods)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), x.device:
             logits = twin(x)
     except Exception as error:  # whatever a model's code raises without numbers
-        raise refuse(model, f'its forward cannot be followed ({one_line(error)})') from error
+        raise ValueError(f'{type(model).__name__} cannot be run without numbers: {one_line(error)}') from error
     finally:
         for name in methods:
             del twin.__dict__[name]
@@ -159,7 +159,7 @@ def analyse(model: nn.Module) -> PatchAccess:
         access.grids[size] = (features.shape[2], features.shape[3]) if layout == 'NCHW' else (
             features.shape[1], features.shape[2])
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.device('cpu'):
             probe(model, twin, access)
     except (ArithmeticError, AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise refuse(model, f'its head does not take single patches ({one_line(error)})') from error
@@ -190,7 +190,8 @@ def probe(model: nn.Module, twin: Any, access: PatchAccess) -> None:
         return x.permute(0, 3, 1, 2) if layout == 'NCHW' else x
 
     def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-        return a.shape == b.shape and bool(((a - b).abs().max() <= TOLERANCE * max(a.abs().max(), b.abs().max())).item())
+        scale = max(float(a.abs().max()), float(b.abs().max()))
+        return a.shape == b.shape and float((a - b).abs().max()) <= TOLERANCE * scale
 
     def replay(record: Record, alpha: torch.Tensor) -> torch.Tensor:
         single = join_patches(h.flatten(0, 1), layout, prefix)
@@ -224,8 +225,9 @@ def randomise(model: nn.Module, twin: nn.Module, used: dict[int, torch.Tensor]) 
     for name, module in twin.named_modules():
         for key, parameter in module._parameters.items():
             if id(parameter) in used:
-                scale = 1. / math.sqrt(max(parameter.shape[-1:].numel(), 1)) if parameter.dim() > 1 else 1.
-                numbers = scale * torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+                count = parameter.numel()  # huge ones repeat their numbers: drawing them would take longest of all
+                numbers = torch.randn(min(count, PERIOD), generator=random, dtype=torch.float64)
+                numbers = numbers.repeat(-(-count // PERIOD))[:count].view(parameter.shape)
                 module._parameters[key] = nn.Parameter(numbers, requires_grad=False)
         for key, buffer in module._buffers.items():
             if buffer is not None and id(buffer) in used:
@@ -245,7 +247,7 @@ def feature_grid(model: nn.Module, access: PatchAccess, height: int, width: int)
     twin = shape_twin(model)
     x = meta_input(model, height, width)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), x.device:
             shape = twin.forward_features(x).shape
             if access.layout == 'NLC':
                 last = twin.forward_intermediates(x, indices=1, output_fmt='NCHW', intermediates_only=True)[-1]

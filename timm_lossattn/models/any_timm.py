@@ -1,13 +1,15 @@
 """loss_attention: any timm model whose head averages positions, as a patch model, with the weights that it already has.
 
-Loss attention has no parameters of its own: it reuses the classifier. ``forward_features`` and ``forward_head`` of the stock
-model carry it: a patch's own logits p_m are the head on the features of that patch alone, and the image logits are the
-head on Σ_m α_m h_m.
+Loss attention has no parameters of its own: it reuses the classifier. ``forward_features`` and ``forward_head`` of the
+stock model carry it: a patch's own logits p_m are the head on the features of that patch alone, and the image logits
+are the head on Σ_m α_m h_m.
 """
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, wraps
-from typing import Any
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -21,6 +23,7 @@ from .probe import PatchAccess, analyse, feature_grid, join_patches, split_patch
 
 __all__ = ['LossAttentionMixin', 'loss_attention']
 
+Base: Any = nn.Module if TYPE_CHECKING else object
 RESTRUCTURING = ('reset_classifier', 'set_input_size', 'prune_intermediate_layers')
 # what is known of a stock model, with the modules that it had then
 _known: 'WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Module]], PatchAccess]]' = WeakKeyDictionary()
@@ -32,16 +35,29 @@ def pool_patches(alpha: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return weighted_sum(alpha, upcast(h)).to(h.dtype)
 
 
-class LossAttentionMixin:
+class LossAttentionMixin(Base):
     """What loss attention adds to a timm model class, before which it stands; see ``loss_attention``.
 
     Attributes:
         patch_weights: α of features and patch logits, without parameters: PatchWeights.
         patch_kind: A: the head is affine, a patch contributes α_m p_m; B: it normalises the pooled vector, whose 1/σ is
-            held; C: it has activations, whose gates are held, the whole image's. Exact in each case. '' without classifier.
+            held; C: it has activations, whose gates are held, the whole image's. Exact in each case. '' without
+            classifier.
         patch_layout: of the features: NCHW, NHWC or NLC.
         patch_prefix: tokens before those of the patches, which the head does not read.
     """
+    if TYPE_CHECKING:  # TorchScript would read annotations of the class
+        forward_features: Any
+        num_classes: int
+        patch_access: PatchAccess
+        patch_batch_norm: bool
+        patch_kind: str
+        patch_layout: str
+        patch_prefix: int
+        patch_weights: PatchWeights
+        patches_differ: bool
+        stock_class: type[nn.Module]
+        stock_forward_head: Any
     __jit_unused_properties__ = ('xi',)
 
     @property
@@ -50,8 +66,10 @@ class LossAttentionMixin:
         return self.patch_weights.xi
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
-        """Features to image logits (B, K), or with pre_logits to what the classifier reads; without classifier the stock
-        model's own."""
+        """Features to image logits (B, K), or with pre_logits to what the classifier reads.
+
+        Without classifier they are the stock model's, the plain mean.
+        """
         if self.num_classes > 0 and self.patches_differ:
             x = self.pooled_features(x)
         return self.stock_forward_head(x, pre_logits) if pre_logits else self.stock_forward_head(x)
@@ -99,10 +117,15 @@ class LossAttentionMixin:
         else:
             with Record(features) as record:
                 logits = self.stock_forward_head(features)
-            patches = join_patches(h.flatten(0, 1), self.patch_layout, self.patch_prefix)
-            with frozen_batch_norms(self), Replay(patches, record, h.shape[1]):
-                parts = self.stock_forward_head(patches).reshape(p.shape)
+            parts = p if record.affine else self._shares(h, record).reshape(p.shape)
         return PatchPrediction(logits, p, alpha, alpha.unsqueeze(-1) * upcast(parts))
+
+    @torch.jit.ignore
+    def _shares(self, h: torch.Tensor, record: Record) -> torch.Tensor:
+        """Patch features (B, M, C) to the head's (B·M, K), held at what was recorded."""
+        x = join_patches(h.flatten(0, 1), self.patch_layout, self.patch_prefix)
+        with frozen_batch_norms(self) if self.patch_batch_norm else nullcontext(), Replay(x, record, h.shape[1]):
+            return self.stock_forward_head(x)
 
     @torch.jit.ignore
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
@@ -115,7 +138,7 @@ class LossAttentionMixin:
 
     @torch.jit.ignore
     def patch_boxes(self, height: int, width: int) -> torch.Tensor:
-        """Nominal pixels of each patch, (M, 4) as x0, y0, x1, y1 (exclusive): the input in equal parts, to whole pixels."""
+        """Nominal pixels of each patch, (M, 4) as x0, y0, x1, y1 (exclusive): the input in equal parts."""
         rows, cols = self.patch_grid(height, width)
         y, x = ((torch.arange(n + 1) * size / n).round().long() for n, size in ((rows, height), (cols, width)))
         top, left = torch.meshgrid(y[:-1], x[:-1], indexing='ij')
@@ -131,7 +154,7 @@ class LossAttentionMixin:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For copy and pickle: the class is made of the stock model's, not looked up by name."""
         reduced = super().__reduce_ex__(protocol)
-        return (empty_model, (type(self).stock_class,), *reduced[2:])
+        return (empty_model, (self.stock_class,), *reduced[2:])
 
 
 def own_modules(model: nn.Module) -> None:
@@ -158,16 +181,24 @@ def restructuring(method: Callable) -> Callable:
     return changed
 
 
+def renamed(function: Any, name: str) -> Any:
+    """The same function under another name, which TorchScript reads from the function."""
+    copied = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__, copied.__annotations__ = function.__kwdefaults__, function.__annotations__
+    return copied
+
+
 @cache
-def loss_attention_class(stock: type[nn.Module]) -> type:
-    """The subclass of a stock model class that loss_attention uses. TorchScript knows no super(): hence the second name."""
+def loss_attention_class(stock: Any) -> Any:
+    """The subclass of a stock model class that loss_attention uses."""
     namespace: dict[str, Any] = {
         '__module__': __name__,
         '__doc__': f'{stock.__name__} whose logits are a sum over patches, see LossAttentionMixin.',
         '__annotations__': dict(getattr(stock, '__annotations__', {})),  # what TorchScript reads: Final and the like
         '__jit_unused_properties__': (*getattr(stock, '__jit_unused_properties__', ()), 'xi'),
         'stock_class': stock,
-        'stock_forward_head': stock.forward_head,
+        # TorchScript knows no super()
+        'stock_forward_head': renamed(stock.forward_head, 'stock_forward_head'),
     }
     for name in RESTRUCTURING:
         if hasattr(stock, name):
@@ -178,7 +209,7 @@ def loss_attention_class(stock: type[nn.Module]) -> type:
 def empty_model(stock: type[nn.Module]) -> Any:
     """A model of the loss-attention subclass, without anything in it."""
     cls = loss_attention_class(stock)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def shallow_copy(model: nn.Module, new: Any) -> Any:
@@ -191,7 +222,7 @@ def shallow_copy(model: nn.Module, new: Any) -> Any:
 def stock_view(model: Any) -> Any:
     """The stock model that a loss-attention model was made of, with the same modules."""
     stock = type(model).stock_class
-    view = shallow_copy(model, stock.__new__(stock))
+    view = shallow_copy(model, object.__new__(stock))
     del view._modules['patch_weights']
     return view
 
@@ -208,7 +239,7 @@ def access_to(model: nn.Module) -> PatchAccess:
     return access
 
 
-def loss_attention(model: nn.Module, pool: str = 'lossattn', xi: float = 0.1) -> Any:
+def loss_attention(model: Any, pool: str = 'lossattn', xi: float = 0.1) -> Any:
     """A patch model made of a timm model, without training and without new parameters.
 
     The new model has the stock model's parameters and buffers (shared, not copied), its state-dict keys and everything
@@ -248,7 +279,21 @@ def loss_attention(model: nn.Module, pool: str = 'lossattn', xi: float = 0.1) ->
     new.patch_weights = weights.train(model.training)
     new.patches_differ = bool(weights.informative)
     new._set_patch_access(access)
+    describe(new, pool, xi)
     return new
+
+
+def describe(model: Any, pool: str, xi: float) -> None:
+    """Make config.json of ``timm.models.save_for_hf`` name the entry point ``lossattn`` and its arguments."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    backbone = cfg.get('architecture')
+    if backbone == 'lossattn':  # made of another one, whose arguments it has
+        backbone = model._model_args['backbone']
+    elif backbone and cfg.get('tag'):
+        backbone = f'{backbone}.{cfg["tag"]}'
+    if backbone:
+        model.pretrained_cfg = model.default_cfg = {**cfg, 'architecture': 'lossattn', 'tag': backbone}
+        model._model_args = {**getattr(model, '_model_args', {}), 'backbone': backbone, 'pool': pool, 'xi': xi}
 
 
 def plain_weights(pool: str, channels: int, xi: float) -> PatchWeights:
@@ -261,5 +306,6 @@ def plain_weights(pool: str, channels: int, xi: float) -> PatchWeights:
         raise ValueError(f'pool must be one of {list_weights()}, got {pool!r}.')
     weights = create_weights(pool, channels, xi)
     if list(weights.parameters()):
-        raise ValueError(f"pool={pool!r} has parameters to learn, which no stock model holds; 'lossattn' and 'avg' have none.")
+        raise ValueError(
+            f"pool={pool!r} has parameters to learn, which no stock model holds; 'lossattn' and 'avg' have none.")
     return weights
