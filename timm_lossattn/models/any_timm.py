@@ -115,17 +115,24 @@ class LossAttentionMixin(Base):
         if self.patch_kind == 'A' and not self.training:
             logits, parts = self.stock_forward_head(features), p
         else:
-            with Record(features) as record:
-                logits = self.stock_forward_head(features)
-            parts = p if record.affine else self._shares(h, record).reshape(p.shape)
+            logits, parts = self._held_head(features, h, p)
         return PatchPrediction(logits, p, alpha, alpha.unsqueeze(-1) * upcast(parts))
 
     @torch.jit.ignore
-    def _shares(self, h: torch.Tensor, record: Record) -> torch.Tensor:
-        """Patch features (B, M, C) to the head's (B·M, K), held at what was recorded."""
+    @torch.compiler.disable  # the modes are Python; torch.export runs them
+    def _held_head(
+            self, features: torch.Tensor, h: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image logits (B, K) of the features; of patch features h (B, M, C) the head (B, M, K) held at that state.
+
+        If nothing had to be held, the latter are the patch logits p.
+        """
+        with Record(features) as record:
+            logits = self.stock_forward_head(features)
+        if record.affine:
+            return logits, p
         x = join_patches(h.flatten(0, 1), self.patch_layout, self.patch_prefix)
         with frozen_batch_norms(self) if self.patch_batch_norm else nullcontext(), Replay(x, record, h.shape[1]):
-            return self.stock_forward_head(x)
+            return logits, self.stock_forward_head(x).reshape(p.shape)
 
     @torch.jit.ignore
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
