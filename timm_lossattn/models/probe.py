@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
+from timm.data import resolve_input_data_config
 from torch import nn
 from torch.nn import functional as F
 
 from .held import Record, Replay
 
-__all__ = ['PatchAccess', 'analyse', 'feature_grid', 'join_patches', 'split_patches']
+__all__ = ['PatchAccess', 'analyse', 'feature_grid', 'input_size', 'join_patches', 'split_patches']
 
 ROWS, COLS = 2, 3  # of the probe's features
 TOLERANCE = 1e-9  # of the logits' scale, in float64
@@ -75,9 +75,16 @@ def shape_twin(model: nn.Module) -> Any:
     return twin.eval()
 
 
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a model was made for: of its weights, unless its arguments say something else."""
+    one_channel = {'mean': (0.,), 'std': (1.,)}  # timm would warn of those that do not fit the channels
+    channels, height, width = resolve_input_data_config(model, one_channel)['input_size']
+    return getattr(model, 'in_chans', channels), height, width
+
+
 def meta_input(model: nn.Module, height: int, width: int) -> torch.Tensor:
     """Two images without numbers."""
-    channels = getattr(model, 'in_chans', resolve_model_data_config(model)['input_size'][0])
+    channels = input_size(model)[0]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return torch.empty(2, channels, height, width, device='meta', dtype=dtype)
 
@@ -151,7 +158,7 @@ def analyse(model: nn.Module) -> PatchAccess:
         ValueError: its logits are no exact sum over patches; the message says why and what to do.
     """
     twin = shape_twin(model)
-    size: tuple[int, int] = resolve_model_data_config(model)['input_size'][1:]
+    size = input_size(model)[1:]
     features, _ = traced_forward(model, twin, meta_input(model, *size))
     layout, prefix, channels = layout_of(model, features.shape)
     access = PatchAccess('', layout, prefix, channels, False)
