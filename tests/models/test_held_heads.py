@@ -120,7 +120,7 @@ def model_of(name, seed=0):
 
 
 def held(steps, h, pooled):
-    """A head's steps on one patch, every one that is not affine with the state of the pooled vector; by the definition."""
+    """A head's steps on one patch, those that are not affine with the state of the pooled vector; by the definition."""
     for step in steps:
         if isinstance(step, nn.LayerNorm):
             sigma = ((pooled - pooled.mean()) ** 2).mean().add(step.eps).sqrt()

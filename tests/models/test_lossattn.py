@@ -44,6 +44,7 @@ def image(model, batch=2):
 
 
 def error(a, b):
+    a, b = a.detach(), b.detach()
     return float((a - b).abs().max() / b.abs().max())
 
 
@@ -125,7 +126,8 @@ def test_autocast_and_channels_last():
 
 def test_sizes():
     """Non-square, one channel, and of a transformer any size."""
-    model = timm.create_model('lossattn', backbone='test_vit', global_pool='avg', dynamic_img_size=True, in_chans=1).eval()
+    model = timm.create_model(
+        'lossattn', backbone='test_vit', global_pool='avg', dynamic_img_size=True, in_chans=1).eval()
     out = model.forward_patches(torch.randn(1, 1, 96, 160))
     assert model.patch_grid(96, 160) == (6, 10)
     assert out.alpha.shape == (1, 60)

@@ -213,7 +213,7 @@ def loss_attention_class(stock: Any) -> Any:
     return type(f'LossAttention{stock.__name__}', (LossAttentionMixin, stock), namespace)
 
 
-def empty_model(stock: type[nn.Module]) -> Any:
+def empty_model(stock: Any) -> Any:
     """A model of the loss-attention subclass, without anything in it."""
     cls = loss_attention_class(stock)
     return object.__new__(cls)
@@ -234,7 +234,7 @@ def stock_view(model: Any) -> Any:
     return view
 
 
-def access_to(model: nn.Module) -> PatchAccess:
+def access_to(model: Any) -> PatchAccess:
     """``analyse``, once for a model as long as its modules stay the same."""
     modules = list(model.modules())
     known = _known.get(model)

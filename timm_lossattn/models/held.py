@@ -174,7 +174,9 @@ class Replay(HeadMode):
         return held.unsqueeze(1).expand(-1, self.patches, *held.shape[1:]).flatten(0, 1)
 
     def apply(self, rule: str, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        recorded, held = next(self.states, (None, None))
+        recorded: str
+        held: Any
+        recorded, held = next(self.states, ('nothing', None))
         if recorded != rule:
             raise ValueError(f'the head took another way for patches: {rule} in place of {recorded}.')
         x, rest = args[0], args[1:]

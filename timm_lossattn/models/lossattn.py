@@ -104,7 +104,7 @@ def create_lossattn(
     if ':' in backbone:
         raise ValueError(
             f'backbone must be the name of a timm model, got {backbone!r}. To put loss attention into a model of a '
-            f'folder or a repository, call timm_lossattn.loss_attention(timm.create_model({backbone!r}, pretrained=True)).')
+            f'folder or a repository, call timm_lossattn.loss_attention(timm.create_model({backbone!r})).')
     if split_model_name_tag(backbone)[0] == 'lossattn' or not timm.is_model(backbone):
         raise ValueError(f'backbone must be the name of a timm model, got {backbone!r}.')
     source_args = kwargs.pop('pretrained_model_args', None)
