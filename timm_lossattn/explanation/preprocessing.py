@@ -15,6 +15,8 @@ from timm.data import CenterCropOrPad, ResizeKeepRatio, create_transform, resolv
 from torch import nn
 from torchvision.transforms import CenterCrop, Resize
 
+from ..models.probe import input_size
+
 __all__ = ['Preprocessed', 'Preprocessing', 'input_config', 'open_image', 'preprocess', 'to_rgb']
 
 
@@ -99,7 +101,8 @@ class Preprocessed:
 
 def input_config(model: nn.Module) -> dict[str, Any]:
     """timm's data config of a model's weights; for one channel mean and std are averaged, as timm's loader does."""
-    config: dict[str, Any] = resolve_model_data_config(model)
+    config: dict[str, Any] = {**resolve_model_data_config(model)}
+    config['input_size'] = (config['input_size'][0], *input_size(model)[1:])
     if getattr(model, 'in_chans', config['input_size'][0]) == 1:
         config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
     return config
