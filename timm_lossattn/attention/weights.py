@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from timm.models import register_notrace_module
 from torch import nn
 
 from ..prediction import upcast
@@ -34,7 +35,7 @@ def register_weights(name: str) -> Callable[[type[Weights]], type[Weights]]:
         if name in _WEIGHTS and _WEIGHTS[name].__qualname__ != cls.__qualname__:
             raise ValueError(f'global_pool {name!r} is registered already, by {_WEIGHTS[name].__name__}.')
         _WEIGHTS[name] = cls
-        return cls
+        return register_notrace_module(cls)  # reason: dtype dependent control flow
     return register
 
 
@@ -58,7 +59,7 @@ def normalize(weights: torch.Tensor) -> torch.Tensor:
 def weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Σ_n weights_n · values_n of (B, N) and (B, N, K), to (B, K): one batched product, in the values' precision."""
     if not torch.jit.is_scripting():  # noqa: SIM102  (alone, so that TorchScript leaves out what is below it)
-        if not torch.is_autocast_enabled(values.device.type):
+        if values.is_meta or not torch.is_autocast_enabled(values.device.type):
             return torch.bmm(weights.unsqueeze(1), values).squeeze(1)
     return (weights.unsqueeze(-1) * values).sum(dim=1)  # autocast would round a batched product to half precision
 
