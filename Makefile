@@ -45,7 +45,7 @@ conformance-quick: $(INSTALLED)
 	$(BIN)/python tests/conformance.py --quick
 
 benchmark: $(INSTALLED)
-	$(BIN)/python train/benchmark_capsules.py
+	$(BIN)/python train/benchmark.py --capsules --batch-size 16
 
 clean:
 	rm -rf $(VENV) .conformance demo_output

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Train 20 steps in one process or, under torchrun, in several, on the same global batches; save the weights.
 
-    python tests/ddp_steps.py frozen one.pt
-    torchrun --nproc-per-node 2 tests/ddp_steps.py frozen two.pt
+    python tests/ddp_steps.py one.pt
+    torchrun --nproc-per-node 2 tests/ddp_steps.py two.pt
 
-Mode ``frozen``: batch norm with fixed statistics; ``sync``: statistics of the global batch.
+Batch norm has fixed statistics: PyTorch computes those of the global batch on GPUs only.
 """
 import sys
 from pathlib import Path
@@ -17,25 +17,21 @@ import torch.distributed as dist
 from timm.layers import freeze_batch_norm_2d
 from timm.utils import world_info_from_env
 
-from cached_loader import BatchAugment, CachedLoader
-from sync_batch_norm import convert_sync_batch_norm
+from lib.augment import BatchAugment
+from lib.cached_loader import CachedLoader
 from timm_lossattn import LossAttentionTask
 
 STEPS, GLOBAL_BATCH = 20, 16
 
 
-def main(mode: str, file: str) -> None:
+def main(file: str) -> None:
     _, rank, world_size = world_info_from_env()
     if world_size > 1:
         dist.init_process_group('gloo')
     torch.manual_seed(0)
-    model = timm.create_model('resnet18_lossattn_conv_nano', num_classes=4)
+    model = freeze_batch_norm_2d(timm.create_model('resnet18_lossattn_conv_nano', num_classes=4))
     images = torch.randint(256, (GLOBAL_BATCH * STEPS, 3, 12, 12), dtype=torch.uint8)
     targets = torch.randint(4, (len(images),))
-    if mode == 'frozen':
-        model = freeze_batch_norm_2d(model)
-    elif world_size > 1:
-        model = convert_sync_batch_norm(model)
     task = LossAttentionTask(model, gamma_max=0.1, rampup_epochs=0)
     if world_size > 1:
         task.prepare_distributed()

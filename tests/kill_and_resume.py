@@ -64,7 +64,7 @@ def state(folder: Path) -> dict:
     """What must not differ."""
     last, best = (torch.load(folder / f'{name}.pth.tar', weights_only=False) for name in ('last', 'model_best'))
     return {key: (last[key], best[key])
-            for key in ('epoch', 'state_dict', 'state_dict_ema', 'optimizer', 'task_state', 'metric')}
+            for key in ('epoch', 'state_dict', 'state_dict_ema', 'optimizer', 'task_state', 'metric') if key in last}
 
 
 def identical(a, b) -> bool:

@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from timm_lossattn.loading import list_patch_models
 from timm_lossattn.cli import main, unique_stems
 from timm_lossattn.explanation.preprocessing import open_image, preprocess
+from timm_lossattn.loading import MODEL_CONFIG, list_patch_models, model_config
+from timm_lossattn.models.entrypoints import CIFAR10_LABELS
 
 DATA = Path(__file__).parent / 'data'
 CAT, SHIP = DATA / 'cifar10_test_00000_cat.png', DATA / 'cifar10_test_00001_ship.png'
@@ -34,8 +36,8 @@ def models(tmp_path_factory):
     found = {}
     for name in (NANO, CAPS):
         model = random_model(name)
-        args = argparse.Namespace(label_names=list(model.pretrained_cfg['label_names']), xi=None, model_kwargs={})
-        torch.save({'state_dict': model.state_dict(), 'args': args}, folder / f'{name}.pth.tar')  # as timm's saver
+        torch.save({'state_dict': model.state_dict(), 'args': argparse.Namespace(lr=0.1),  # as timm's saver
+                    MODEL_CONFIG: model_config(name, {}, list(CIFAR10_LABELS))}, folder / f'{name}.pth.tar')
         found[name] = model, str(folder / f'{name}.pth.tar')
     return found
 
@@ -73,19 +75,20 @@ def test_explain_numbers(run, models, tmp_path, capsys, name):
     with torch.no_grad():
         expected = model.forward_patches(preprocess(model, open_image(CAT)).x[None])
 
-    logits, contributions = torch.tensor(numbers['logits']), torch.tensor(numbers['contributions'])
+    logits = torch.tensor(numbers['logits'])
+    best = int(logits.argmax())
+    shares = torch.tensor(numbers['contributions']['target'])
     torch.testing.assert_close(logits, expected.logits[0])
     torch.testing.assert_close(torch.tensor(numbers['alpha']).flatten(), expected.alpha[0])
-    torch.testing.assert_close(contributions, expected.contributions[0].view(6, 6, 10))
-    torch.testing.assert_close(contributions.sum((0, 1)), logits)
+    torch.testing.assert_close(shares, expected.contributions[0, :, best].view(6, 6))
+    torch.testing.assert_close(shares.sum(), logits[best])
     assert numbers['patch_grid'] == [6, 6]
     assert numbers['image_size'] == numbers['input_size'] == [32, 32]
-    assert numbers['labels'] == list(model.pretrained_cfg['label_names'])
+    assert numbers['labels'] == list(CIFAR10_LABELS)
     assert numbers['selected'] == (expected.alpha[0] > 0).view(6, 6).tolist()
     assert numbers['model'] == name
     assert numbers['image'] == str(CAT)
 
-    best = int(logits.argmax())
     assert numbers['target'] == {'class': best, 'label': numbers['labels'][best]}
     assert numbers['against'] == 'rest'
     lead = logits[best] - logits[torch.arange(10) != best].mean()
@@ -96,6 +99,21 @@ def test_explain_numbers(run, models, tmp_path, capsys, name):
     assert [t['logit'] for t in top] == pytest.approx(logits.topk(5).values.tolist())
     assert [t['probability'] for t in top] == pytest.approx(logits.softmax(0).topk(5).values.tolist())
     assert f'{CAT.name}: {top[0]["label"]} {100 * top[0]["probability"]:.1f} %' in capsys.readouterr().out
+
+
+def test_all_classes(run, models, tmp_path):
+    """On request the JSON holds the contributions to every class."""
+    assert run(CAT, '--all-classes') == 0
+    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
+    contributions = torch.tensor(numbers['contributions'])
+    assert contributions.shape == (6, 6, 10)
+    torch.testing.assert_close(contributions.sum((0, 1)), torch.tensor(numbers['logits']))
+
+
+def test_checkpoint_names_its_model(models, tmp_path):
+    """A checkpoint that says what it is of needs no --model."""
+    assert main(['explain', str(CAT), '--checkpoint', models[CAPS][1], '--out', str(tmp_path / 'out')]) == 0
+    assert json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())['model'] == CAPS
 
 
 @pytest.mark.parametrize(('size', 'frame'), [
@@ -158,9 +176,9 @@ def test_target(run, tmp_path, target, index):
 
 def test_target_name_before_index(run, tmp_path, monkeypatch):
     """Where a class is called '7', '--target 7' means that class."""
-    for module in ('cli', 'explain'):
+    for module in ('cli', 'explanation.explain'):
         monkeypatch.setattr(
-            f'timm_lossattn.{module}.class_labels', lambda model, num_classes: ['9', '8', '7', *'abcdefg'])
+            sys.modules[f'timm_lossattn.{module}'], 'class_labels', lambda model, classes: ['9', '8', '7', *'abcdefg'])
     assert run(CAT, '--target', '7') == 0
     assert json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())['target'] == {'class': 2, 'label': '7'}
 
@@ -179,7 +197,7 @@ def test_against_itself(run, models, tmp_path, capsys):
     model = models[NANO][0]
     best, other = (int(model(preprocess(model, open_image(f)).x[None]).argmax()) for f in (CAT, SHIP))
     assert run(CAT, '--against', best) == 1
-    assert f'--against: {CAT.name} is classified as' in capsys.readouterr().out
+    assert f'--against: {CAT.name}: ' in capsys.readouterr().out
     assert written(tmp_path) == []
     assert run(CAT, SHIP, '--against', best) == 1
     assert len(written(tmp_path)) == (0 if other == best else 2)
@@ -208,12 +226,11 @@ def test_bad_class(run, tmp_path, capsys, flag, target):
 
 
 @pytest.mark.parametrize(('model', 'what'), [
-    ('no_such_model', "--model: no model 'no_such_model'"),
-    ('resnet18', '--model: resnet18 is no patch model'),  # timm's own; before its weights are downloaded
-    ('vgg11_bn_lossattn_caps_nano', '--model: vgg11_bn_lossattn_caps_nano has no weights yet'),
+    ('no_such_model', "model: timm has no model 'no_such_model'"),
+    ('vgg11_bn_lossattn_caps_nano', 'model: vgg11_bn_lossattn_caps_nano has no weights yet'),
 ])
 def test_bad_model(tmp_path, capsys, model, what):
-    """Unknown, foreign, or without weights."""
+    """Unknown, or without weights."""
     assert main(['explain', str(CAT), '--model', model, '--out', str(tmp_path / 'out')]) == 2
     assert what in error_line(capsys)
     assert written(tmp_path) == []
@@ -233,7 +250,7 @@ def test_bad_checkpoint(models, tmp_path, capsys, kind):
         path.write_bytes(Path(models[CAPS][1]).read_bytes())
     assert main(['explain', str(CAT), '--model', NANO, '--checkpoint', str(path), '--out', str(tmp_path / 'out')]) == 2
     message = error_line(capsys)
-    assert message.startswith('error --checkpoint: ')
+    assert message.startswith('error checkpoint: ')
     assert str(path) in message
     assert len(message) < 1000
     assert written(tmp_path) == []
@@ -242,7 +259,7 @@ def test_bad_checkpoint(models, tmp_path, capsys, kind):
 def test_bad_device(run, tmp_path, capsys):
     """The message names the option."""
     assert run(CAT, '--device', 'abacus') == 2
-    assert "--device: cannot use 'abacus'" in error_line(capsys)
+    assert "device: cannot use 'abacus'" in error_line(capsys)
     assert written(tmp_path) == []
 
 
@@ -364,12 +381,13 @@ def test_bare_weights_have_no_labels(models, tmp_path):
 def test_checkpoint_arguments(tmp_path):
     """ξ, stride and the number of classes of a training checkpoint are those of the explained model."""
     model = timm.create_model(NANO, num_classes=3, xi=1., backbone_stride=2).eval()
-    args = argparse.Namespace(num_classes=3, xi=1., model_kwargs={'backbone_stride': 2}, label_names=None)
-    torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'last.pth.tar')
-    flags = ['explain', str(CAT), '--model', NANO, '--checkpoint', str(tmp_path / 'last.pth.tar')]
+    config = model_config(NANO, {'num_classes': 3, 'xi': 1., 'backbone_stride': 2}, ['a', 'b', 'c'])
+    torch.save({'state_dict': model.state_dict(), MODEL_CONFIG: config}, tmp_path / 'last.pth.tar')
+    flags = ['explain', str(CAT), '--checkpoint', str(tmp_path / 'last.pth.tar')]
     assert main([*flags, '--out', str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / f'{CAT.stem}.json').read_text())
     with torch.no_grad():
         expected = model(preprocess(model, open_image(CAT)).x[None])[0]
     assert numbers['patch_grid'] == [2, 2]
+    assert numbers['labels'] == ['a', 'b', 'c']
     assert numbers['logits'] == pytest.approx(expected.tolist(), abs=1e-5)

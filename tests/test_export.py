@@ -18,8 +18,9 @@ import timm_lossattn
 from test_cli import error_line
 from timm_lossattn import ResNetBackbone, export
 from timm_lossattn.cli import main
-from timm_lossattn.export import FORMATS, METADATA_FILE, OUTPUTS, export_model
 from timm_lossattn.explanation.preprocessing import open_image, preprocess
+from timm_lossattn.export import FORMATS, METADATA_FILE, OUTPUTS, export_model
+from timm_lossattn.models.patch_layers import PrimaryCapsules
 
 IMAGES = sorted((Path(__file__).parent / 'data').glob('*.png'))
 NANO, CAPS = 'resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano'
@@ -169,7 +170,8 @@ HEADS = {
     'avg': partial(timm.create_model, NANO, global_pool='avg', backbone=SMALL),
     'attn': partial(timm.create_model, NANO, global_pool='attn', backbone=SMALL),
     'gatedattn': partial(timm.create_model, NANO, global_pool='gatedattn', backbone=SMALL),
-    'routing': partial(timm.create_model, 'resnet18_routing_caps', backbone=SMALL, patch_args=dict(capsules=4)),
+    'routing': partial(timm.create_model, 'resnet18_routing_caps', backbone=SMALL,
+                       patch_layers=partial(PrimaryCapsules, capsules=4)),
     'plain': partial(timm.create_model, 'resnet18_cifar', backbone=SMALL),
     'stride': partial(timm.create_model, f'{NANO}_s2', backbone=SMALL, in_chans=1, num_classes=3),
     'vgg': partial(timm.create_model, 'vgg11_bn_lossattn_caps_nano'),
@@ -237,7 +239,7 @@ def test_model_is_not_changed(tmp_path):
     model.set_grad_checkpointing()
     export_model(model, tmp_path / 'model.pt', 'torchscript')
     assert model.training
-    assert model.grad_checkpointing
+    assert model.backbone.grad_checkpointing
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     metadata = read_metadata(tmp_path / 'model.pt', 'torchscript')
     assert metadata['labels'] == ['class 0', 'class 1', 'class 2']
@@ -278,10 +280,9 @@ def test_command(format, tmp_path, capsys):
     ((NANO, '--format', 'torchscript', '--out', 'a.pt', '--opset', '18'), 'opset: torchscript has none'),
     ((NANO, '--format', 'torchscript', '--out', 'a.pt', '--img-size', '0'), 'img_size must be positive'),
     ((NANO, '--format', 'torchscript', '--out', 'a.pt', '--img-size', '8'), 'Input too small for one patch'),
-    ((NANO, '--format', 'torchscript', '--out', 'a.pt', '--checkpoint', 'no.pt'), '--checkpoint: no such file: no.pt'),
-    (('resnet18_lossattn_conv', '--format', 'torchscript', '--out', 'a.pt'), 'MODEL: resnet18_lossattn_conv has no'),
-    (('resnet18', '--format', 'torchscript', '--out', 'a.pt'), 'MODEL: resnet18 is no patch model'),
-    (('nonsense', '--format', 'torchscript', '--out', 'a.pt'), "MODEL: no model 'nonsense'"),
+    ((NANO, '--format', 'torchscript', '--out', 'a.pt', '--checkpoint', 'no.pt'), 'checkpoint: no such file: no.pt'),
+    (('resnet18_lossattn_conv', '--format', 'torchscript', '--out', 'a.pt'), 'model: resnet18_lossattn_conv has no'),
+    (('nonsense', '--format', 'torchscript', '--out', 'a.pt'), "model: timm has no model 'nonsense'"),
 ])
 def test_errors(args, what, tmp_path, monkeypatch, capsys):
     """One line, exit code 2, no file."""

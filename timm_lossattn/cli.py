@@ -166,8 +166,8 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser('explain', help='which part of each image decided: a PNG and a JSON for each')
     command.add_argument('images', nargs='+', metavar='IMAGE', help='any image that Pillow opens')
     command.add_argument('--model', metavar='NAME',
-                         help=f'any timm model, lossattn.(any timm model), hf-hub:ORG/NAME, local-dir:FOLDER; default: what '
-                              f'--checkpoint says, or {DEFAULT_MODEL}')
+                         help='any timm model, lossattn.(any timm model), hf-hub:ORG/NAME or local-dir:FOLDER '
+                              f'(default: what --checkpoint says, or {DEFAULT_MODEL})')
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')
     command.add_argument('--against', metavar='CLASS', help='why not this class? (default: the mean of all others)')

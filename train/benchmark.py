@@ -2,67 +2,96 @@
 """Speed and memory of any model: forward, training step, patch outputs, patch loss, gradient checkpointing, compile.
 
     python train/benchmark.py --model resnet18_lossattn_conv --batch-size 32 --channels-last --json benchmark.json
+    python train/benchmark.py --capsules --batch-size 16
 
 What is compared runs by turns in one process, in an order that turns round each time. Times are medians, ratios the
 medians of the ratios within a turn: on a busy machine trust the ratios, not the times. "Fraction" is of the rate of one
 large matrix product measured in the same run, in the same dtype. Peak memory is what a step adds to what model and
 batch already take: CUDA's allocator, or on the CPU the growth of the resident set of a process of its own (Linux).
+
+--capsules times capsule patch layers, one convolution each, against the same mathematics as loops over capsule units
+with the same weights, after a check that outputs and input gradients are the same; exit code 1 under 1.5 times.
 """
-import argparse
 import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
 from timm.task import ClassificationTask
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from record import command_line, environment, write_json
+from lib.build import default_loss
+from lib.flags import flag, parse, positive_int
+from lib.model import count_gmacs
+from lib.record import command_line, environment, print_table
+from lib.script import script
 from timm_lossattn import LossAttentionLoss, LossAttentionTask
+from timm_lossattn.attention import CapsuleLossAttentionHead
 from timm_lossattn.explanation import explain
+from timm_lossattn.files import write_json
+from timm_lossattn.loading import check_name
+from timm_lossattn.models.patch_layers import CapsulePatchLayers
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+MINIMUM = 1.5  # times that one convolution must be faster than loops
 
 
-def build(args) -> tuple[Any, torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Benchmark."""
+    model: str = flag('resnet18_lossattn_conv', metavar='NAME')
+    capsules: bool = flag(False, 'the capsule layers instead of a model')
+    batch_size: int = flag(32, short='-b', type=positive_int, metavar='N')
+    img_size: int | None = flag(None, metavar='N')
+    device: str = flag('cuda' if torch.cuda.is_available() else 'cpu')
+    dtype: str = flag('float32', 'autocast dtype', choices=DTYPES)
+    channels_last: bool = flag(False)
+    torchcompile: bool = flag(False, 'also compiled')
+    matmul_size: int = flag(2048, 'n of the n × n product', metavar='N')
+    warmup: int = flag(1, metavar='N')
+    repeats: int = flag(5, type=positive_int, metavar='N')
+    only: str | None = flag(None, choices=('speed', 'memory'))
+    json: Path | None = flag(None, metavar='FILE')
+
+
+def build(options: BenchmarkOptions) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """Model in train mode, images, labels."""
     torch.manual_seed(0)
-    model: Any = timm.create_model(args.model).to(args.device).train()
-    size = args.img_size or model.default_cfg['input_size'][1]
-    x = torch.randn(args.batch_size, model.default_cfg['input_size'][0], size, size, device=args.device)
-    if args.channels_last:
+    model: Any = timm.create_model(options.model).to(options.device).train()
+    channels, size, _ = model.default_cfg['input_size']
+    size = options.img_size or size
+    x = torch.randn(options.batch_size, channels, size, size, device=options.device)
+    if options.channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    return model, x, torch.randint(model.num_classes, (args.batch_size,), device=args.device)
+    return model, x, torch.randint(model.num_classes, (options.batch_size,), device=options.device)
 
 
-def autocast(args) -> Any:
+def autocast(options: BenchmarkOptions) -> Any:
     """For half precision; nothing for float32."""
-    if args.dtype == 'float32':
+    if options.dtype == 'float32':
         return nullcontext()
-    return torch.autocast(torch.device(args.device).type, dtype=DTYPES[args.dtype])
+    return torch.autocast(torch.device(options.device).type, dtype=DTYPES[options.dtype])
 
 
-def by_turns(functions: dict[str, Callable[[], Any]], args) -> dict[str, list[float]]:
+def by_turns(functions: dict[str, Callable[[], Any]], options: BenchmarkOptions) -> dict[str, list[float]]:
     """Seconds of each function in each turn; every other turn goes backwards, and the first ones do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(args.warmup + args.repeats):
+    for i in range(options.warmup + options.repeats):
         for name, function in list(functions.items())[::1 if i % 2 else -1]:
-            if args.device.startswith('cuda'):
+            if options.device.startswith('cuda'):
                 torch.cuda.synchronize()
             start = time.perf_counter()
             function()
-            if args.device.startswith('cuda'):
+            if options.device.startswith('cuda'):
                 torch.cuda.synchronize()
-            if i >= args.warmup:
+            if i >= options.warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -72,21 +101,12 @@ def ratio(seconds: dict[str, list[float]], name: str, other: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[other]))
 
 
-def count_gmacs(model: nn.Module, x: torch.Tensor) -> float:
-    """Billions of multiply-adds in convolutions and matrix products for one image."""
-    training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(x[:1])
-    model.train(training)
-    return counter.get_total_flops() / 2e9
-
-
-def step_function(task: Any, x: torch.Tensor, y: torch.Tensor, args) -> Callable[[], None]:
+def step_function(task: Any, x: torch.Tensor, y: torch.Tensor, options: BenchmarkOptions) -> Callable[[], None]:
     """A training step: forward, loss, backward, SGD."""
     optimizer = torch.optim.SGD(task.parameters(), lr=1e-6, momentum=0.9)
 
     def step() -> None:
-        with autocast(args):
+        with autocast(options):
             loss = task(x, y)['loss']
         loss.backward()
         optimizer.step()
@@ -94,50 +114,52 @@ def step_function(task: Any, x: torch.Tensor, y: torch.Tensor, args) -> Callable
     return step
 
 
-def measure_speed(args) -> dict[str, Any]:
+def measure_speed(options: BenchmarkOptions) -> dict[str, Any]:
     """All the times, as images/s and ratios."""
-    model, x, y = build(args)
-    patches = getattr(model, 'global_pool', None) == 'lossattn'
+    model, x, y = build(options)
+    patches = default_loss(model) == 'loss_attention'
     gmacs = count_gmacs(model, x)
     result: dict[str, Any] = {
         'parameters_million': sum(p.numel() for p in model.parameters()) / 1e6, 'gmacs': gmacs,
-        'batch_size': args.batch_size, 'img_size': x.shape[-1]}
-    n = args.matmul_size
-    a, b = (torch.randn(n, n, device=args.device, dtype=DTYPES[args.dtype]) for _ in range(2))
+        'batch_size': options.batch_size, 'img_size': x.shape[-1]}
+    n = options.matmul_size
+    a, b = (torch.randn(n, n, device=options.device, dtype=DTYPES[options.dtype]) for _ in range(2))
 
     def inference(function: Callable) -> Callable[[], None]:
         def call() -> None:
-            with torch.inference_mode(), autocast(args):
+            with torch.inference_mode(), autocast(options):
                 function(x)
         return call
 
     model.eval()
-    functions = {'matmul': lambda: a @ b, 'forward': inference(model)}
+    functions: dict[str, Callable[[], Any]] = {'matmul': lambda: a @ b, 'forward': inference(model)}
     if patches:
         functions['forward_patches'] = inference(model.forward_patches)
         functions['explain'] = inference(lambda x: explain(model, x))
-    if args.torchcompile:
+    if options.torchcompile:
         functions['forward_compiled'] = inference(torch.compile(model))
-    seconds = by_turns(functions, args)
-    flops = 2e9 * gmacs * args.batch_size
+    seconds = by_turns(functions, options)
+    flops = 2e9 * gmacs * options.batch_size
     matmul_flops = 2. * n ** 3
     result['matmul_gflops'] = 1e-9 * matmul_flops / statistics.median(seconds['matmul'])
-    result['forward_images_per_second'] = args.batch_size / statistics.median(seconds['forward'])
+    result['forward_images_per_second'] = options.batch_size / statistics.median(seconds['forward'])
     result['forward_fraction_of_matmul'] = flops / matmul_flops * ratio(seconds, 'matmul', 'forward')
     if patches:
         result['patch_outputs_cost'] = ratio(seconds, 'forward_patches', 'forward') - 1
         result['explain_cost'] = ratio(seconds, 'explain', 'forward') - 1
-    if args.torchcompile:
+    if options.torchcompile:
         result['compiled_forward_speedup'] = ratio(seconds, 'forward', 'forward_compiled')
 
     model.train()
+
+    def create_task() -> Any:
+        return LossAttentionTask(model) if patches else ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+
     plain = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
-    functions = {'matmul': lambda: a @ b, 'plain': step_function(plain, x, y, args)}
+    functions = {'matmul': lambda: a @ b, 'plain': step_function(plain, x, y, options)}
     if patches:
-        task = LossAttentionTask(model)
-        task.set_epoch(80)  # γ_max
-        functions['task'] = step_function(task, x, y, args)
-        with torch.no_grad(), autocast(args):
+        functions['task'] = step_function(create_task(), x, y, options)
+        with torch.no_grad(), autocast(options):
             prediction = model.forward_patches(x)
         loss = LossAttentionLoss()
 
@@ -148,19 +170,62 @@ def measure_speed(args) -> dict[str, Any]:
         def plain_loss() -> None:
             nn.functional.cross_entropy(prediction.logits.detach().float().requires_grad_(), y).backward()
         functions |= {'loss': loss_alone, 'plain_loss': plain_loss}
-    if args.torchcompile:
-        compiled = LossAttentionTask(model) if patches else ClassificationTask(model, nn.CrossEntropyLoss())
+    if options.torchcompile:
+        compiled = create_task()
         compiled.compile()
-        functions['compiled'] = step_function(compiled, x, y, args)
-    seconds = by_turns(functions, args)
-    result['train_images_per_second'] = args.batch_size / statistics.median(seconds['plain'])
+        functions['compiled'] = step_function(compiled, x, y, options)
+    seconds = by_turns(functions, options)
+    result['train_images_per_second'] = options.batch_size / statistics.median(seconds['plain'])
     result['train_fraction_of_matmul'] = 3 * flops / matmul_flops * ratio(seconds, 'matmul', 'plain')
     if patches:
         result['task_cost'] = ratio(seconds, 'task', 'plain') - 1
         result['loss_cost'] = ratio(seconds, 'loss', 'plain') - ratio(seconds, 'plain_loss', 'plain')
-    if args.torchcompile:
+    if options.torchcompile:
         result['compiled_train_speedup'] = ratio(seconds, 'task' if patches else 'plain', 'compiled')
     return result
+
+
+def looped(layer: Any, capsules: int, x: torch.Tensor) -> torch.Tensor:
+    """A ConvNormAct of C·D channels as D convolutions of C channels, to (B, C, D, H', W')."""
+    conv, bn = layer.conv, layer.bn
+    dims = conv.out_channels // capsules
+    units = []
+    for d in range(dims):
+        rows = slice(d, None, dims)  # channel c·D + d
+        unit = nn.functional.conv2d(x, conv.weight[rows], conv.bias[rows], conv.stride)
+        unit = nn.functional.batch_norm(
+            unit, None, None, bn.weight[rows], bn.bias[rows], training=True, eps=bn.eps)
+        units.append(unit.relu())
+    return torch.stack(units, dim=2)
+
+
+def measure_capsules(options: BenchmarkOptions, channels: int = 512) -> dict[str, Any]:
+    """Forward and backward of capsule layers and their head, as one convolution each and as loops.
+
+    The loops are 16 convolutions for the primary capsules and 128 for the second layer, with batch norm and ReLU each.
+    """
+    torch.manual_seed(0)
+    layers: Any = CapsulePatchLayers(channels).to(options.device).train()
+    head: Any = CapsuleLossAttentionHead(64, 128, 10).to(options.device)
+    size = options.img_size or 32
+    x = torch.randn(options.batch_size, channels, size, size, device=options.device)
+
+    def loops(x: torch.Tensor) -> torch.Tensor:
+        lengths = torch.linalg.vector_norm(looped(layers.primary.conv, layers.primary.capsules, x), dim=2)
+        return looped(layers.secondary, layers.capsules, (lengths - layers.length.offset).relu()).flatten(1, 2)
+
+    def step(function: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = x.detach().requires_grad_()
+        logits = head(function(leaf))
+        logits.square().sum().backward()
+        assert leaf.grad is not None
+        return logits.detach(), leaf.grad
+
+    for name, a, b in zip(('logits', 'input gradients'), step(layers), step(loops)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=f'{name} differ')
+    seconds = by_turns({'one': lambda: step(layers), 'loops': lambda: step(loops)}, options)
+    return {'batch_size': options.batch_size, 'one_convolution_seconds': statistics.median(seconds['one']),
+            'loops_seconds': statistics.median(seconds['loops']), 'loops_over_one': ratio(seconds, 'loops', 'one')}
 
 
 def resident_bytes(key: str) -> int:
@@ -169,13 +234,13 @@ def resident_bytes(key: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-def step_memory(args, checkpointing: bool) -> int:
+def step_memory(options: BenchmarkOptions, checkpointing: bool) -> int:
     """Bytes that one training step adds at its peak."""
-    model, x, y = build(args)
+    model, x, y = build(options)
     model.set_grad_checkpointing(checkpointing)
-    step = step_function(ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False), x, y, args)
+    step = step_function(ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False), x, y, options)
     step()  # gradients and momentum exist from here on
-    if args.device.startswith('cuda'):
+    if options.device.startswith('cuda'):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
@@ -186,52 +251,34 @@ def step_memory(args, checkpointing: bool) -> int:
     return resident_bytes('VmHWM') - before
 
 
-def measure_memory(args) -> dict[str, float]:
+def measure_memory(options: BenchmarkOptions) -> dict[str, float]:
     """Peak of a step in MiB with and without gradient checkpointing, each in a fresh process."""
     context = multiprocessing.get_context('spawn')
     result = {}
     for name, checkpointing in (('peak_memory_mib', False), ('peak_memory_checkpointing_mib', True)):
         with context.Pool(1) as pool:
-            result[name] = pool.apply(step_memory, (args, checkpointing)) / 2 ** 20
+            result[name] = pool.apply(step_memory, (options, checkpointing)) / 2 ** 20
     return result
 
 
+@script
 def main(argv: list[str] | None = None) -> int:
     """Benchmark; errors in what the user gave are one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='resnet18_lossattn_conv', metavar='NAME')
-    parser.add_argument('-b', '--batch-size', type=int, default=32, metavar='N')
-    parser.add_argument('--img-size', type=int, metavar='N')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--dtype', default='float32', choices=DTYPES, help='autocast dtype')
-    parser.add_argument('--channels-last', action='store_true')
-    parser.add_argument('--torchcompile', action='store_true', help='also compiled')
-    parser.add_argument('--matmul-size', type=int, default=2048, metavar='N', help='n of the n × n product')
-    parser.add_argument('--warmup', type=int, default=1, metavar='N')
-    parser.add_argument('--repeats', type=int, default=5, metavar='N')
-    parser.add_argument('--only', choices=('speed', 'memory'))
-    parser.add_argument('--json', type=Path, metavar='FILE')
-    args = parser.parse_args(argv)
-    if not timm.is_model(args.model):
-        print(f'error: --model: timm has no model {args.model!r}, nor has timm_lossattn.', file=sys.stderr)
-        return 2
-    result = {'model': args.model, 'dtype': args.dtype, 'channels_last': args.channels_last}
-    if args.only != 'memory':
-        result |= measure_speed(args)
-    if args.only != 'speed':
-        result |= measure_memory(args)
-    result |= {'command': command_line(argv),
-               **environment(torch.device(args.device).type, 1)}
-    table = Table(title=args.model, title_justify='left')
-    table.add_column('measure')
-    table.add_column('value', justify='right')
-    for name, value in result.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            table.add_row(name, f'{value:,}' if isinstance(value, int) else f'{value:,.4g}')
-    Console().print(table)
-    if args.json:
-        write_json(args.json, result)
-    return 0
+    options = parse(BenchmarkOptions, __doc__, argv)
+    check_name(options.model)
+    name = 'capsule layers' if options.capsules else options.model
+    result: dict[str, Any] = {'model': name, 'dtype': options.dtype, 'channels_last': options.channels_last}
+    if options.capsules:
+        result |= measure_capsules(options)
+    elif options.only != 'memory':
+        result |= measure_speed(options)
+    if options.only != 'speed' and not options.capsules:
+        result |= measure_memory(options)
+    result |= {'command': command_line(argv), **environment(torch.device(options.device).type)}
+    print_table(name, result)
+    if options.json:
+        write_json(options.json, result)
+    return 1 if options.capsules and result['loops_over_one'] < MINIMUM else 0
 
 
 if __name__ == '__main__':

@@ -22,27 +22,50 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from captum.attr import IntegratedGradients
-from pytorch_grad_cam import GradCAM
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from boxes import collate_boxes
-from flags import add_data_flags, positive_int
-from record import command_line, environment, write_json
-from timm_lossattn.explanation import explain, square_box
+from lib.boxes import collate_boxes, open_patch_model
+from lib.extras import need
+from lib.flags import flag, parse, positive_int
+from lib.options import EvalOptions
+from lib.plots import ORANGE, draw_box, images_of, panels, save, show_heat
+from lib.record import command_line, environment
+from lib.script import script
 from timm_lossattn.evaluation.faithfulness import completeness_error, deletion_insertion, patch_scores, pointing_game
-from timm_lossattn.evaluation.metrics import BoxLocalization
-from validate import add_weights_flags, open_boxed
+from timm_lossattn.explanation import explain, square_box
+from timm_lossattn.files import replace_file, write_json
+
+try:
+    from captum.attr import IntegratedGradients
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    from timm_lossattn.evaluation.metrics import BoxLocalization
+except ImportError:
+    need('train,compare', 'torchmetrics', 'captum', 'pytorch_grad_cam')
+    raise
 
 THRESHOLD = 0.2  # of the hottest pixel: B. Zhou et al., "Learning Deep Features for Discriminative Localization"
 Explainer = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class CompareOptions(EvalOptions):
+    """Comparison."""
+    images: int = flag(200, 'in a fixed random order', type=positive_int, metavar='N')
+    batch_size: int = flag(20, short='-b', type=positive_int, metavar='N')
+    ig_steps: int = flag(50, 'of integrated gradients; 0: without', metavar='N')
+    deletion: bool = flag(True, 'deletion and insertion: 2 (M + 1) forward passes for each image and tool',
+                          action=argparse.BooleanOptionalAction)
+    rows: int = flag(6, 'images in the picture', type=positive_int, metavar='N')
+    output: Path = flag(Path('output/compare'), metavar='DIR')
 
 
 class RawGradCAM(GradCAM):
@@ -93,12 +116,12 @@ def hot_box(heat: torch.Tensor) -> torch.Tensor:
     y, x = torch.nonzero(heat >= THRESHOLD * heat.max(), as_tuple=True)
     if not heat.max() > 0:
         return torch.zeros(4, dtype=torch.long)
-    return square_box(torch.stack([x, y, x + 1, y + 1], dim=1), tuple(heat.shape))
+    return square_box(torch.stack([x, y, x + 1, y + 1], dim=1), (heat.shape[0], heat.shape[1]))
 
 
-def compare(args, model: Any, loader: DataLoader) -> tuple[dict[str, dict[str, float]], list]:
+def compare(options: CompareOptions, model: Any, loader: DataLoader) -> tuple[dict[str, dict[str, float]], list]:
     """Measures of each tool, and (image, boxes, heat maps) of the first images for the picture."""
-    explainers = create_explainers(model, args.ig_steps)
+    explainers = create_explainers(model, options.ig_steps)
     located = {name: BoxLocalization() for name in [*explainers, 'ours, α > 0']}
     collected: dict[str, dict[str, list]] = {
         name: {k: [] for k in ('pointing', 'deletion', 'insertion', 'completeness', 'ms')} for name in explainers}
@@ -114,20 +137,20 @@ def compare(args, model: Any, loader: DataLoader) -> tuple[dict[str, dict[str, f
             seconds = time.perf_counter() - start
             maps[name] = heat
             found = collected[name]
-            if len(x) == args.batch_size:
+            if len(x) == options.batch_size:
                 found['ms'].append(1000 * seconds / len(x))
             located[name].update(torch.stack([hot_box(one) for one in heat]), boxes, correct)
             where = [i for i, truth in enumerate(boxes) if len(truth)]
             if where:
                 found['pointing'] += (100 * pointing_game(heat[where], [boxes[i] for i in where])).tolist()
-            if args.deletion:
+            if options.deletion:
                 scores = patch_scores(heat, first.patch_boxes)
                 deletion, insertion = deletion_insertion(model, x, scores, y, first.patch_boxes)
                 found['deletion'] += deletion.tolist()
                 found['insertion'] += insertion.tolist()
             found['completeness'] += completeness_error(parts, total).tolist()
         shown += [(x[i], boxes[i], int(y[i]), {n: maps[n][i] for n in explainers}) for i in range(len(x))]
-        shown = shown[:args.rows]
+        shown = shown[:options.rows]
     result: dict[str, dict[str, float]] = {}
     for name, metric in located.items():
         result[name] = {k: float(v) for k, v in metric.compute().items()} if metric.images else {}
@@ -144,35 +167,24 @@ def compare(args, model: Any, loader: DataLoader) -> tuple[dict[str, dict[str, f
 
 def draw(shown: list, data_config: dict[str, Any], labels: list[str], file: Path) -> None:
     """A row for each image: the image with its boxes, then each tool's heat map over it."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    from matplotlib.patches import Rectangle
     names = list(shown[0][3])
-    figure, axes = plt.subplots(len(shown), 1 + len(names), figsize=(2.3 * (1 + len(names)), 2.4 * len(shown) + 0.4),
-                                squeeze=False, layout='constrained')
-    mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    figure, axes = panels(len(shown), 1 + len(names), 2.3 * (1 + len(names)), 2.4 * len(shown) + 0.4)
     for row, (x, boxes, y, maps) in zip(axes, shown):
-        image = (x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+        image = images_of(x, data_config)
         row[0].imshow(image)
         row[0].set_title(labels[y], fontsize=10, parse_math=False)
-        for x0, y0, x1, y1 in boxes.tolist():
-            for ax in row:
-                ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor='#E69F00', lw=2))
         for ax, name in zip(row[1:], names):
-            heat = maps[name].numpy()
-            limit = float(abs(maps[name].nan_to_num(0.)).max()) or 1.
-            ax.imshow(image.mean(axis=2), cmap='gray', alpha=0.6)
-            ax.imshow(heat, cmap='PuOr_r', vmin=-limit, vmax=limit, alpha=0.65)
+            show_heat(ax, image, maps[name])
             if ax in axes[0]:
                 ax.set_title(name, fontsize=10)
         for ax in row:
             ax.set(xticks=[], yticks=[])
+            for box in boxes:
+                draw_box(ax, box, ORANGE)
     figure.supxlabel(
         'brown: for the label, purple: against it, each map scaled by itself'
         + ('; orange: true box' if any(len(boxes) for _, boxes, *_ in shown) else ''), fontsize=9)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save(figure, file)
 
 
 def markdown(result: dict[str, dict[str, float]], images: int, batch_size: int, command: str) -> str:
@@ -189,40 +201,25 @@ def markdown(result: dict[str, dict[str, float]], images: int, batch_size: int, 
     return '\n'.join(lines) + '\n'
 
 
+@script
 def main(argv: list[str] | None = None) -> int:
     """Compare; errors in what the user gave are one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_data_flags(parser)
-    add_weights_flags(parser)
-    parser.add_argument('--images', type=positive_int, default=200, metavar='N', help='in a fixed random order')
-    parser.add_argument('-b', '--batch-size', type=positive_int, default=20, metavar='N')
-    parser.add_argument('--ig-steps', type=int, default=50, metavar='N', help='of integrated gradients; 0: without')
-    parser.add_argument('--deletion', action=argparse.BooleanOptionalAction, default=True,
-                        help='deletion and insertion: 2 (M + 1) forward passes for each image and tool')
-    parser.add_argument('--rows', type=positive_int, default=6, metavar='N', help='images in the picture')
-    parser.add_argument('--output', type=Path, default=Path('output/compare'), metavar='DIR')
-    parser.set_defaults(distributed=False, rank=0, world_size=1, device='cpu')
-    args = parser.parse_args(argv)
-    try:
-        if args.multi_label:
-            raise ValueError('--multi-label: each image must have one label to explain')
-        model, data_config, boxed, labels = open_boxed(args)
-    except (ValueError, OSError) as error:
-        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
-        return 2
-    order = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:args.images].tolist()
-    loader = DataLoader(torch.utils.data.Subset(boxed, order), args.batch_size, collate_fn=collate_boxes)
-    result, shown = compare(args, model, loader)
-    args.output.mkdir(parents=True, exist_ok=True)
+    options = parse(CompareOptions, __doc__, argv)
+    if options.multi_label:
+        raise ValueError('--multi-label: each image must have one label to explain')
+    model, data_config, boxed, labels = open_patch_model(options)
+    order = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
+    loader: Any = DataLoader(Subset(boxed, order), options.batch_size, collate_fn=collate_boxes)
+    result, shown = compare(options, model, loader)
+    options.output.mkdir(parents=True, exist_ok=True)
     command = command_line(argv)
-    text = markdown(result, len(order), args.batch_size, command)
-    (args.output / 'compare.md').write_text(text)
-    write_json(args.output / 'compare.json', {
-        'model': args.model, 'images': len(order), 'batch_size': args.batch_size, 'tools': result,
-        'command': command, **environment('cpu', 1)})
-    draw(shown, data_config, labels, args.output / 'compare.png')
-    print(f'{text}\n{args.output}/compare.json, .md, .png')
+    text = markdown(result, len(order), options.batch_size, command)
+    replace_file(options.output / 'compare.md', text.encode())
+    write_json(options.output / 'compare.json', {
+        'model': options.name, 'images': len(order), 'batch_size': options.batch_size, 'tools': result,
+        'command': command, **environment()})
+    draw(shown, data_config, labels, options.output / 'compare.png')
+    print(f'{text}\n{options.output}/compare.json, .md, .png')
     return 0
 
 

@@ -8,29 +8,35 @@ Figure 5: the selected patches, brighter the larger their weight. Figure 6: the 
 their IoU. Images are the first --images that the model classifies correctly, in a fixed random order. Figures 4 and 5
 need no boxes.
 """
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 
-from flags import add_data_flags, positive_int
+from lib.boxes import open_patch_model
+from lib.extras import need
+from lib.flags import flag, parse, positive_int
+from lib.options import EvalOptions
+from lib.plots import BLUE, ORANGE, draw_box, images_of, panels, save, show_heat
+from lib.script import script
 from timm_lossattn.explanation import Explanation, explain
-from timm_lossattn.evaluation.metrics import box_iou
-from validate import add_weights_flags, open_boxed
 
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
-from matplotlib.patches import Rectangle
-
-TRUE_COLOR, ESTIMATED_COLOR = '#56B4E9', '#E69F00'  # Okabe & Ito
 TITLES = {
     4: 'Evidence for the label: brown for, purple against, each image scaled by itself',
     5: 'Selected patches: brighter where the weight α is larger, black where nothing is selected',
     6: 'Estimated box (orange, dashed) and true box (blue), with their IoU',
 }
+
+
+@dataclass(frozen=True)
+class FigureOptions(EvalOptions):
+    """Figure."""
+    figure: int = flag(None, type=int, required=True, choices=(4, 5, 6))
+    images: int = flag(12, type=positive_int, metavar='N')
+    columns: int = flag(6, type=positive_int, metavar='N')
+    output: Path | None = flag(None, 'default: output/figureN.png', metavar='FILE')
 
 
 def draw_panel(figure: int, ax: Any, image: Any, explanation: Explanation, boxes: torch.Tensor) -> None:
@@ -44,68 +50,49 @@ def draw_panel(figure: int, ax: Any, image: Any, explanation: Explanation, boxes
         boxes: (L, 4) true boxes.
     """
     if figure == 4:
-        heat = explanation.pixel_map(explanation.evidence)[0]
-        limit = float(heat.nan_to_num(0.).abs().max()) or 1.
-        ax.imshow(image.mean(axis=2), cmap='gray', vmin=0, vmax=1, alpha=0.6)
-        ax.imshow(heat.numpy(), cmap='PuOr_r', vmin=-limit, vmax=limit, alpha=0.65)
+        show_heat(ax, image, explanation.pixel_map(explanation.evidence)[0])
     elif figure == 5:
         weight = explanation.pixel_map(explanation.prediction.alpha * explanation.selected)[0].nan_to_num(0.)
         ax.imshow(image * (weight / weight.max()).sqrt().numpy()[..., None])
     else:
+        from timm_lossattn.evaluation.metrics import box_iou
         ax.imshow(image)
-        estimated = explanation.boxes
-        for color, style, box in [*((TRUE_COLOR, '-', b) for b in boxes), (ESTIMATED_COLOR, '--', estimated[0])]:
-            x0, y0, x1, y1 = box.tolist()
-            ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=color, lw=2.5,
-                                   linestyle=style, clip_on=False))
-        ax.set_xlabel(f'IoU {float(box_iou(estimated, boxes).max()):.2f}', fontsize=9)
+        for box in boxes:
+            draw_box(ax, box, BLUE)
+        draw_box(ax, explanation.boxes[0], ORANGE, '--')
+        ax.set_xlabel(f'IoU {float(box_iou(explanation.boxes, boxes).max()):.2f}', fontsize=9)
 
 
+@script
 def main(argv: list[str] | None = None) -> int:
     """Draw; errors in what the user gave are one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_data_flags(parser)
-    parser.add_argument('--figure', type=int, required=True, choices=(4, 5, 6))
-    add_weights_flags(parser)
-    parser.add_argument('--images', type=positive_int, default=12, metavar='N')
-    parser.add_argument('--columns', type=positive_int, default=6, metavar='N')
-    parser.add_argument('--output', type=Path, metavar='FILE', help='default: output/figureN.png')
-    parser.set_defaults(distributed=False, rank=0, world_size=1, device='cpu', batch_size=1)
-    args = parser.parse_args(argv)
-    try:
-        model, config, boxed, labels = open_boxed(args)
-    except (ValueError, OSError) as error:
-        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
-        return 2
-    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    options = parse(FigureOptions, __doc__, argv)
+    need('train', 'torchmetrics')
+    model, config, boxed, labels = open_patch_model(options)
     chosen: list = []
     for index in torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0)).tolist():
         x, y, boxes = boxed[index]
-        explanation = explain(model, x[None], multi_label=args.multi_label)
+        explanation = explain(model, x[None], multi_label=options.multi_label)
         k = int(explanation.target)
         right = k == y if isinstance(y, int) else bool(y[k] > 0.5)  # multi-label: (K,)
-        if right and (len(boxes) or args.figure != 6):
-            chosen.append(((x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), k, boxes, explanation))
-        if len(chosen) == args.images:
+        if right and (len(boxes) or options.figure != 6):
+            chosen.append((images_of(x, config), k, boxes, explanation))
+        if len(chosen) == options.images:
             break
     if not chosen:
-        print('error: --model: no image (Figure 6: none with boxes) is classified correctly', file=sys.stderr)
-        return 2
-    rows = -(-len(chosen) // args.columns)
-    picture, axes = plt.subplots(
-        rows, args.columns, figsize=(1.9 * args.columns, 2.25 * rows + 0.4), squeeze=False, layout='constrained')
+        raise ValueError('--model: no image (Figure 6: none with boxes) is classified correctly')
+    rows = -(-len(chosen) // options.columns)
+    picture, axes = panels(rows, options.columns, 1.9 * options.columns, 2.25 * rows + 0.4)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.set_axis_off()
     for ax, (image, k, boxes, explanation) in zip(axes.flat, chosen):
         ax.set_axis_on()
         ax.set_title(labels[k], fontsize=10, parse_math=False)
-        draw_panel(args.figure, ax, image, explanation, boxes)
-    picture.suptitle(TITLES[args.figure], fontsize=11)
-    out = args.output or Path(f'output/figure{args.figure}.png')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture.savefig(out, dpi=110)
+        draw_panel(options.figure, ax, image, explanation, boxes)
+    picture.suptitle(TITLES[options.figure], fontsize=11)
+    out = options.output or Path(f'output/figure{options.figure}.png')
+    save(picture, out)
     print(out)
     return 0
 

@@ -12,23 +12,26 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from lib.model import count_gmacs
+from timm_lossattn.files import replace_file
 from timm_lossattn.loading import list_patch_models
 
 BEGIN, END = '<!-- begin: python train/model_table.py -->', '<!-- end -->'
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'train' / 'results'
+WEIGHTS = ROOT / 'hub' / 'weights'
 
 
 def weights(name: str) -> str:
-    """Tags with weights and their measured accuracy, from train/results."""
+    """Tags with weights and their measured accuracy, from hub/weights."""
     tags = []
     for tagged in timm.list_pretrained(name):
-        result = json.loads((RESULTS / f'{tagged}.json').read_text())
+        result = json.loads((WEIGHTS / tagged / 'result.json').read_text())
         tags.append(f'`{tagged.split(".", 1)[1]}` {result["shipped"]["top1"]:.2f} %')
     return ', '.join(tags) or '–'
 
@@ -37,23 +40,22 @@ def model_table() -> str:
     """The table, with its markers."""
     lines = [BEGIN, '', '| model | input | parameters (M) | GMACs | weights, top-1 |', '|---|---|--:|--:|---|']
     for name in list_patch_models():
-        model = timm.create_model(name, device='meta').eval()
+        model: Any = timm.create_model(name, device='meta').eval()
         size = model.default_cfg['input_size']
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, *size, device='meta'))
+        gmacs = count_gmacs(model, torch.empty(1, *size, device='meta'))
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        lines.append(f'| `{name}` | {size[1]}×{size[2]} | {parameters:.2f} | {counter.get_total_flops() / 2e9:.2f} | '
+        lines.append(f'| `{name}` | {size[1]}×{size[2]} | {parameters:.2f} | {gmacs:.2f} | '
                      f'{weights(name)} |')
     return '\n'.join([*lines, '', END])
 
 
 def weights_table() -> str:
-    """Every file in train/results: what was measured on the weights that ship, and how they were made."""
+    """Everything in hub/weights: what was measured on the weights, and how they were made."""
     lines = [BEGIN, '', '| weights | top-1 | top-5 | images | file | epochs | seed | hours | on |',
              '|---|--:|--:|--:|--:|--:|--:|--:|---|']
     commands = []
-    for file in sorted(RESULTS.glob('*.json')):
-        result = json.loads(file.read_text())
+    for file in sorted(WEIGHTS.glob('*/result.json')):
+        name, result = file.parent.name, json.loads(file.read_text())
         shipped = result['shipped']
         runs = [result]
         while 'initial' in runs[0]:  # started from another run's checkpoint
@@ -62,10 +64,10 @@ def weights_table() -> str:
         seeds = ', '.join(str(run['seed']) for run in runs)
         seconds = sum(run['seconds'] for run in runs)
         lines.append(
-            f'| `{file.stem}` | {shipped["top1"]:.2f} % | {shipped["top5"]:.2f} % | {shipped["images"]:,} | '
+            f'| `{name}` | {shipped["top1"]:.2f} % | {shipped["top5"]:.2f} % | {shipped["images"]:,} | '
             f'{shipped["bytes"] / 1e6:.2f} MB | {epochs} | {seeds} | '
             f'{seconds / 3600:.2f} | {result["hardware"]} |')
-        commands += ['', f'`{file.stem}`:', '', '```bash']
+        commands += ['', f'`{name}`:', '', '```bash']
         for command in (*(command for run in runs for command in run['commands']), shipped['command']):
             commands += wrap(command)
         commands.append('```')
@@ -113,7 +115,7 @@ def main() -> None:
         if table:
             before, rest = text.split(BEGIN)
             text = before + table + rest.split(END, 1)[1]
-        path.write_text(with_included_files(text))
+        replace_file(path, with_included_files(text).encode())
 
 
 if __name__ == '__main__':

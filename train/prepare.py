@@ -24,10 +24,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as PillowImage
 from tqdm import tqdm
+
+from lib.extras import need
+from lib.script import script
+from timm_lossattn.files import replace_file, write_json
+
+try:
+    import pyarrow.parquet as pq
+    from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+except ImportError:
+    need('train', 'pyarrow', 'datasets')
+    raise
 
 MD5 = {  # of the archives that the publishers serve
     'tiny-imagenet-200.zip': '90528d7ca1a48142e341f4ef8d21d0de',
@@ -183,15 +192,16 @@ def shards(rows: list[Row], shard_size: int) -> Iterator[tuple[int, int, list[Ro
         yield index, count, rows[index * shard_size:(index + 1) * shard_size]
 
 
-def write_split(out: Path, split: str, features: Features, source: Source, rows: list[Row], args) -> int:
+def write_split(out: Path, split: str, features: Features, source: Source, rows: list[Row], size: int | None,
+                shard_size: int) -> int:
     """Write the parquet files that are not there yet. Returns the number of images of the split."""
-    for index, count, part in shards(rows, args.shard_size):
+    for index, count, part in shards(rows, shard_size):
         file = out / 'data' / f'{split}-{index:05d}-of-{count:05d}.parquet'
         if file.is_file() and pq.read_metadata(file).num_rows == len(part):
             continue
         temporary = file.with_suffix('.tmp')
         with tqdm(part, desc=file.name, leave=False, dynamic_ncols=True) as bar:
-            loaded = [load_row(source, row, args.size) for row in bar]
+            loaded = [load_row(source, row, size) for row in bar]
         columns = {name: [row[name] for row in loaded] for name in features}
         Dataset.from_dict(columns, features=features).to_parquet(temporary)
         os.replace(temporary, file)
@@ -217,6 +227,7 @@ TERMS = {
 }
 
 
+@script
 def main(argv: list[str] | None = None) -> int:
     """Prepare; errors in what the user gave are one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,32 +237,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--size', type=int, metavar='N', help='stretch images to N × N (the paper: 64 for COCO)')
     parser.add_argument('--shard-size', type=int, default=10_000, metavar='N', help='images in a parquet file')
     args = parser.parse_args(argv)
-    try:
-        for name, value in (('--shard-size', args.shard_size), ('--size', args.size)):
-            if value is not None and value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value}')
-        features, splits, official = (tiny_imagenet if args.dataset == 'tiny-imagenet' else coco)(args.source)
-        found = tuple(len(rows) for _, rows in splits.values())
-        if official and found != official:
-            raise ValueError(f'{args.source}: {found[0]} training and {found[1]} validation images with labels, the '
-                             f'complete set has {official[0]} and {official[1]}')
-        settings = {'dataset': args.dataset, 'size': args.size, 'shard_size': args.shard_size, 'images': list(found)}
-        note = args.out / 'prepare.json'
-        if note.is_file() and json.loads(note.read_text()) != settings:
-            raise ValueError(f'OUT: {args.out} was begun with {note.read_text()}; go on with that, or choose another')
-        (args.out / 'data').mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(settings))
-        written = {split: write_split(args.out, split, features, source, rows, args)
-                   for split, (source, rows) in splits.items()}
-        title, terms = TERMS[args.dataset]
-        counts = ', '.join(f'{n:,} {split} images' for split, n in written.items())
-        size = f' --size {args.size}' if args.size else ''
-        (args.out / 'README.md').write_text(CARD.format(
-            title=title, terms=terms, counts=counts,
-            command=f'python train/prepare.py {args.dataset} {args.source.name} {args.out.name}{size}'))
-    except (ValueError, OSError) as error:
-        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
-        return 2
+    for name, value in (('--shard-size', args.shard_size), ('--size', args.size)):
+        if value is not None and value < 1:
+            raise ValueError(f'{name} must be at least 1, got {value}')
+    features, splits, official = (tiny_imagenet if args.dataset == 'tiny-imagenet' else coco)(args.source)
+    found = tuple(len(rows) for _, rows in splits.values())
+    if official and found != official:
+        raise ValueError(f'{args.source}: {found[0]} training and {found[1]} validation images with labels, the '
+                         f'complete set has {official[0]} and {official[1]}')
+    settings = {'dataset': args.dataset, 'size': args.size, 'shard_size': args.shard_size, 'images': list(found)}
+    note = args.out / 'prepare.json'
+    if note.is_file() and json.loads(note.read_text()) != settings:
+        raise ValueError(f'OUT: {args.out} was begun with {note.read_text()}; go on with that, or choose another')
+    (args.out / 'data').mkdir(parents=True, exist_ok=True)
+    write_json(note, settings)
+    written = {split: write_split(args.out, split, features, source, rows, args.size, args.shard_size)
+               for split, (source, rows) in splits.items()}
+    title, terms = TERMS[args.dataset]
+    counts = ', '.join(f'{n:,} {split} images' for split, n in written.items())
+    size = f' --size {args.size}' if args.size else ''
+    replace_file(args.out / 'README.md', CARD.format(
+        title=title, terms=terms, counts=counts,
+        command=f'python train/prepare.py {args.dataset} {args.source.name} {args.out.name}{size}').encode())
     print(f'{args.out}: {counts}')
     return 0
 

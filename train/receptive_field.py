@@ -14,26 +14,32 @@ for the patch in the middle of the grid, and report the share of ΣG inside the 
 around the patch's centre that hold half and 90 % of it, and the share of pixels with any influence at all. Writes
 receptive_field.png and .json.
 """
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from boxes import collate_boxes
-from flags import add_data_flags, positive_int
-from record import command_line, environment, write_json
-from validate import add_weights_flags, open_boxed
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
-from matplotlib.patches import Rectangle
+from lib.boxes import collate_boxes, open_patch_model
+from lib.flags import flag, parse, positive_int
+from lib.options import EvalOptions
+from lib.plots import draw_box, panels, save
+from lib.record import command_line, environment
+from lib.script import script
+from timm_lossattn.files import write_json
 
 NOMINAL_COLOR, HALF_COLOR, MOST_COLOR = '#E69F00', '#56B4E9', '#CC79A7'  # Okabe & Ito
+
+
+@dataclass(frozen=True)
+class FieldOptions(EvalOptions):
+    """Receptive field."""
+    images: int = flag(500, 'in a fixed random order', type=positive_int, metavar='N')
+    batch_size: int = flag(50, short='-b', type=positive_int, metavar='N')
+    output: Path = flag(Path('output/receptive_field'), metavar='DIR')
 
 
 def influence(model: Any, x: torch.Tensor, patch: int) -> torch.Tensor:
@@ -67,73 +73,55 @@ def side_for(shares: dict[int, float], wanted: float) -> int:
 
 def draw(field: torch.Tensor, box: list[int], shares: dict[int, float], result: dict[str, Any], file: Path) -> None:
     """The influence of each pixel with the squares, and the share by the side of a square."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout='constrained')
+    figure, ((left, right),) = panels(1, 2, 10, 4.2)
     image = left.imshow((field / field.max()).numpy(), cmap='viridis', vmin=0, vmax=1)
     figure.colorbar(image, ax=left, label='influence on the patch (largest = 1)')
     x0, y0, x1, y1 = box
     cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
-    half, most = result['side_half'], result['side_90']
-    for name, color, style, (a0, b0, width, height) in (
-            ('nominal box', NOMINAL_COLOR, '-', (x0, y0, x1 - x0, y1 - y0)),
-            ('half of the influence', HALF_COLOR, '--', (cx - half / 2, cy - half / 2, half, half)),
-            ('90 % of it', MOST_COLOR, ':', (cx - most / 2, cy - most / 2, most, most))):
-        left.add_patch(Rectangle((a0 - 0.5, b0 - 0.5), width, height, fill=False, edgecolor=color, lw=2.5,
-                                 linestyle=style, label=name))
+    right.plot(list(shares), [100 * share for share in shares.values()], color='#0072B2', lw=2, marker='.')
+    for name, color, style, side in (
+            ('nominal box', NOMINAL_COLOR, '-', x1 - x0),
+            ('half of the influence', HALF_COLOR, '--', result['side_half']),
+            ('90 % of it', MOST_COLOR, ':', result['side_90'])):
+        draw_box(left, (cx - side / 2, cy - side / 2, cx + side / 2, cy + side / 2), color, style, name)
+        right.axvline(side, color=color, lw=2.5, linestyle=style,
+                      label=f'{name}: {side} pixels, {100 * shares[side]:.0f} %')
     left.set(xlabel='pixel', ylabel='pixel', title='What one patch sees', xlim=(-0.5, field.shape[1] - 0.5),
              ylim=(field.shape[0] - 0.5, -0.5))
-    right.plot(list(shares), [100 * share for share in shares.values()], color='#0072B2', lw=2, marker='.')
-    for name, color, side in (('nominal box', NOMINAL_COLOR, x1 - x0), ('half', HALF_COLOR, half),
-                              ('90 %', MOST_COLOR, most)):
-        right.axvline(side, color=color, lw=2.5, linestyle={'nominal box': '-', 'half': '--'}.get(name, ':'),
-                      label=f'{name}: {side} pixels, {100 * shares[side]:.0f} %')
     right.set(xlabel="side of a square around the patch's centre (pixels)", ylabel='share of the influence (%)',
               ylim=(0, 102), title=f'{result["model"]}, {result["images"]} images')
     right.grid(alpha=0.3)
     right.legend(loc='lower right', fontsize=9)
-    handles, names = left.get_legend_handles_labels()
-    figure.legend(handles, names, loc='outside lower center', ncols=3, frameon=False)
-    figure.savefig(file, dpi=110, format='png')
-    plt.close(figure)
+    figure.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False)
+    save(figure, file)
 
 
+@script
 def main(argv: list[str] | None = None) -> int:
     """Measure; errors in what the user gave are one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_data_flags(parser)
-    add_weights_flags(parser)
-    parser.add_argument('--images', type=positive_int, default=500, metavar='N', help='in a fixed random order')
-    parser.add_argument('-b', '--batch-size', type=positive_int, default=50, metavar='N')
-    parser.add_argument('--output', type=Path, default=Path('output/receptive_field'), metavar='DIR')
-    parser.set_defaults(distributed=False, rank=0, world_size=1, device='cpu')
-    args = parser.parse_args(argv)
-    try:
-        model, _, dataset, _ = open_boxed(args)
-    except (ValueError, OSError) as error:
-        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
-        return 2
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:args.images].tolist()
+    options = parse(FieldOptions, __doc__, argv)
+    model, _, dataset, _ = open_patch_model(options)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
     total: Any = 0.
-    for x, *_ in tqdm(DataLoader(Subset(dataset, order), args.batch_size, collate_fn=collate_boxes), leave=False):
+    for x, *_ in tqdm(DataLoader(Subset(dataset, order), options.batch_size, collate_fn=collate_boxes), leave=False):
         rows, columns = model.patch_grid(*x.shape[-2:])
         patch = rows // 2 * columns + columns // 2
         total = total + influence(model, x, patch).double().sum(dim=0)
     box = model.patch_boxes(*x.shape[-2:])[patch].tolist()
     x0, y0, x1, y1 = box
     shares = square_shares(total, box)
-    result = {
-        'model': args.model, 'images': len(order), 'input_size': list(x.shape[-2:]), 'patch_box': box,
+    result: dict[str, Any] = {
+        'model': options.name, 'images': len(order), 'input_size': list(x.shape[-2:]), 'patch_box': box,
         'share_in_patch_box': float(total[y0:y1, x0:x1].sum() / total.sum()),
         'side_half': side_for(shares, 0.5), 'side_90': side_for(shares, 0.9),
         'pixels_with_influence': float((total > 0).double().mean()), 'share_by_side': shares,
-        'command': command_line(argv), **environment('cpu', 1)}
-    args.output.mkdir(parents=True, exist_ok=True)
-    draw(total, box, shares, result, args.output / 'receptive_field.png')
-    write_json(args.output / 'receptive_field.json', result)
+        'command': command_line(argv), **environment()}
+    draw(total, box, shares, result, options.output / 'receptive_field.png')
+    write_json(options.output / 'receptive_field.json', result)
     inside, some = 100 * result['share_in_patch_box'], 100 * result['pixels_with_influence']
-    print(f'{args.model}: the patch box, {x1 - x0} × {y1 - y0} pixels, holds {inside:.1f} % of the influence; squares '
-          f'with half of it and with 90 % have sides of {result["side_half"]} and {result["side_90"]} pixels; '
-          f'{some:.0f} % of all pixels have some.\n{args.output}/receptive_field.png, .json')
+    print(f'{options.name}: the patch box, {x1 - x0} × {y1 - y0} pixels, holds {inside:.1f} % of the influence; '
+          f'squares with half of it and with 90 % have sides of {result["side_half"]} and {result["side_90"]} pixels; '
+          f'{some:.0f} % of all pixels have some.\n{options.output}/receptive_field.png, .json')
     return 0
 
 

@@ -13,7 +13,6 @@ standard deviation over seeds 0, 1, ... of the last epoch's model (no choice of 
 import argparse
 import hashlib
 import json
-import os
 import re
 import shlex
 import statistics
@@ -24,14 +23,22 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import yaml
 
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
+from lib.plots import panels, save
+from lib.script import script
+from timm_lossattn.files import replace_file
 
 HERE = Path(__file__).parent
 ADAM = ('*_meanpool_*', '*_routing_*')  # the paper trains these with Adam
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How runs are made: their folder, the recipe if not the paper's, and what goes to train.py as it is."""
+    output: str
+    recipe: str | None = None
+    train_flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,12 +49,12 @@ class Job:
     recipe: str
     flags: tuple[tuple[str, str], ...] = ()
 
-    def folder(self, seed: int, train_flags: list[str]) -> str:
-        """Name of the run's folder; equal jobs of different tables share it, other flags for train.py never do."""
+    def folder(self, seed: int, options: RunOptions) -> Path:
+        """The run's; equal jobs of different tables share it, other flags for train.py never do."""
         parts = [self.model, self.dataset, self.recipe, *(f'{k}={v}' for k, v in self.flags), f'seed{seed}']
-        if train_flags:
-            parts.append(hashlib.sha256(shlex.join(train_flags).encode()).hexdigest()[:8])
-        return re.sub(r'[^\w.=-]+', '_', '-'.join(parts))
+        if options.train_flags:
+            parts.append(hashlib.sha256(shlex.join(options.train_flags).encode()).hexdigest()[:8])
+        return Path(options.output) / re.sub(r'[^\w.=-]+', '_', '-'.join(parts))
 
 
 @dataclass
@@ -74,7 +81,7 @@ def recipe_of(model: str, chosen: str | None) -> str:
     return chosen or ('adam' if any(fnmatch(model, pattern) for pattern in ADAM) else 'sgd')
 
 
-def table_cells(table: dict[str, Any], args) -> dict[str, dict[str, Cell | None]]:
+def table_cells(table: dict[str, Any], options: RunOptions) -> dict[str, dict[str, Cell | None]]:
     """Row -> column -> cell; None where the paper's row has no number."""
     cells: dict[str, dict[str, Cell | None]] = {}
     for name, row in table['rows'].items():
@@ -82,17 +89,17 @@ def table_cells(table: dict[str, Any], args) -> dict[str, dict[str, Cell | None]
         numbers = row['paper'] or [None] * len(table['columns'])
         for (column, spec), paper in zip(table['columns'].items(), numbers):
             job = Job(row['model'] + spec.get('model_suffix', ''), spec['dataset'],
-                      row.get('recipe') or recipe_of(row['model'], args.recipe),
+                      row.get('recipe') or recipe_of(row['model'], options.recipe),
                       tuple((k, str(v)) for k, v in row.get('flags', {}).items()))
             cells[name][column] = None if row['paper'] and paper is None else Cell(job, spec['measure'], paper)
     return cells
 
 
-def sweep_cells(sweep: dict[str, Any], args) -> dict[str, dict[str, Cell | None]]:
+def sweep_cells(sweep: dict[str, Any], options: RunOptions) -> dict[str, dict[str, Cell | None]]:
     """Row for each value of the sweep."""
     flags = tuple((k, str(v)) for k, v in sweep['fixed'].items())
     return {str(value): {sweep['measure']: Cell(
-        Job(sweep['model'], sweep['dataset'], recipe_of(sweep['model'], args.recipe),
+        Job(sweep['model'], sweep['dataset'], recipe_of(sweep['model'], options.recipe),
             (*flags, (sweep['flag'], str(value)))), sweep['measure'], None)} for value in sweep['values']}
 
 
@@ -109,20 +116,20 @@ def run_script(script: str, flags: list[str]) -> None:
         raise ValueError(f'{script} ended with exit code {code}; its message stands above')
 
 
-def train(job: Job, seed: int, args) -> None:
+def train(job: Job, seed: int, options: RunOptions) -> None:
     """Train unless the run is finished; go on where it was interrupted."""
-    folder = Path(args.output) / job.folder(seed, args.train_flags)
+    folder = job.folder(seed, options)
     if (folder / 'hub').is_dir():
         return
     flags = [f for name, value in job.flags for f in (f'--{name.replace("_", "-")}', value)]
     run_script('train.py', [
-        '--recipe', f'{job.recipe}/{job.dataset}', '--model', job.model, '--seed', str(seed), '--output', args.output,
-        '--experiment', folder.name, '--resume', 'auto', *flags, *args.train_flags])
+        '--recipe', f'{job.recipe}/{job.dataset}', '--model', job.model, '--seed', str(seed), '--output',
+        options.output, '--experiment', folder.name, '--resume', 'auto', *flags, *options.train_flags])
 
 
-def measure(job: Job, seed: int, name: str, args) -> float | None:
+def measure(job: Job, seed: int, name: str, options: RunOptions) -> float | None:
     """A measure of a finished run: from its result.json, or else from validate.py; None if the run is not finished."""
-    folder = Path(args.output) / job.folder(seed, args.train_flags)
+    folder = job.folder(seed, options)
     if not (folder / 'hub').is_dir():
         return None
     result = json.loads((folder / 'result.json').read_text())
@@ -157,10 +164,9 @@ def draw(title: str, cells: dict[str, dict[str, Cell | None]], file: Path, sweep
     columns = list(next(iter(cells.values())))
     rows = list(cells)
     height = 3.5 if sweep else 1.6 + 0.3 * len(rows)
-    figure, panels = plt.subplots(
-        1, len(columns), figsize=(5 if sweep else 3 + 2.6 * len(columns), height), sharey=not sweep, squeeze=False,
-        layout='constrained')
-    for axes, column in zip(panels[0], columns):
+    figure, (row_of_axes,) = panels(
+        1, len(columns), 5 if sweep else 3 + 2.6 * len(columns), height, sharey=not sweep)
+    for axes, column in zip(row_of_axes, columns):
         shown = [(i, cells[row][column]) for i, row in enumerate(rows)]
         ours = [(i, cell) for i, cell in shown if cell is not None and cell.values]
         mean = [statistics.mean(cell.values) for _, cell in ours]
@@ -178,15 +184,13 @@ def draw(title: str, cells: dict[str, dict[str, Cell | None]], file: Path, sweep
             axes.set(xlabel=f'{column} (%)', ylim=(len(rows) - 0.5, -0.5))
         axes.grid(alpha=0.3)
     if not sweep:
-        handles, labels = panels[0][0].get_legend_handles_labels()
+        handles, labels = row_of_axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False)
     figure.suptitle(title)
-    temporary = file.with_suffix('.tmp')
-    figure.savefig(temporary, dpi=120, format='png')
-    plt.close(figure)
-    os.replace(temporary, file)
+    save(figure, file, dpi=120)
 
 
+@script
 def main(argv: list[str] | None = None) -> int:
     """Reproduce; errors are one line on stderr and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -203,51 +207,46 @@ def main(argv: list[str] | None = None) -> int:
                         help="default: the paper's for each model (Table 1 is about recipes and keeps its own)")
     parser.add_argument('--output', default='output/reproduce', metavar='DIR')
     args = parser.parse_args(own)
-    args.train_flags = train_flags
+    options = RunOptions(args.output, args.recipe, tuple(train_flags))
     if args.table:
         table = {str(number): table for number, table in known['tables'].items()}[args.table]
         title, name = f'Table {args.table}: {table["title"]}', f'table{args.table}'
-        cells = table_cells(table, args)
+        cells = table_cells(table, options)
     else:
         sweep = known['sweeps'][args.sweep]
         title, name = f'Figure 7: {args.sweep} with {sweep["model"]} on {sweep["dataset"]}', f'figure7_{args.sweep}'
-        cells = sweep_cells(sweep, args)
+        cells = sweep_cells(sweep, options)
 
     def chosen(name: str, patterns: list[str]) -> bool:
         return any(fnmatch(name, pattern) for pattern in patterns)
 
-    failure = None
-    try:
-        wanted = [cell.job for row, columns in cells.items() if chosen(row, args.rows)
-                  for column, cell in columns.items() if cell is not None and chosen(column, args.columns)]
-        if not wanted:
-            raise ValueError(f'no cell matches --rows {args.rows} and --columns {args.columns}')
-    except ValueError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    wanted = [cell.job for row, columns in cells.items() if chosen(row, args.rows)
+              for column, cell in columns.items() if cell is not None and chosen(column, args.columns)]
+    if not wanted:
+        raise ValueError(f'no cell matches --rows {args.rows} and --columns {args.columns}')
+    failure: ValueError | None = None
     for seed in range(args.runs):
         for job in dict.fromkeys(wanted):
             try:
-                train(job, seed, args)
+                train(job, seed, options)
             except ValueError as error:  # the other rows are run, and what has been run is shown, all the same
                 failure = failure or error
     try:
         for columns in cells.values():
             for cell in columns.values():
                 if cell is not None:
-                    found = [measure(cell.job, seed, cell.measure, args) for seed in range(max(args.runs, 4))]
+                    found = [measure(cell.job, seed, cell.measure, options) for seed in range(max(args.runs, 4))]
                     cell.values = [value for value in found if value is not None]
     except ValueError as error:
         failure = failure or error
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(title, cells, argv)
-    (out / f'{name}.md').write_text(text)
+    replace_file(out / f'{name}.md', text.encode())
     draw(title, cells, out / f'{name}.png', args.sweep)
     print(f'{text}\n{out / name}.md, .png')
     if failure is not None:
-        print(f'error: {failure}', file=sys.stderr)
-        return 2
+        raise failure
     return 0
 
 

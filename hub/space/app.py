@@ -1,11 +1,9 @@
 """The demo: drop an image, see the classes, and which patches decided for one and against another.
 
-Runs as it is on a machine without a network (``make space``) and as a Hugging Face Space. The examples are the images
-of tests/data; a Space, which has only this folder, needs them as ``examples/``.
+Runs as it is on a machine without a network (``make space``) and as a Hugging Face Space, which has only this folder.
 """
 from __future__ import annotations
 
-import dataclasses
 import functools
 import html
 import tempfile
@@ -15,16 +13,14 @@ from typing import Any
 
 import gradio as gr
 import timm
-import torch
 from PIL import Image
 
+import timm_lossattn
+from timm_lossattn import Explanation, explain, list_patch_models
 from timm_lossattn.cli import DEFAULT_MODEL
-from timm_lossattn.loading import list_patch_models
-from timm_lossattn.explanation import Explanation, class_labels, explain
-from timm_lossattn.explanation.preprocessing import open_image
+from timm_lossattn.explanation import class_labels, open_image
 
-HERE = Path(__file__).resolve().parent
-EXAMPLES = sorted((HERE / 'examples').glob('*.png')) or sorted((HERE / '../../tests/data').glob('cifar10_test_*.png'))
+EXAMPLES = sorted((Path(__file__).resolve().parent / 'examples').glob('*.png'))
 MAX_PIXELS = 60_000_000  # 50 megapixels take 0.6 GB of memory, 0.8 with transparency, 1.3 from 16-bit grey
 MAX_ASPECT = 100  # the shorter side is resized to the model's input, so a line of pixels would grow to gigabytes
 MAX_FILE_SIZE = '100mb'
@@ -40,7 +36,7 @@ CSS = """
 INTRODUCTION = """
 # Which part of the image decided?
 The image's logits *are* the sum of what its patches contribute, so the pictures show the computation itself.
-The models here see 32×32 or 64×64 pixels and know ten classes: whatever is shown to them, they call it one of those.
+The models here see 32×32 or 64×64 pixels and know a few classes: whatever is shown to them, they call it one of those.
 """
 READING = """
 From left to right: the image; the weight α of each patch; what each patch adds to the class's lead over what it is
@@ -62,7 +58,7 @@ def list_models() -> list[str]:
 @functools.cache
 def load_model(name: str) -> Any:
     """Model in eval mode; each is loaded once."""
-    return timm.create_model(name, pretrained=True).eval()
+    return timm_lossattn.load_model(name)
 
 
 def read_image(path: str) -> Image.Image:
@@ -106,7 +102,7 @@ def explain_file(name: str, path: str, target: int = DEFAULT, against: int = DEF
         return explanation
     if int(explanation.target) == against:
         raise ValueError(f'The evidence is for "{explanation.labels[against]}": compare it with another class.')
-    return dataclasses.replace(explanation, against=torch.tensor([against]))
+    return explanation.versus(against)
 
 
 def answer(name: str, path: str | None, target: int, against: int) -> Iterator[tuple[Any, ...]]:

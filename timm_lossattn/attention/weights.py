@@ -58,8 +58,8 @@ def normalize(weights: torch.Tensor) -> torch.Tensor:
 
 def weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Σ_n weights_n · values_n of (B, N) and (B, N, K), to (B, K): one batched product, in the values' precision."""
-    if not torch.jit.is_scripting():  # noqa: SIM102  (alone, so that TorchScript leaves out what is below it)
-        if values.is_meta or not torch.is_autocast_enabled(values.device.type):
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what stands below this, and this alone
+        if values.is_meta or not torch.is_autocast_enabled(values.device.type):  # no autocast for meta tensors
             return torch.bmm(weights.unsqueeze(1), values).squeeze(1)
     return (weights.unsqueeze(-1) * values).sum(dim=1)  # autocast would round a batched product to half precision
 

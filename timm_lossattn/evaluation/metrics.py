@@ -12,7 +12,8 @@ try:
     from torchmetrics import Metric
     from torchmetrics.utilities.data import dim_zero_cat
 except ImportError:
-    raise ImportError("timm_lossattn.evaluation.metrics needs torchmetrics: pip install 'timm-lossattn[train]'") from None
+    raise ImportError(
+        "timm_lossattn.evaluation.metrics needs torchmetrics: pip install 'timm-lossattn[train]'") from None
 
 __all__ = ['BoxLocalization', 'PatchLocalization', 'VOCMeanAveragePrecision', 'box_iou', 'patches_in_boxes']
 

@@ -8,8 +8,6 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .explanation import Explanation
-
 __all__ = ['draw_explanation']
 
 SELECTED_COLOR, BOX_COLOR = '#56B4E9', '#E69F00'  # Okabe & Ito's palette, safe for colour-blind readers
@@ -48,14 +46,14 @@ def outline(chosen: np.ndarray) -> np.ndarray:
     return np.array(segments, dtype=float).reshape(-1, 2, 2)
 
 
-def draw_explanation(explanation: Explanation, index: int, title: str = '') -> Figure:
+def draw_explanation(explanation: Any, index: int, title: str = '') -> Figure:
     """Image, α map, class evidence, and selected patches with the estimated box, in one row (wide images: in two).
 
     Maps are drawn by nominal patch geometry, averaged where patches overlap; pixels that belong to no patch stay grey.
     Of an image more than four times as long as wide, the part around the model's input is shown.
 
     Args:
-        explanation: of a batch.
+        explanation: an Explanation of a batch, which imports this file to draw itself.
         index: which image of the batch.
         title: what stands above the panels.
 

@@ -3,7 +3,6 @@
 C. Szegedy et al., "Going Deeper with Convolutions", with batch norm and two 3×3 convolutions for each 5×5, as is usual
 for 32×32 images. The paper removes the pooling between stages; the stride-1 pooling branch inside a block stays.
 """
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,18 +105,19 @@ default_cfgs = generate_default_cfgs(with_published({
 }))
 
 
-def _create_googlenet(variant: str, backbone: Callable[..., Any], pretrained: bool, **kwargs: Any) -> PatchClassifier:
-    return create_patch_classifier(variant, pretrained, num_stages=3, backbone=backbone, **kwargs)
+def _create_googlenet(variant: str, pretrained: bool, **kwargs: Any) -> PatchClassifier:
+    return create_patch_classifier(variant, pretrained, num_stages=3, **kwargs)
 
 
 @register_model
 def googlenet_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """GoogLeNet, loss attention on convolutional patches, for 32×32 images."""
-    return _create_googlenet('googlenet_lossattn_conv', GoogLeNetBackbone, pretrained, **kwargs)
+    model_args = dict(backbone=GoogLeNetBackbone)
+    return _create_googlenet('googlenet_lossattn_conv', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def googlenet_cifar(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """Plain GoogLeNet in CIFAR form, the baseline."""
-    model_args = dict(patch_layers=NoPatchLayers, backbone_stride=4)
-    return _create_googlenet('googlenet_cifar', GoogLeNetBackbone, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=GoogLeNetBackbone, patch_layers=NoPatchLayers, backbone_stride=4)
+    return _create_googlenet('googlenet_cifar', pretrained, **dict(model_args, **kwargs))

@@ -95,6 +95,7 @@ class PatchClassifier(nn.Module):
             self.patch_layers, grid, num_classes, global_pool, xi, self.drop_rate, device=device, dtype=dtype)
 
     __jit_unused_properties__ = ('patch_weights', 'xi')
+    __jit_ignored_attributes__ = ('_grids',)
 
     @property
     def patch_weights(self) -> Any:

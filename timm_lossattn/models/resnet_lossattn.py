@@ -3,7 +3,6 @@
 ResNet18 and ResNet34 are those of K. He et al., "Deep Residual Learning for Image Recognition", with a 3×3 stem of
 stride 1. The paper's ResNet50 differs from the usual one: see ``Bottleneck3x3``.
 """
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ from .entrypoints import (
 )
 from .patch_classifier import PatchClassifier
 from .patch_layers import CapsulePatchLayers, NoPatchLayers, PrimaryCapsules
-from .pretrained import bundled_weights, with_published
+from .pretrained import with_published
 
 __all__ = ['Bottleneck3x3', 'ResNetBackbone']
 
@@ -133,13 +132,10 @@ default_cfgs = generate_default_cfgs(with_published({
     'resnet34_lossattn_conv.cifar10': patch_model_cfg(),
     'resnet50_lossattn_conv.cifar10': patch_model_cfg(),
     'resnet50_lossattn_conv_s8.in1k': patch_model_cfg(size=224, min_input_size=(3, 160, 160)),
-    'resnet18_lossattn_conv_nano.cifar10': patch_model_cfg(
-        file=bundled_weights('resnet18_lossattn_conv_nano.cifar10')),
-    'resnet18_lossattn_caps_nano.cifar10': patch_model_cfg(
-        file=bundled_weights('resnet18_lossattn_caps_nano.cifar10')),
+    'resnet18_lossattn_conv_nano.cifar10': patch_model_cfg(),
+    'resnet18_lossattn_caps_nano.cifar10': patch_model_cfg(),
     'resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini': patch_model_cfg(  # ten of its classes
-        size=64, num_classes=10, label_names=TINY_IMAGENET_MINI_LABELS,
-        file=bundled_weights('resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini')),
+        size=64, num_classes=10, label_names=TINY_IMAGENET_MINI_LABELS),
     'resnet18_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
     'resnet50_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
 }))
@@ -152,149 +148,152 @@ RESNET34 = partial(ResNetBackbone, depths=(3, 4, 6, 3))
 RESNET50 = partial(ResNetBackbone, depths=(3, 4, 6, 3), block=Bottleneck3x3)
 
 
-def _create_resnet(variant: str, backbone: Callable[..., Any], pretrained: bool, **kwargs: Any) -> PatchClassifier:
-    return create_patch_classifier(variant, pretrained, num_stages=4, backbone=backbone, **kwargs)
+def _create_resnet(variant: str, pretrained: bool, **kwargs: Any) -> PatchClassifier:
+    return create_patch_classifier(variant, pretrained, num_stages=4, **kwargs)
 
 
 @register_model
 def resnet18_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, loss attention on convolutional patches, for 32×32 images."""
-    return _create_resnet('resnet18_lossattn_conv', RESNET18, pretrained, **kwargs)
+    model_args = dict(backbone=RESNET18)
+    return _create_resnet('resnet18_lossattn_conv', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_meanpool_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, mean pooling of convolutional patches, for 32×32 images."""
-    model_args = dict(global_pool='avg')
-    return _create_resnet('resnet18_meanpool_conv', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, global_pool='avg')
+    return _create_resnet('resnet18_meanpool_conv', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_attn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, attention of Ilse et al. on convolutional patches, for 32×32 images."""
-    model_args = dict(global_pool='attn')
-    return _create_resnet('resnet18_attn_conv', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, global_pool='attn')
+    return _create_resnet('resnet18_attn_conv', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_gatedattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, gated attention of Ilse et al. on convolutional patches, for 32×32 images."""
-    model_args = dict(global_pool='gatedattn')
-    return _create_resnet('resnet18_gatedattn_conv', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, global_pool='gatedattn')
+    return _create_resnet('resnet18_gatedattn_conv', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_caps(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, loss attention on capsules, for 32×32 images."""
-    model_args = dict(patch_layers=CapsulePatchLayers)
-    return _create_resnet('resnet18_lossattn_caps', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, patch_layers=CapsulePatchLayers)
+    return _create_resnet('resnet18_lossattn_caps', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_routing_caps(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, dynamic routing of primary capsules, for 32×32 images."""
-    model_args = dict(patch_layers=PrimaryCapsules)
-    return _create_resnet('resnet18_routing_caps', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, patch_layers=PrimaryCapsules)
+    return _create_resnet('resnet18_routing_caps', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, loss attention on convolutional patches, for 64×64 images."""
-    model_args = dict(backbone_stride=2)
-    return _create_resnet('resnet18_lossattn_conv_s2', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, backbone_stride=2)
+    return _create_resnet('resnet18_lossattn_conv_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_meanpool_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, mean pooling of convolutional patches, for 64×64 images."""
-    model_args = dict(global_pool='avg', backbone_stride=2)
-    return _create_resnet('resnet18_meanpool_conv_s2', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, global_pool='avg', backbone_stride=2)
+    return _create_resnet('resnet18_meanpool_conv_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_attn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, attention of Ilse et al. on convolutional patches, for 64×64 images."""
-    model_args = dict(global_pool='attn', backbone_stride=2)
-    return _create_resnet('resnet18_attn_conv_s2', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, global_pool='attn', backbone_stride=2)
+    return _create_resnet('resnet18_attn_conv_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_gatedattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, gated attention of Ilse et al. on convolutional patches, for 64×64 images."""
-    model_args = dict(global_pool='gatedattn', backbone_stride=2)
-    return _create_resnet('resnet18_gatedattn_conv_s2', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, global_pool='gatedattn', backbone_stride=2)
+    return _create_resnet('resnet18_gatedattn_conv_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, loss attention on capsules, for 64×64 images."""
-    model_args = dict(patch_layers=CapsulePatchLayers, backbone_stride=2)
-    return _create_resnet('resnet18_lossattn_caps_s2', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, patch_layers=CapsulePatchLayers, backbone_stride=2)
+    return _create_resnet('resnet18_lossattn_caps_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_routing_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, dynamic routing of primary capsules, for 64×64 images."""
-    model_args = dict(patch_layers=PrimaryCapsules, backbone_stride=2)
-    return _create_resnet('resnet18_routing_caps_s2', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, patch_layers=PrimaryCapsules, backbone_stride=2)
+    return _create_resnet('resnet18_routing_caps_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_conv_s8(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18, loss attention on convolutional patches, backbone stride 8, for 224×224 images."""
-    model_args = dict(backbone_stride=8)
-    return _create_resnet('resnet18_lossattn_conv_s8', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, backbone_stride=8)
+    return _create_resnet('resnet18_lossattn_conv_s8', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet34_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet34, loss attention on convolutional patches, for 32×32 images."""
-    return _create_resnet('resnet34_lossattn_conv', RESNET34, pretrained, **kwargs)
+    model_args = dict(backbone=RESNET34)
+    return _create_resnet('resnet34_lossattn_conv', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet50_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """The paper's ResNet50, loss attention on convolutional patches, for 32×32 images."""
-    return _create_resnet('resnet50_lossattn_conv', RESNET50, pretrained, **kwargs)
+    model_args = dict(backbone=RESNET50)
+    return _create_resnet('resnet50_lossattn_conv', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet50_lossattn_conv_s8(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """The paper's ResNet50, loss attention on convolutional patches, backbone stride 8, for 224×224 images."""
-    model_args = dict(backbone_stride=8)
-    return _create_resnet('resnet50_lossattn_conv_s8', RESNET50, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET50, backbone_stride=8)
+    return _create_resnet('resnet50_lossattn_conv_s8', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_conv_nano(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18 with 1/8 of the widths, loss attention on convolutional patches, for 32×32 images."""
-    model_args = dict(patch_layers=NANO_CONV)
-    return _create_resnet('resnet18_lossattn_conv_nano', RESNET18_NANO, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18_NANO, patch_layers=NANO_CONV)
+    return _create_resnet('resnet18_lossattn_conv_nano', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_caps_nano(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18 with 1/8 of the widths, loss attention on capsules, for 32×32 images."""
-    model_args = dict(patch_layers=NANO_CAPS)
-    return _create_resnet('resnet18_lossattn_caps_nano', RESNET18_NANO, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18_NANO, patch_layers=NANO_CAPS)
+    return _create_resnet('resnet18_lossattn_caps_nano', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_lossattn_conv_nano_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """ResNet18 with 1/8 of the widths, loss attention on convolutional patches, for 64×64 images."""
-    model_args = dict(patch_layers=NANO_CONV, backbone_stride=2)
-    return _create_resnet('resnet18_lossattn_conv_nano_s2', RESNET18_NANO, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18_NANO, patch_layers=NANO_CONV, backbone_stride=2)
+    return _create_resnet('resnet18_lossattn_conv_nano_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """Plain ResNet18 in CIFAR form, the baseline: mean pooling over an 8 times smaller feature map."""
-    model_args = dict(patch_layers=NoPatchLayers, backbone_stride=8)
-    return _create_resnet('resnet18_cifar', RESNET18, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET18, patch_layers=NoPatchLayers, backbone_stride=8)
+    return _create_resnet('resnet18_cifar', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """The paper's ResNet50 as a plain classifier in CIFAR form."""
-    model_args = dict(patch_layers=NoPatchLayers, backbone_stride=8)
-    return _create_resnet('resnet50_cifar', RESNET50, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=RESNET50, patch_layers=NoPatchLayers, backbone_stride=8)
+    return _create_resnet('resnet50_cifar', pretrained, **dict(model_args, **kwargs))

@@ -3,7 +3,6 @@
 K. Simonyan and A. Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition". The paper removes
 every max-pooling layer; where an image is larger, a stride stands in the last convolution of a stage instead.
 """
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -114,8 +113,8 @@ VGG11_NANO = partial(VGGBackbone, depths=VGG11_DEPTHS, widths=NANO_WIDTHS)
 VGG16 = partial(VGGBackbone, depths=VGG16_DEPTHS, widths=WIDTHS)
 
 
-def _create_vgg(variant: str, backbone: Callable[..., Any], pretrained: bool, **kwargs: Any) -> PatchClassifier:
-    return create_patch_classifier(variant, pretrained, num_stages=5, backbone=backbone, **kwargs)
+def _create_vgg(variant: str, pretrained: bool, **kwargs: Any) -> PatchClassifier:
+    return create_patch_classifier(variant, pretrained, num_stages=5, **kwargs)
 
 
 def _create_vgg_cifar(variant: str, depths: tuple[int, ...], pretrained: bool, **kwargs: Any) -> VGGCifar:
@@ -131,104 +130,106 @@ def _create_vgg_cifar(variant: str, depths: tuple[int, ...], pretrained: bool, *
 @register_model
 def vgg11_bn_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, loss attention on convolutional patches, for 32×32 images."""
-    return _create_vgg('vgg11_bn_lossattn_conv', VGG11, pretrained, **kwargs)
+    model_args = dict(backbone=VGG11)
+    return _create_vgg('vgg11_bn_lossattn_conv', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_meanpool_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, mean pooling of convolutional patches, for 32×32 images."""
-    model_args = dict(global_pool='avg')
-    return _create_vgg('vgg11_bn_meanpool_conv', VGG11, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11, global_pool='avg')
+    return _create_vgg('vgg11_bn_meanpool_conv', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_attn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, attention of Ilse et al. on convolutional patches, for 32×32 images."""
-    model_args = dict(global_pool='attn')
-    return _create_vgg('vgg11_bn_attn_conv', VGG11, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11, global_pool='attn')
+    return _create_vgg('vgg11_bn_attn_conv', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_gatedattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, gated attention of Ilse et al. on convolutional patches, for 32×32 images."""
-    model_args = dict(global_pool='gatedattn')
-    return _create_vgg('vgg11_bn_gatedattn_conv', VGG11, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11, global_pool='gatedattn')
+    return _create_vgg('vgg11_bn_gatedattn_conv', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_lossattn_caps(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, loss attention on capsules, for 32×32 images."""
-    model_args = dict(patch_layers=CapsulePatchLayers)
-    return _create_vgg('vgg11_bn_lossattn_caps', VGG11, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11, patch_layers=CapsulePatchLayers)
+    return _create_vgg('vgg11_bn_lossattn_caps', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_routing_caps(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, dynamic routing of primary capsules, for 32×32 images."""
-    model_args = dict(patch_layers=PrimaryCapsules)
-    return _create_vgg('vgg11_bn_routing_caps', VGG11, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11, patch_layers=PrimaryCapsules)
+    return _create_vgg('vgg11_bn_routing_caps', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_lossattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, loss attention on convolutional patches, for 64×64 images."""
-    model_args = dict(backbone_stride=2)
-    return _create_vgg('vgg11_bn_lossattn_conv_s2', VGG11, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11, backbone_stride=2)
+    return _create_vgg('vgg11_bn_lossattn_conv_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_meanpool_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, mean pooling of convolutional patches, for 64×64 images."""
-    model_args = dict(global_pool='avg', backbone_stride=2)
-    return _create_vgg('vgg11_bn_meanpool_conv_s2', VGG11, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11, global_pool='avg', backbone_stride=2)
+    return _create_vgg('vgg11_bn_meanpool_conv_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_attn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, attention of Ilse et al. on convolutional patches, for 64×64 images."""
-    model_args = dict(global_pool='attn', backbone_stride=2)
-    return _create_vgg('vgg11_bn_attn_conv_s2', VGG11, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11, global_pool='attn', backbone_stride=2)
+    return _create_vgg('vgg11_bn_attn_conv_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_gatedattn_conv_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, gated attention of Ilse et al. on convolutional patches, for 64×64 images."""
-    model_args = dict(global_pool='gatedattn', backbone_stride=2)
-    return _create_vgg('vgg11_bn_gatedattn_conv_s2', VGG11, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11, global_pool='gatedattn', backbone_stride=2)
+    return _create_vgg('vgg11_bn_gatedattn_conv_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_lossattn_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, loss attention on capsules, for 64×64 images."""
-    model_args = dict(patch_layers=CapsulePatchLayers, backbone_stride=2)
-    return _create_vgg('vgg11_bn_lossattn_caps_s2', VGG11, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11, patch_layers=CapsulePatchLayers, backbone_stride=2)
+    return _create_vgg('vgg11_bn_lossattn_caps_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_routing_caps_s2(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm, dynamic routing of primary capsules, for 64×64 images."""
-    model_args = dict(patch_layers=PrimaryCapsules, backbone_stride=2)
-    return _create_vgg('vgg11_bn_routing_caps_s2', VGG11, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11, patch_layers=PrimaryCapsules, backbone_stride=2)
+    return _create_vgg('vgg11_bn_routing_caps_s2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg16_bn_lossattn_conv(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG16 with batch norm, loss attention on convolutional patches, for 32×32 images."""
-    return _create_vgg('vgg16_bn_lossattn_conv', VGG16, pretrained, **kwargs)
+    model_args = dict(backbone=VGG16)
+    return _create_vgg('vgg16_bn_lossattn_conv', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_lossattn_conv_nano(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm and 1/8 of the widths, loss attention on convolutional patches, for 32×32 images."""
-    model_args = dict(patch_layers=NANO_CONV)
-    return _create_vgg('vgg11_bn_lossattn_conv_nano', VGG11_NANO, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11_NANO, patch_layers=NANO_CONV)
+    return _create_vgg('vgg11_bn_lossattn_conv_nano', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vgg11_bn_lossattn_caps_nano(pretrained: bool = False, **kwargs: Any) -> PatchClassifier:
     """VGG11 with batch norm and 1/8 of the widths, loss attention on capsules, for 32×32 images."""
-    model_args = dict(patch_layers=NANO_CAPS)
-    return _create_vgg('vgg11_bn_lossattn_caps_nano', VGG11_NANO, pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone=VGG11_NANO, patch_layers=NANO_CAPS)
+    return _create_vgg('vgg11_bn_lossattn_caps_nano', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

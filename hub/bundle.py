@@ -1,0 +1,260 @@
+#!/usr/bin/env python3
+"""Turn a finished run into weights that ``pretrained=True`` finds and that publish.py --all uploads.
+
+    python hub/bundle.py output/train/mine ARCH.TAG [--in-package] [--dataset-id ORG/DATASET] [--note TEXT]
+    python hub/bundle.py --rewrite                  # config.json and card of all, after a change of their words
+
+Takes model_best.pth.tar (EMA weights if it has them) and result.json of the run, refuses a run that
+``pretrained=True`` could not restore, stores convolutions and linear layers as float16 and everything else as float32,
+loads that file again into a fresh model, evaluates it in float32 on the whole validation split of the run, and writes
+hub/weights/ARCH.TAG: model.safetensors, config.json, README.md, example.png, and result.json, which is that of the run
+with the accuracy after conversion under "shipped", the card's words under "card" and, if the run started from another
+run's checkpoint, that run's result.json under "initial". With --in-package the weights go into timm_lossattn/weights
+instead, for small models.
+"""
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save
+from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.task import ClassificationTask
+from torch import nn
+
+from card import Words
+from folder import (
+    CONFIG,
+    EXAMPLE,
+    RESULT,
+    WEIGHTS,
+    draw_example,
+    list_bundles,
+    model_differences,
+    write_card,
+    write_config,
+)
+from timm_lossattn import load_model
+from timm_lossattn.files import replace_file, sha256_of, write_json
+from timm_lossattn.loading import read_checkpoint
+from timm_lossattn.models.pretrained import WEIGHTS_NAME, packaged_file
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_BYTES = 70_000_000  # of a file in the repository
+MAX_PACKAGE = 15_000_000  # of all weights in the package: the wheel stays under 20 MB
+MODEL_ARGS = ('num_classes', 'in_chans', 'xi', 'backbone_stride')  # flags of a run that the model is created with
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to bundle.
+
+    Attributes:
+        run: folder of train.py.
+        name: arch.tag.
+        checkpoint: in that folder.
+        in_package: the weights ship in the package.
+        dataset, val_split, input_key, target_key: other data than the run's own, as timm names them.
+        device: to evaluate on.
+        example: image to explain in the card.
+        words: for the card.
+        command: that was typed, for result.json.
+    """
+    run: Path
+    name: str
+    checkpoint: str = 'model_best.pth.tar'
+    in_package: bool = False
+    dataset: str | None = None
+    val_split: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+    device: str = 'cpu'
+    example: str | None = None
+    words: Words = field(default_factory=Words)
+    command: str = ''
+
+
+def half_precision(model: nn.Module) -> dict[str, torch.Tensor]:
+    """State dict with float16 weights, but float32 normalisation layers, biases and thresholds."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        half = tensor.is_floating_point() and tensor.dim() > 1 and name.endswith('.weight')
+        state[name] = tensor.half().contiguous() if half else tensor.contiguous()
+    return state
+
+
+def model_of_run(options: Options, result: dict[str, Any]) -> Any:
+    """The run's model with the weights of its checkpoint.
+
+    Raises:
+        ValueError: no such weights, or ``pretrained=True`` would not give this model back.
+    """
+    flags = result['args']
+    architecture = result['model'].split('.')[0]
+    if options.name.split('.', 1)[0] != architecture or '.' not in options.name:
+        raise ValueError(f'ARCH.TAG: the run is of {architecture}, got {options.name}')
+    if flags.get('multi_label'):
+        raise ValueError('RUN: bundle.py measures top-1 alone; publish multi-label weights with publish.py RUN')
+    kwargs = {key: flags[key] for key in MODEL_ARGS if flags.get(key) is not None} | (flags.get('model_kwargs') or {})
+    state, _ = read_checkpoint(options.run / options.checkpoint)
+    try:
+        overlay = {**result['data_config'], 'label_names': flags.get('label_names')}
+        model: Any = timm.create_model(architecture, pretrained_cfg_overlay=overlay, **kwargs)
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f'RUN: {options.checkpoint} does not fit {architecture}: {error}') from error
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': flags.get('label_names')}
+    differ = model_differences(options.name, model)
+    if differ:
+        raise ValueError(f'RUN: differs from {options.name} as it is registered in {", ".join(differ)}')
+    return model
+
+
+@torch.inference_mode()
+def evaluate(model: Any, options: Options, flags: dict[str, Any]) -> dict[str, float]:
+    """Loss, top-1 and top-5 on the whole split of the run, or of the options."""
+    config = resolve_model_data_config(model)
+    dataset = create_dataset(
+        options.dataset or flags.get('dataset') or '', root=None if options.dataset else flags.get('data_dir'),
+        split=options.val_split or flags['val_split'], input_key=options.input_key or flags.get('input_key'),
+        target_key=options.target_key or flags.get('target_key'))
+    loader: Any = create_loader(
+        dataset, config['input_size'], batch_size=250, mean=config['mean'], std=config['std'],
+        interpolation=config['interpolation'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'],
+        num_workers=1, device=torch.device(options.device))
+    evaluator = ClassificationTask(model, verbose=False).create_evaluator()
+    for x, y in loader:
+        evaluator.update(model(x), y)
+    return dict(evaluator.compute()) | {'images': len(dataset)}
+
+
+def place(options: Options, content: bytes) -> Path:
+    """Where weights of this size go.
+
+    Raises:
+        ValueError: they are too large.
+    """
+    file = packaged_file(options.name) if options.in_package else WEIGHTS / options.name / WEIGHTS_NAME
+    if options.in_package:
+        total = len(content) + sum(f.stat().st_size for f in file.parent.glob('*.safetensors') if f != file)
+        if total > MAX_PACKAGE:
+            raise ValueError(f'--in-package: with these the weights in the package would have {total:,} bytes; at most '
+                             f'{MAX_PACKAGE:,}')
+    if len(content) > MAX_BYTES:
+        raise ValueError(f'RUN: the weights have {len(content):,} bytes; the repository takes {MAX_BYTES:,}. '
+                         'publish.py RUN puts them on the Hub')
+    return file
+
+
+def bundle(options: Options) -> dict[str, Any]:
+    """Make the bundle.
+
+    Returns:
+        Its result.json.
+
+    Raises:
+        ValueError: the run is not finished, or cannot become these weights.
+    """
+    folder = WEIGHTS / options.name
+    try:
+        result: dict[str, Any] = json.loads((options.run / RESULT).read_text())
+        model = model_of_run(options, result)
+        if result['args'].get('initial_checkpoint'):
+            initial = Path(result['args']['initial_checkpoint']).parent / RESULT
+            result['initial'] = json.loads(initial.read_text())
+    except KeyError as error:
+        raise ValueError(f'RUN: {options.run / RESULT} has no {error}') from error
+    except OSError as error:
+        raise ValueError(f'RUN: {error}; is the run finished?') from error
+    content = save(half_precision(model), metadata={'format': 'pt'})
+    file = place(options, content)
+    with tempfile.TemporaryDirectory() as scratch:  # measured before it replaces anything
+        written = Path(scratch, WEIGHTS_NAME)
+        written.write_bytes(content)
+        metrics = evaluate(
+            load_model(options.name, checkpoint=written, device=options.device), options, result['args'])
+    for parent in (folder, file.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, content)
+    for other in {packaged_file(options.name), folder / WEIGHTS_NAME} - {file}:
+        other.unlink(missing_ok=True)
+    result['shipped'] = {
+        'file': str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name, 'bytes': len(content),
+        'sha256': sha256_of(file), **metrics, 'command': options.command}
+    result['card'] = asdict(options.words)
+    write_json(folder / RESULT, result)
+    describe(options.name, file, options.example)
+    return result
+
+
+def describe(name: str, file: str | Path, example: str | None = None) -> None:
+    """Write config.json and README.md of a bundle, and example.png if there is none or an image is given for it.
+
+    Args:
+        name: arch.tag.
+        file: its weights.
+        example: image to explain.
+    """
+    folder = WEIGHTS / name
+    model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': str(file)}).eval()
+    write_config(folder / CONFIG, model)
+    if example or not (folder / EXAMPLE).is_file():
+        draw_example(folder, model, example, multi_label=False)
+    write_card(folder, name, model)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('run', nargs='?', type=Path, metavar='RUN')
+    parser.add_argument('name', nargs='?', metavar='ARCH.TAG', help='registered in the default_cfgs')
+    parser.add_argument('--rewrite', action='store_true', help='config.json and card of all bundles')
+    parser.add_argument('--checkpoint', default=Options.checkpoint, metavar='FILE', help='in RUN')
+    parser.add_argument('--in-package', action='store_true', help='the weights ship in the package')
+    parser.add_argument('--dataset', metavar='NAME', help='to evaluate on, as timm names it (default: that of the run)')
+    parser.add_argument('--val-split', metavar='NAME')
+    parser.add_argument('--input-key', metavar='KEY')
+    parser.add_argument('--target-key', metavar='KEY')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--example', metavar='IMAGE', help='image to explain in the card')
+    parser.add_argument('--dataset-id', metavar='ID', help='id of the training set on the Hub, for the card')
+    parser.add_argument('--note', metavar='TEXT', help='what the card should say about the data')
+    parser.add_argument('--license', default=Words.license, metavar='ID', help=f'default: {Words.license}')
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Bundle; errors are one line on stderr and exit code 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.rewrite:
+            for name in list_bundles():
+                packaged = packaged_file(name)
+                describe(name, packaged if packaged.is_file() else WEIGHTS / name / WEIGHTS_NAME)
+            return 0
+        if args.name is None:
+            raise ValueError('RUN, ARCH.TAG: give both, or --rewrite')
+        options = Options(
+            args.run, args.name, args.checkpoint, args.in_package, args.dataset, args.val_split, args.input_key,
+            args.target_key, args.device, args.example, Words(args.dataset_id, args.note, args.license),
+            shlex.join(['python', 'hub/bundle.py', *(sys.argv[1:] if argv is None else argv)]))
+        result = bundle(options)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2
+    shipped = result['shipped']
+    print(f'{shipped["file"]}: {shipped["bytes"]:,} bytes, '
+          f'top-1 {shipped["top1"]:.2f} % of {shipped["images"]:,} images')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

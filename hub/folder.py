@@ -1,0 +1,248 @@
+"""What goes up for one set of weights: model.safetensors, config.json, README.md, result.json, example.png.
+
+``make_folder`` makes such a folder of a run of train.py, or of any folder that timm can load; ``copy_bundle`` copies
+one that ``bundle.py`` made and that lies in hub/weights, as it is.
+"""
+import io
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import save_for_hf
+
+from card import Words, make_card
+from timm_lossattn import explain, load_model
+from timm_lossattn.files import replace_file, sha256_of, write_json
+from timm_lossattn.models.entrypoints import CIFAR10_LABELS
+from timm_lossattn.models.pretrained import WEIGHTS_NAME, bundle_folder, bundled_weights
+
+__all__ = [
+    'CONFIG', 'EXAMPLE', 'FILES', 'RESULT', 'WEIGHTS', 'bundle_name', 'check_tag', 'copy_bundle', 'draw_example',
+    'list_bundles', 'make_folder', 'model_differences', 'write_card', 'write_config',
+]
+
+CONFIG, RESULT, CARD, EXAMPLE = 'config.json', 'result.json', 'README.md', 'example.png'
+FILES = (WEIGHTS_NAME, CONFIG, RESULT, CARD, EXAMPLE)
+WEIGHTS = Path(__file__).resolve().parent / 'weights'
+CIFAR_EXAMPLE = Path(__file__).parent / 'space' / 'examples' / 'cifar10_test_00001_ship.png'
+MAX_BYTES = 50 * 10 ** 9  # the Hub's limit for one file
+SAME = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'label_names')  # of a pretrained_cfg
+SAME_ATTRIBUTES = ('num_classes', 'xi', 'backbone_stride', 'global_pool')  # of a model
+
+
+def list_bundles() -> list[str]:
+    """``arch.tag`` of everything in hub/weights."""
+    return sorted(folder.name for folder in WEIGHTS.iterdir() if (folder / RESULT).is_file())
+
+
+def bundle_name(source: str | Path) -> str | None:
+    """The ``arch.tag`` that a source names: itself, or the folder in hub/weights. None if it is something else."""
+    path = Path(source)
+    name = path.name if path.is_dir() and path.resolve().parent == WEIGHTS else str(source)
+    return name if name in list_bundles() else None
+
+
+def copy_bundle(name: str, folder: Path) -> None:
+    """Copy what hub/weights has of an ``arch.tag`` into the folder, with the weights if those lie in the package.
+
+    Raises:
+        ValueError: files are missing or do not belong together.
+    """
+    weights, bundle = bundled_weights(name), bundle_folder(name)
+    missing = [file for file in (CONFIG, CARD) if not (bundle / file).is_file()]
+    if weights is None or missing:
+        raise ValueError(f'RUN_OR_FOLDER: {name} has no {", ".join(missing) or WEIGHTS_NAME}; make it with bundle.py')
+    for file in FILES:
+        if file != WEIGHTS_NAME and (bundle / file).is_file():
+            shutil.copyfile(bundle / file, folder / file)
+    shutil.copyfile(weights, folder / WEIGHTS_NAME)
+    result, config = read_json(folder, str(name))
+    check_pair(name, folder, result, config)
+    if sha256_of(folder / WEIGHTS_NAME) not in (folder / CARD).read_text():
+        raise ValueError(f'RUN_OR_FOLDER: the card of {name} is of other weights; run `python hub/bundle.py --rewrite`')
+    load_folder(folder, name)
+
+
+def make_folder(source: str, folder: Path, repo_id: str, words: Words, example: str | None) -> Any:
+    """Fill the folder from a run or a folder.
+
+    Args:
+        source: of train.py (weights in its ``hub/``, beside its result.json), or with model.safetensors and config.json
+            as ``timm.models.save_for_hf`` writes them.
+        folder: exists and is empty.
+        repo_id: where it will go.
+        words: for the card.
+        example: image to explain; by default, for CIFAR-10's classes, the ship.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ValueError: files are missing, do not belong together, or do not load, or the example is unreadable.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        raise ValueError(f'RUN_OR_FOLDER: {source} is no folder, and no arch.tag in hub/weights')
+    run = (path / 'hub').is_dir()
+    weights = path / 'hub' if run else path
+    found = {WEIGHTS_NAME: weights / WEIGHTS_NAME, CONFIG: weights / CONFIG}
+    if run or (path / RESULT).is_file():
+        found[RESULT] = path / RESULT
+    missing = [name for name, file in found.items() if not file.is_file()]
+    if missing:
+        pickles = sorted(p.name for p in weights.iterdir() if p.suffix in ('.bin', '.pth', '.pt', '.tar'))
+        raise ValueError(f'RUN_OR_FOLDER: {path} has no {", ".join(missing)}; is the run finished?' + (
+            f' {", ".join(pickles)} are pickles, which are not published.' if pickles else ''))
+    for name, file in found.items():
+        shutil.copyfile(file, folder / name)
+    result, config = read_json(folder, source)
+    check_pair(source, folder, result, config)
+    tidy_config(config, result)
+    write_json(folder / CONFIG, config)
+    model = load_folder(folder, source)
+    draw_example(folder, model, example, bool(result and result['args'].get('multi_label')))
+    card = make_card(folder, model, result, config, repo_id.split('/')[-1], f'hf-hub:{repo_id}', words)
+    replace_file(folder / CARD, str(card).encode())
+    for file in folder.iterdir():
+        if file.stat().st_size > MAX_BYTES:
+            raise ValueError(
+                f'RUN_OR_FOLDER: {file.name} has {file.stat().st_size:,} bytes, the Hub takes {MAX_BYTES:,}')
+    return model
+
+
+def read_json(folder: Path, source: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """result.json, None if there is none, and config.json.
+
+    Raises:
+        ValueError: no JSON.
+    """
+    try:
+        result = json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else None
+        return result, json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise ValueError(f'RUN_OR_FOLDER: result.json or config.json of {source} is damaged: {error!r}') from error
+
+
+def check_pair(source: str, folder: Path, result: dict[str, Any] | None, config: dict[str, Any]) -> None:
+    """Whether result.json, if there is one, config.json and the weights belong together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    try:
+        here = config['architecture'], config['num_classes']
+        if result is None:
+            return
+        trained = result['model'].split('.')[0], result['args']['num_classes']
+        measured_on = result['shipped']['sha256'] if 'shipped' in result else None
+    except KeyError as error:
+        raise ValueError(f'RUN_OR_FOLDER: result.json or config.json of {source} is damaged: {error!r}') from error
+    if trained != here:
+        raise ValueError(f'RUN_OR_FOLDER: result.json is of {trained[0]} with {trained[1]} classes, the weights are of '
+                         f'{here[0]} with {here[1]}')
+    if measured_on and measured_on != sha256_of(folder / WEIGHTS_NAME):
+        raise ValueError(f'RUN_OR_FOLDER: result.json was measured on other weights than {source}')
+
+
+def tidy_config(config: dict[str, Any], result: dict[str, Any] | None) -> None:
+    """Put what transformers reads where it looks: it passes num_classes on by itself, and wants labels at the top.
+
+    Labels are those of the weights: what the run says, or else config.json, as many as there are classes.
+    """
+    config.get('model_args', {}).pop('num_classes', None)
+    labels = config.pop('label_names', None) or config['pretrained_cfg'].get('label_names')
+    if result and 'label_names' in result['args']:  # a run from pretrained weights may have kept those of their classes
+        labels = result['args']['label_names']
+    config['pretrained_cfg'].pop('label_names', None)
+    if labels and len(labels) == config['num_classes']:
+        config['label_names'] = list(labels)
+
+
+def load_folder(folder: Path, source: str) -> Any:
+    """The folder's model; ValueError if its weights do not load."""
+    try:
+        return load_model(f'local-dir:{folder}')
+    except ValueError as error:
+        raise ValueError(f'RUN_OR_FOLDER: {source}: the weights do not load: {error}') from error
+
+
+def write_config(file: Path, model: Any) -> dict[str, Any]:
+    """config.json of a model with its pretrained weights, as timm and transformers read it.
+
+    Returns:
+        Its content.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_for_hf(model, folder, safe_serialization=True)
+        config = json.loads(Path(folder, CONFIG).read_text())
+    tidy_config(config, None)
+    write_json(file, config)
+    return config
+
+
+def draw_example(folder: Path, model: Any, example: str | None, multi_label: bool) -> None:
+    """example.png, the explanation of an image; of CIFAR-10's classes, unless another is given, of a test image.
+
+    Raises:
+        ValueError: the image is unreadable.
+    """
+    if example is None and tuple(model.pretrained_cfg.get('label_names') or ()) == CIFAR10_LABELS:
+        example = str(CIFAR_EXAMPLE)
+    if example is None or not hasattr(model, 'forward_patches'):
+        return
+    buffer = io.BytesIO()
+    try:
+        figure = explain(model, example, multi_label=multi_label).figure(title=Path(example).name)
+        figure.savefig(buffer, format='png')
+    except ValueError as error:
+        raise ValueError(f'--example: {error}') from error
+    replace_file(folder / EXAMPLE, buffer.getvalue())
+
+
+def write_card(folder: Path, name: str, model: Any) -> None:
+    """README.md of a bundle, from its other files; result.json has its words under "card"."""
+    result, config = read_json(folder, name)
+    words = Words(**(result or {}).get('card', {}))
+    replace_file(folder / CARD, str(make_card(folder, model, result, config, name, name, words)).encode())
+
+
+def model_differences(name: str, model: Any) -> list[str]:
+    """In what a model differs from a registered ``arch.tag``, so that ``pretrained=True`` would not restore it.
+
+    Labels that are not known count as no difference.
+
+    Raises:
+        ValueError: no such name.
+    """
+    try:
+        registered: Any = timm.create_model(name, device='meta')
+        cfg = timm.get_pretrained_cfg(name)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f'{name} is not registered: {error}; add it to the default_cfgs first') from error
+
+    def plain(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    found = [key for key in SAME if plain(model.pretrained_cfg.get(key)) != plain(getattr(cfg, key))
+             and not (key == 'label_names' and model.pretrained_cfg.get(key) is None)]
+    return found + [key for key in SAME_ATTRIBUTES if getattr(model, key, None) != getattr(registered, key, None)]
+
+
+def check_tag(model: Any, tag: str) -> None:
+    """Refuse weights that ``pretrained=True`` would not load, or would load into another model.
+
+    Raises:
+        ValueError: no such tag, a model that is not as registered, or other weights on this machine.
+    """
+    name = f'{model.pretrained_cfg["architecture"]}.{tag}'
+    try:
+        differ = model_differences(name, model)
+    except ValueError as error:
+        raise ValueError(f'--tag: {error}') from error
+    if differ:
+        raise ValueError(f'--tag: these weights differ from {name} as it is registered in {", ".join(differ)}')
+    if bundled_weights(name):
+        raise ValueError(f'--tag: {bundled_weights(name)} would come first; publish {name} itself')

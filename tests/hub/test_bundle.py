@@ -1,0 +1,202 @@
+"""hub/bundle.py: from a run to weights that ``pretrained=True`` finds; and what lies in hub/weights today."""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+import bundle
+import folder as hub_folder
+import publish
+from timm_lossattn import list_patch_models, load_model
+from timm_lossattn.files import sha256_of
+from timm_lossattn.models import pretrained
+from timm_lossattn.models.entrypoints import CIFAR10_LABELS
+
+NANO = 'resnet18_lossattn_conv_nano'
+NAME = f'{NANO}.cifar10'
+ROOT = Path(bundle.__file__).parents[1]
+DATA = os.environ.get('LOSSATTN_DATA')
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Empty places for weights, in place of the package's and the checkout's."""
+    package, weights = tmp_path / 'package', tmp_path / 'weights'
+    weights.mkdir()
+
+    def packaged_file(name):
+        return package / f'{name}.safetensors'
+    monkeypatch.setattr(bundle, 'packaged_file', packaged_file)
+    monkeypatch.setattr(bundle, 'WEIGHTS', weights)
+    return weights
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Folder of a finished run on ten classes with two images each; its EMA weights are those that ship."""
+    images, output = tmp_path / 'images', tmp_path / 'run'
+    for k, label in enumerate(CIFAR10_LABELS):
+        (images / 'validation' / label).mkdir(parents=True)
+        for i in range(2):
+            Image.new('RGB', (32, 32), (25 * k, 100, 120 * i)).save(images / 'validation' / label / f'{i}.png')
+    result = json.loads((hub_folder.WEIGHTS / NAME / 'result.json').read_text())
+    for key in ('shipped', 'card', 'initial'):
+        result.pop(key)
+    result['args'] |= {'dataset': None, 'data_dir': str(images), 'val_split': 'validation', 'input_key': None,
+                       'initial_checkpoint': ''}
+    output.mkdir()
+    (output / 'result.json').write_text(json.dumps(result))
+    torch.manual_seed(0)
+    torch.save({'epoch': 9, 'state_dict': timm.create_model(NANO).state_dict(), 'optimizer': {},
+                'state_dict_ema': timm.create_model(NANO, pretrained=True).state_dict()}, output / 'model_best.pth.tar')
+    return output
+
+
+def change(run, **args):
+    """Change flags in the run's result.json."""
+    result = json.loads((run / 'result.json').read_text())
+    result['args'] |= args
+    (run / 'result.json').write_text(json.dumps(result))
+
+
+def test_bundle(run, place, capsys):
+    """The EMA weights in float16 and float32, measured, with everything that goes up."""
+    assert bundle.main([str(run), NAME, '--dataset-id', 'me/images', '--note', 'Grey squares.', '--device', 'cpu']) == 0
+    folder = place / NAME
+    assert {p.name for p in folder.iterdir()} == set(hub_folder.FILES)
+    assert (folder / 'model.safetensors').read_bytes() == pretrained.packaged_file(NAME).read_bytes()
+    state = load_file(folder / 'model.safetensors')
+    assert {state[k].dtype for k in state if k.endswith('.conv.weight')} == {torch.float16}
+    assert {state[k].dtype for k in state if 'bn' in k and 'batches' not in k} == {torch.float32}
+
+    result = json.loads((folder / 'result.json').read_text())
+    shipped = result['shipped']
+    assert shipped['sha256'] == sha256_of(folder / 'model.safetensors')
+    assert shipped['images'] == 20
+    assert shipped['command'].startswith(f'python hub/bundle.py {run}')
+    model = load_model(NANO)
+    images = sorted((run.parent / 'images' / 'validation').rglob('*.png'))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        logits = model(torch.stack([transform(Image.open(path)) for path in images]))
+    wanted = torch.tensor([CIFAR10_LABELS.index(path.parent.name) for path in images])
+    assert shipped['top1'] == pytest.approx(100 * float((logits.argmax(1) == wanted).float().mean()))
+
+    model_card = ModelCard.load(folder / 'README.md')
+    assert model_card.data.datasets == ['me/images']
+    for text in ('Grey squares.', shipped['sha256'], f"'{NAME}'", 'bundle.py'):
+        assert text in model_card.text
+    loaded = load_model(f'local-dir:{folder}')
+    assert tuple(loaded.pretrained_cfg['label_names']) == CIFAR10_LABELS
+    capsys.readouterr()
+
+
+def test_in_package(run, place):
+    """Small weights may ship; then the file is nowhere else, and back again."""
+    arguments = [str(run), NAME, '--device', 'cpu']
+    packaged, bundled = bundle.packaged_file(NAME), place / NAME / 'model.safetensors'
+    for flags, file, other in (([], bundled, packaged), (['--in-package'], packaged, bundled), ([], bundled, packaged)):
+        assert bundle.main(arguments + flags) == 0
+        assert file.is_file()
+        assert not other.exists()
+
+
+def expect(capsys, text, *args):
+    """One line with the error, exit code 2."""
+    assert bundle.main([*map(str, args), '--device', 'cpu']) == 2
+    assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_refusals(run, place, capsys, monkeypatch):
+    """What ``pretrained=True`` could not restore, or what is too large; nothing is written then."""
+    expect(capsys, 'give both', run)
+    expect(capsys, 'is the run finished?', run / 'nothing', NAME)
+    expect(capsys, f'the run is of {NANO}', run, 'resnet18_lossattn_caps_nano.cifar10')
+    expect(capsys, f'{NANO}.mine is not registered', run, f'{NANO}.mine')
+    expect(capsys, 'no such file', run, NAME, '--checkpoint', 'other.pth.tar')
+    for key, value, text in (
+            ('xi', 0.5, 'in xi'), ('backbone_stride', 2, 'in backbone_stride'), ('num_classes', 11, 'does not fit'),
+            ('label_names', list('abcdefghij'), 'in label_names'), ('model_kwargs', {'xi': 0.}, 'in xi'),
+            ('multi_label', True, 'multi-label')):
+        copy = run.with_name(f'{key}{len(list(run.parent.iterdir()))}')
+        shutil.copytree(run, copy)
+        change(copy, **{key: value})
+        expect(capsys, text, copy, NAME)
+    result = json.loads((run / 'result.json').read_text())
+    other = run.with_name('mean')
+    shutil.copytree(run, other)
+    result['data_config']['mean'] = [0.5, 0.5, 0.5]
+    (other / 'result.json').write_text(json.dumps(result))
+    expect(capsys, 'in mean', other, NAME)
+    monkeypatch.setattr(bundle, 'MAX_BYTES', 1000)
+    expect(capsys, 'the repository takes 1,000', run, NAME)
+    monkeypatch.setattr(bundle, 'MAX_PACKAGE', 1000)
+    expect(capsys, 'at most 1,000', run, NAME, '--in-package')
+    assert not list(place.iterdir())
+
+
+def test_weights_are_where_they_are_declared():
+    """timm says that exactly those have weights that lie in the package or in hub/weights, within the limits."""
+    declared = {tag for name in list_patch_models() for tag in timm.list_pretrained(name)}
+    published = set(pretrained.HUB_WEIGHTS)
+    assert declared - published == set(hub_folder.list_bundles()) - published
+    assert timm.models.is_model_pretrained(NANO)
+    assert not timm.models.is_model_pretrained('resnet50_lossattn_conv_s8')
+    files = list((ROOT / 'timm_lossattn' / 'weights').glob('*.safetensors'))
+    assert sum(f.stat().st_size for f in files) < bundle.MAX_PACKAGE
+    assert {f.stem for f in files} <= declared
+    for file in hub_folder.WEIGHTS.rglob('*.*'):
+        assert file.stat().st_size <= bundle.MAX_BYTES
+
+
+@pytest.mark.parametrize('name', hub_folder.list_bundles())
+def test_bundles_are_current(name, tmp_path):
+    """config.json and card are what ``bundle.py --rewrite`` would write; publish.py takes them."""
+    folder = hub_folder.WEIGHTS / name
+    assert publish.main([name, '--repo-id', 'me/x', '--dry-run', '--folder', str(tmp_path / 'out')]) == 0
+    out = tmp_path / 'out'
+    model = load_model(name)
+    hub_folder.write_config(out / 'config.json', model)
+    assert (out / 'config.json').read_text() == (folder / 'config.json').read_text()
+    hub_folder.write_card(out, name, model)
+    assert (out / 'README.md').read_text() == (folder / 'README.md').read_text()
+
+
+def test_error_names_the_command():
+    """Weights that nobody has trained: what would train them."""
+    name = 'resnet50_lossattn_conv_s8'
+    with pytest.raises(RuntimeError, match='No pretrained weights exist') as caught:
+        timm.create_model(name, pretrained=True)
+    assert f'train/train.py --recipe fast --data-dir FOLDER --model {name}' in str(caught.value)
+    with pytest.raises(RuntimeError, match=r'--recipe fast/cifar10 --model vgg16_bn_cifar'):
+        timm.create_model('vgg16_bn_cifar', pretrained=True)
+
+
+def test_tags_with_a_recipe():
+    """The recipes that the error names are there."""
+    recipes = (ROOT / 'train' / 'recipes.yaml').read_text()
+    for tag in pretrained.RECIPES:
+        assert f'\n  {tag}:' in recipes
+
+
+@pytest.mark.skipif(DATA is None or not Path(DATA or '', 'cifar10').is_dir(), reason='needs LOSSATTN_DATA')
+def test_shipped_weights_again(place, tmp_path, monkeypatch):
+    """The shipped weights as a run on CIFAR-10: the same bytes and the accuracy that result.json states."""
+    stated = json.loads((hub_folder.WEIGHTS / NAME / 'result.json').read_text())
+    run = tmp_path / 'run'
+    run.mkdir()
+    torch.save({'state_dict': timm.create_model(NANO, pretrained=True).state_dict()}, run / 'model_best.pth.tar')
+    (run / 'result.json').write_text(json.dumps(stated | {'args': stated['args'] | {'initial_checkpoint': ''}}))
+    (tmp_path / 'data').symlink_to(DATA)
+    monkeypatch.chdir(tmp_path)  # the run's data are below it
+    assert bundle.main([str(run), NAME, '--device', 'cpu']) == 0
+    found = json.loads((place / NAME / 'result.json').read_text())['shipped']
+    for key in ('sha256', 'top1', 'top5', 'images'):
+        assert found[key] == stated['shipped'][key]

@@ -1,0 +1,362 @@
+"""What the registered models promise: parameter counts of the paper, timm's API, completeness, weights."""
+import io
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_lossattn import PatchClassifier, ResNetBackbone
+from timm_lossattn.loading import list_patch_models
+from timm_lossattn.models.patch_layers import PrimaryCapsules
+
+# the paper's Table 2, in millions of parameters for 10 classes; the capsule models without the paper's unused shortcuts
+PARAMETERS = {
+    'vgg11_bn_cifar': 28.15, 'vgg16_bn_cifar': 33.65, 'resnet18_cifar': 11.17, 'resnet50_cifar': 58.16,
+    'vgg11_bn_meanpool_conv': 30.73, 'vgg11_bn_attn_conv': 30.80, 'vgg11_bn_gatedattn_conv': 30.86,
+    'vgg11_bn_lossattn_conv': 30.73, 'resnet18_meanpool_conv': 32.67, 'resnet18_attn_conv': 32.73,
+    'resnet18_gatedattn_conv': 32.80, 'resnet18_lossattn_conv': 32.67, 'vgg11_bn_routing_caps': 33.41,
+    'resnet18_routing_caps': 35.35, 'vgg11_bn_lossattn_caps': 30.75, 'resnet18_lossattn_caps': 32.69,
+}
+NANO = [name for name in list_patch_models() if '_nano' in name]
+CONV_HEADS = ('lossattn', 'avg', 'attn', 'gatedattn')
+
+
+def nano(pool: str = 'lossattn', **kwargs) -> PatchClassifier:
+    """A small model with any convolutional head."""
+    torch.manual_seed(0)
+    return timm.create_model('resnet18_lossattn_conv_nano', global_pool=pool, **kwargs)
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_parameter_counts(name):
+    model = timm.create_model(name, device='meta', num_classes=10)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], abs=0.01)
+
+
+def test_names():
+    """Every name of the design is registered, and is found by timm's wildcards."""
+    expected = set()
+    for backbone in ('vgg11_bn', 'resnet18'):
+        for head in ('lossattn_conv', 'meanpool_conv', 'attn_conv', 'gatedattn_conv', 'lossattn_caps', 'routing_caps'):
+            expected |= {f'{backbone}_{head}', f'{backbone}_{head}_s2'}
+        expected |= {f'{backbone}_lossattn_conv_nano', f'{backbone}_lossattn_caps_nano', f'{backbone}_cifar'}
+    expected |= {
+        'resnet50_lossattn_conv', 'googlenet_lossattn_conv', 'resnet18_lossattn_conv_s8', 'resnet50_lossattn_conv_s8',
+        'vgg16_bn_lossattn_conv', 'resnet34_lossattn_conv', 'resnet18_lossattn_conv_nano_s2', 'vgg16_bn_cifar',
+        'resnet50_cifar', 'googlenet_cifar'}
+    assert set(list_patch_models()) == expected
+    assert {n for n in expected if 'lossattn' in n} == set(timm.list_models('*lossattn*'))
+
+
+@pytest.mark.parametrize('name', NANO)
+@pytest.mark.parametrize('train', [True, False])
+def test_completeness(name, train):
+    """The image logits are the sum of the contributions; forward returns the same logits, plain, in both modes."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, drop_rate=0.3).train(train)
+    x = torch.randn(3, *model.default_cfg['input_size'])
+    torch.manual_seed(1)
+    out = model.forward_patches(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(model(x), out.logits, rtol=1e-5, atol=1e-6)
+    error = (out.contributions.sum(1) - out.logits).abs()
+    assert (error <= 1e-5 * out.logits.abs().clamp(min=1)).all()
+    assert out.alpha.dtype == torch.float32
+    torch.testing.assert_close(out.alpha.sum(1), torch.ones(3))
+
+
+def routing_model() -> PatchClassifier:
+    """Dynamic routing with small widths."""
+    torch.manual_seed(0)
+    return timm.create_model(
+        'resnet18_routing_caps', backbone=partial(ResNetBackbone, widths=(4, 8, 8, 16)),
+        patch_layers=partial(PrimaryCapsules, capsules=4))
+
+
+@pytest.mark.parametrize('pool', [*CONV_HEADS, 'routing'])
+@pytest.mark.parametrize('autocast', [False, True])
+def test_completeness_of_every_head(pool, autocast):
+    model = (routing_model() if pool == 'routing' else nano(pool)).eval()
+    with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast), torch.no_grad():
+        out = model.forward_patches(torch.randn(2, 3, 32, 32))
+    tolerance = 2 ** -7 if autocast else 1e-5
+    torch.testing.assert_close(out.contributions.sum(1), out.logits.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('name', ['resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano'])
+def test_completeness_autocast(name):
+    """Under bf16 autocast the contributions stay float32 and sum to the logits within bf16 rounding."""
+    model = timm.create_model(name).eval()
+    with torch.autocast('cpu', dtype=torch.bfloat16), torch.no_grad():
+        out = model.forward_patches(torch.randn(2, 3, 32, 32))
+    assert out.alpha.dtype == out.contributions.dtype == torch.float32
+    torch.testing.assert_close(out.contributions.sum(1), out.logits.float(), rtol=2 ** -7, atol=2 ** -7)
+
+
+@pytest.mark.parametrize('pool', CONV_HEADS)
+def test_classifier_of_pre_logits(pool):
+    """get_classifier() applied to forward_head(pre_logits=True) gives the image logits."""
+    model = nano(pool).eval()
+    x = torch.randn(2, 3, 40, 33)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        assert features.shape[2:] == model.patch_grid(40, 33)
+        torch.testing.assert_close(
+            model.get_classifier()(model.forward_head(features, pre_logits=True)), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('size', [(9, 9), (9, 50), (41, 32)])
+def test_any_size_from_one_patch_up(size):
+    model = nano().eval()
+    out = model.forward_patches(torch.randn(1, 3, *size))
+    assert out.alpha.shape[1] == model.patch_grid(*size)[0] * model.patch_grid(*size)[1]
+    assert out.logits.isfinite().all()
+
+
+def test_batch_invariance():
+    """An image's prediction does not depend on the images beside it."""
+    model = nano().eval()
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        together = model.forward_patches(x)
+        for i in range(4):
+            for whole, alone in zip(together, model.forward_patches(x[i:i + 1])):
+                torch.testing.assert_close(whole[i:i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('stride', [3, 0, 16])
+def test_bad_stride(stride):
+    with pytest.raises(ValueError, match=f'backbone_stride.*{stride}'):
+        nano(backbone_stride=stride)
+
+
+@pytest.mark.parametrize('xi', [-0.1, 2, float('nan')])
+def test_bad_xi(xi):
+    with pytest.raises(ValueError, match='xi must lie in'):
+        nano(xi=xi)
+
+
+def test_bad_pools():
+    with pytest.raises(ValueError, match=r"global_pool.*'max'"):
+        nano('max')
+    with pytest.raises(ValueError, match='num_classes=0'):
+        nano('')
+    with pytest.raises(ValueError, match='drop_path_rate'):
+        timm.create_model('vgg11_bn_lossattn_conv_nano', drop_path_rate=0.1)
+    with pytest.raises(ValueError, match='num_classes=0'):
+        nano(num_classes=0).forward_patches(torch.randn(1, 3, 32, 32))
+
+
+def test_refused_reset_changes_nothing():
+    model = nano().eval()
+    with pytest.raises(ValueError, match='global_pool'):
+        model.reset_classifier(5, 'max')
+    assert (model.num_classes, model.global_pool) == (10, 'lossattn')
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_classifier_on_a_pruned_backbone():
+    """After pruning, each position of the last kept feature map is a patch."""
+    model = nano(backbone_stride=4).eval()
+    model.prune_intermediate_layers([1])
+    model.reset_classifier(3)
+    out = model.forward_patches(torch.randn(1, 3, 32, 32))
+    assert out.alpha.shape[1] == 16 * 16 == model.patch_grid(32, 32)[0] * model.patch_grid(32, 32)[1]
+    assert model.patch_boxes(32, 32)[1].tolist() == [2, 0, 4, 2]
+
+
+def test_headless_is_the_mean():
+    model = nano(num_classes=0).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model.forward_features(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize('pool', CONV_HEADS)
+def test_reset_classifier(pool):
+    """New classes, same pooling, dtype, train mode and frozen backbone; learned attention survives."""
+    model = nano(pool).double().eval()
+    model.requires_grad_(False)
+    attention = {k: v.clone() for k, v in model.head.attn.state_dict().items()}
+    model.reset_classifier(0)
+    model.reset_classifier(7)
+    assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).shape == (1, 7)
+    assert model.global_pool == pool
+    assert not model.head.training
+    assert model.head.fc.weight.dtype == torch.float64
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ['head.fc.weight', 'head.fc.bias']
+    for key, value in attention.items():
+        torch.testing.assert_close(model.head.attn.state_dict()[key], value)
+    model.reset_classifier(0, '')
+    assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).dim() == 4
+    model.reset_classifier(5)
+    assert model.global_pool == pool
+
+
+def test_routing_needs_its_input_size():
+    model = timm.create_model('resnet18_routing_caps', device='meta')
+    with pytest.raises(ValueError, match='patch grid'):
+        model(torch.randn(1, 3, 40, 40, device='meta'))
+    model = timm.create_model('resnet18_routing_caps', device='meta', img_size=40)
+    assert model(torch.randn(1, 3, 40, 40, device='meta')).shape == (1, 10)
+
+
+@pytest.mark.parametrize('name', ['resnet18_lossattn_conv_nano', 'vgg11_bn_lossattn_caps_nano'])
+def test_features_only(name):
+    model = timm.create_model(name, features_only=True, backbone_stride=4, in_chans=1).eval()
+    features = model(torch.randn(1, 1, 64, 64))
+    assert [f.shape[1] for f in features] == model.feature_info.channels()
+    assert [64 // f.shape[2] for f in features] == model.feature_info.reduction()
+
+
+def test_attention_hook():
+    """timm's AttentionExtract sees α as the output of a named module."""
+    from timm.utils import AttentionExtract
+    model = nano().eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        extracted = AttentionExtract(model, names=['head.attn'], mode='eval', method='hook')(x)
+        torch.testing.assert_close(extracted['head.attn'], model.forward_patches(x).alpha)
+
+
+def test_layer_decay_groups():
+    """group_matcher orders stem, stages, patch layers, head."""
+    from timm.models import group_parameters
+    model = nano()
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    order = [layers[f'{n}.weight'] for n in (
+        'backbone.stem.conv', 'backbone.stages.0.0.conv1', 'backbone.stages.3.1.conv2', 'patch_layers.conv1.conv',
+        'head.fc')]
+    assert order == sorted(order)
+    assert len(set(order)) == 5
+
+
+def test_grad_checkpointing_gradients():
+    x = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for enable in (False, True):
+        model = nano().train()
+        model.set_grad_checkpointing(enable)
+        model(x).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_torch_compile_and_export():
+    """The patch outputs trace without graph breaks, and export with a dynamic batch."""
+    model = nano().eval()
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.forward_patches(x)
+        compiled = torch.compile(model.forward_patches, backend='eager', fullgraph=True)
+        for a, b in zip(compiled(x), expected):
+            torch.testing.assert_close(a, b)
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch', min=2)},))
+        torch.testing.assert_close(exported.module()(torch.cat([x, x]))[:3], expected.logits)
+
+
+@pytest.mark.parametrize('name', ['resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano'])
+def test_hub_style_round_trip(name, tmp_path):
+    """timm's local-dir source: what save_for_hf writes loads with identical logits."""
+    from timm.models import save_for_hf
+    model = timm.create_model(name, num_classes=4).eval()
+    save_for_hf(model, tmp_path, model_config=dict(num_classes=4))
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(x), again(x))
+
+
+SHIPPED = [name for name in list_patch_models() if timm.models.is_model_pretrained(name)]
+
+
+def test_nano_models_have_weights():
+    names = ('resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano', 'resnet18_lossattn_conv_nano_s2')
+    assert set(names) <= set(SHIPPED)
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_pretrained_offline_and_adapted(name, monkeypatch):
+    """Shipped weights load without the network, with other channels and classes, and as features."""
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    model = timm.create_model(name, pretrained=True)
+    assert Path(model.pretrained_cfg['file']).stat().st_size < 3_000_000
+    timm.create_model(name, pretrained=True, in_chans=1, num_classes=5)
+    timm.create_model(name, pretrained=True, num_classes=0)
+    timm.create_model(name, pretrained=True, features_only=True)
+
+
+@pytest.mark.parametrize('name', ['resnet18_lossattn_conv_nano_s2', 'resnet18_lossattn_conv_nano'])
+def test_channels_last_gradients(name):
+    """Those of the usual layout; a strided shortcut of few channels must not corrupt memory (oneDNN issue 6035)."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).train()
+    x = torch.randn(8, 3, 64, 64)
+    gradients = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = model.to(memory_format=memory_format)
+        model.zero_grad()
+        model(x.contiguous(memory_format=memory_format)).square().sum().backward()
+        gradients.append([p.grad.clone(memory_format=torch.contiguous_format) for p in model.parameters()])
+    for usual, last in zip(*gradients):
+        torch.testing.assert_close(last, usual, rtol=0., atol=0.05 * float(usual.abs().max()) + 1e-5)  # rounding grows
+
+
+@pytest.mark.skipif('LOSSATTN_DATA' not in os.environ, reason='LOSSATTN_DATA is not set: no CIFAR-10')
+@pytest.mark.parametrize('name', [name for name in SHIPPED if timm.models.is_model_pretrained(f'{name}.cifar10')])
+def test_stated_accuracy(name):
+    """All 10,000 test images: the accuracy that MODEL_CARD.md's table states, and complete explanations."""
+    from datasets import load_dataset
+    from PIL import Image
+    result = json.loads((Path(__file__).parents[2] / 'hub' / 'weights' / f'{name}.cifar10' / 'result.json').read_text())
+    model = timm.create_model(name, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    rows = load_dataset(f'{os.environ["LOSSATTN_DATA"]}/cifar10', split='test')
+    correct, worst = 0, 0.
+    with torch.inference_mode():
+        for batch in rows.iter(batch_size=250):
+            images = [i if isinstance(i, Image.Image) else Image.open(io.BytesIO(i['bytes'])) for i in batch['img']]
+            x = torch.stack([transform(i.convert('RGB')) for i in images])
+            out = model.forward_patches(x)
+            correct += int((out.logits.argmax(1) == torch.tensor(batch['label'])).sum())
+            error = (out.contributions.sum(1) - out.logits).abs() / out.logits.abs().clamp(min=1)
+            worst = max(worst, float(error.max()))
+    assert correct / 100 == pytest.approx(result['shipped']['top1'], abs=0.03)  # float32 kernels differ by machine
+    assert worst <= 1e-5
+
+
+@pytest.mark.skipif('LOSSATTN_DATA' not in os.environ, reason='LOSSATTN_DATA is not set: no Tiny ImageNet')
+def test_stated_accuracy_tiny_imagenet():
+    """All 500 validation images of ten classes, read from the official archive's layout: accuracy and completeness."""
+    from PIL import Image
+    name = 'resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini'
+    result = json.loads((Path(__file__).parents[2] / 'hub' / 'weights' / name / 'result.json').read_text())
+    model = timm.create_model(name, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    root = Path(os.environ['LOSSATTN_DATA']) / 'tiny_imagenet_mini' / 'tiny-imagenet-200'
+    wnids = sorted((root / 'wnids.txt').read_text().split())
+    names = dict(line.split('\t', 1) for line in (root / 'words.txt').read_text().splitlines())
+    assert [names[wnid].split(',')[0] for wnid in wnids] == list(model.pretrained_cfg['label_names'])
+    rows = [line.split('\t')[:2] for line in (root / 'val' / 'val_annotations.txt').read_text().splitlines()]
+    x = torch.stack([transform(Image.open(root / 'val' / 'images' / file).convert('RGB')) for file, _ in rows])
+    with torch.inference_mode():
+        out = model.forward_patches(x)
+    right = out.logits.argmax(1) == torch.tensor([wnids.index(wnid) for _, wnid in rows])
+    assert len(rows) == result['shipped']['images'] == 500
+    assert 100 * float(right.double().mean()) == pytest.approx(result['shipped']['top1'], abs=0.21)  # one image
+    assert float(((out.contributions.sum(1) - out.logits).abs() / out.logits.abs().clamp(min=1)).max()) <= 1e-5
+
+
+def test_parameter_table_matches_the_paper_file():
+    """Where the shared paper file is at hand, the numbers above are its numbers."""
+    path = Path(os.environ.get('LOSSATTN_DATA', '/nonexistent')).parent / 'paper_results.yaml'
+    if not path.exists():
+        pytest.skip('paper_results.yaml is not beside LOSSATTN_DATA')
+    import yaml
+    table = yaml.safe_load(path.read_text())['params_million']
+    assert {k: v['ours'] if isinstance(v, dict) else v for k, v in table.items()} == PARAMETERS

@@ -1,0 +1,202 @@
+"""train/train.py end to end on images made here, as a user runs it: in a process of its own."""
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import train as train_script
+from timm_lossattn import load_model
+from timm_lossattn.explanation import input_config
+
+ROOT = Path(__file__).parents[2]
+QUICK = ('--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--val-split', 'val', '--batch-size', '8',
+         '--epochs', '2', '--warmup-epochs', '0', '--workers', '0', '--lr', '0.02', '--device', 'cpu',
+         '--color-jitter', '0', '--scale', '0.8', '1')
+
+
+def train(*flags, script=ROOT / 'train' / 'train.py', **kwargs):
+    """Run a training script; the finished process."""
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, flags)], capture_output=True, text=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1'), **kwargs)
+
+
+@pytest.fixture(scope='module')
+def run(folder, tmp_path_factory):
+    """Folder of a finished two-epoch run with EMA."""
+    out = tmp_path_factory.mktemp('out')
+    done = train('--data-dir', folder, *QUICK, '--model-ema', '--model-ema-decay', '0.5', '--channels-last',
+                 '--output', out, '--experiment', 'run')
+    assert done.returncode == 0, done.stderr
+    assert 'epoch 2/2  top1' in done.stderr
+    assert 'Current checkpoints' not in done.stderr  # of timm's own words only warnings
+    return out / 'run'
+
+
+def test_run_writes_its_files(run):
+    """result.json, summary.csv with the loss terms by name, and a checkpoint of the bare model."""
+    result = json.loads((run / 'result.json').read_text())
+    rows = list(csv.DictReader((run / 'summary.csv').open()))
+    assert [int(r['epoch']) for r in rows] == [0, 1] == [e['epoch'] for e in result['epochs']]
+    assert {'train_loss', 'train_image_loss', 'train_patch_loss', 'train_gamma', 'eval_top1'} <= set(rows[0])
+    first, second = (float(r['train_gamma']) for r in rows)
+    assert 0 < first < second <= 0.1 + 1e-9
+    assert result['seed'] == 42
+    assert len(result['commands']) == 1
+    assert 'train.py' in result['commands'][0]
+    assert result['best']['top1'] == max(e['eval']['top1'] for e in result['epochs'])
+    model = timm.create_model('resnet18_lossattn_conv_nano', num_classes=2, checkpoint_path=str(run / 'last.pth.tar'))
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
+def test_resume(run, folder):
+    """--resume goes on after the last epoch and keeps the history."""
+    done = train('--data-dir', folder, *QUICK, '--epochs', '3', '--model-ema', '--resume', run / 'last.pth.tar',
+                 '--output', run.parent, '--experiment', 'run')
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / 'result.json').read_text())
+    assert [e['epoch'] for e in result['epochs']] == [0, 1, 2]
+    assert len(result['commands']) == 2
+    assert '--resume' in result['commands'][1]
+
+
+def test_a_run_is_not_overwritten(run, folder):
+    done = train('--data-dir', folder, *QUICK, '--output', run.parent, '--experiment', 'run')
+    assert done.returncode == 2
+    assert 'holds a run' in done.stderr.strip().splitlines()[-1]
+
+
+def test_explain_reads_how_the_checkpoint_was_built(run, tmp_path):
+    """Number of classes and labels come from the training checkpoint."""
+    from timm_lossattn.cli import main
+    image = ROOT / 'tests' / 'data' / 'cifar10_test_00001_ship.png'
+    assert main(['explain', str(image), '--checkpoint', str(run / 'last.pth.tar'), '--out', str(tmp_path)]) == 0
+    numbers = json.loads((tmp_path / f'{image.stem}.json').read_text())
+    assert numbers['labels'] == ['left', 'right']
+
+
+def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
+    """From the checkpoint alone and from hub/: arguments of the model, channels, labels, preprocessing."""
+    done = train('--data-dir', folder, *QUICK, '--epochs', '1', '--output', tmp_path, '--experiment', 'x',
+                 '--xi', '0.5', '--backbone-stride', '2', '--model-kwargs', 'global_pool=attn',
+                 '--input-size', '1', '40', '36', '--crop-mode', 'squash')
+    assert done.returncode == 0, done.stderr
+    checkpoint = torch.load(tmp_path / 'x' / 'last.pth.tar', weights_only=True)  # plain data, no classes
+    assert checkpoint['args']['model'] == checkpoint['arch'] == 'resnet18_lossattn_conv_nano'
+    x = torch.randn(2, 1, 40, 36)
+    outputs = []
+    for model in (load_model(checkpoint=tmp_path / 'x' / 'model_best.pth.tar'),
+                  load_model(f'local-dir:{tmp_path / "x" / "hub"}')):
+        assert (model.xi, model.backbone_stride, model.global_pool, model.in_chans) == (0.5, 2, 'attn', 1)
+        config = input_config(model)
+        assert (tuple(config['input_size']), config['crop_mode']) == ((1, 40, 36), 'squash')
+        assert list(model.pretrained_cfg['label_names']) == ['left', 'right']
+        outputs.append(model(x))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(('script', 'module', 'extra'), [
+    ('train', 'tqdm', 'train'), ('validate', 'yaml', 'train'), ('prepare', 'pyarrow', 'train'),
+    ('prepare', 'datasets', 'train'), ('figures', 'matplotlib', 'viz'), ('compare_explanations', 'captum', 'compare'),
+    ('compare_explanations', 'torchmetrics', 'compare')])
+def test_missing_packages(script, module, extra):
+    """One line that names the extra."""
+    code = (f'import runpy, sys; sys.path.insert(0, "train"); sys.modules[{module!r}] = None; '
+            f'sys.argv = ["x"]; runpy.run_path("train/{script}.py", run_name="__main__")')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith('error: ')
+    assert 'is not installed' in line
+    assert extra in line.partition('pip install')[2]
+
+
+@pytest.mark.parametrize(('flags', 'loss_terms'), [
+    (('--no-patch-loss',), {'loss'}),
+    (('--mixup', '0.2', '--train-img-sizes', '16', '24', '--train-size-schedule', 'progressive'), {'patch_loss'}),
+    (('--model-kwargs', 'global_pool=attn', '--in-chans', '1', '--input-size', '1', '32', '32'), {'loss'}),
+    (('--cache-dataset', '--in-chans', '1', '--cutmix', '1', '--grad-accum-steps', '3'), {'patch_loss'}),
+    (('--pretrained-backbone', 'resnet18_lossattn_caps_nano', '--sched', 'plateau'), {'patch_loss'}),
+    (('--torchcompile', 'eager', '--model-ema'), {'patch_loss'}),
+    (('--amp', '--amp-dtype', 'bfloat16', '--xi', '0.5', '--clip-grad', '1', '--sched-on-updates'), {'patch_loss'}),
+])
+def test_variants(folder, tmp_path, flags, loss_terms):
+    """Other heads and flags train; the patch term appears for loss attention only, unless it is switched off."""
+    done = train('--data-dir', folder, *QUICK, '--epochs', '1', '--output', tmp_path, '--experiment', 'x', *flags)
+    assert done.returncode == 0, done.stderr
+    terms = json.loads((tmp_path / 'x' / 'result.json').read_text())['epochs'][0]['train']
+    assert loss_terms <= set(terms)
+    assert ('patch_loss' in terms) == ('patch_loss' in loss_terms)
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    (('--xi', '2'), '--xi must lie in [0, 1]'),
+    (('--gamma-max', '-1'), '--gamma-max must lie in'),
+    (('--batch-size', '0'), '--batch-size must lie in'),
+    (('--nonsense',), 'unrecognized arguments'),
+    (('--num-classes', '3'), '--num-classes'),
+    (('--model', 'no_such_model'), 'no_such_model'),
+    (('--data-dir', '/no/such/folder'), '/no/such/folder'),
+    (('--batch-size', '1000'), '--batch-size: 1000 is more than the 32 training images'),
+    (('--resume', 'no_such_file'), '--resume: no such file'),
+    (('--resume', 'auto'), '--resume auto: needs the --experiment'),
+    (('--pretrained-backbone', 'resnet18_lossattn_conv'), '--pretrained-backbone'),
+    (('--pretrained-backbone', 'resnet18_lossattn_conv_nano', '--model', 'vgg11_bn_cifar'), 'no separate backbone'),
+    (('--recipe', 'best'), "no recipe 'best'; there are sgd, adam, fast, smoke"),
+    (('--recipe', 'sgd/mnist'), "no dataset 'mnist'"),
+    (('--mixup', '0.2', '--batch-size', '7'), '--batch-size must be even'),
+    (('--multi-label', '--mixup', '0.2'), '--multi-label: goes with'),
+    (('--cache-dataset', '--aa', 'rand-m9'), '--cache-dataset: goes with none of --aa'),
+    (('--crop-padding', '4', '--color-jitter', '0.4'), '--crop-padding: goes with none of'),
+    (('--model-kwargs', 'no_such_argument=1'), 'no_such_argument'),
+    (('--eval-metric', 'top7', '--cache-dataset'), "--eval-metric: 'top7' is none of loss, top1, top5"),
+    (('--log-wandb', '--workers', '0'), '--log-wandb: not installed'),
+])
+def test_bad_flags(folder, tmp_path, flags, message, capsys):
+    """What is wrong stands in the last line, without a traceback; the exit code is 2."""
+    try:
+        code = train_script.main(['--data-dir', str(folder), *QUICK, '--output', str(tmp_path), *flags])
+    except SystemExit as error:  # argparse
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_config_file(folder, tmp_path):
+    """A --config file gives defaults, the command line wins, unknown keys are refused."""
+    config = tmp_path / 'config.yaml'
+    config.write_text('epochs: 1\nlr: 0.5\nmodel: resnet18_lossattn_caps_nano\n')
+    flags = [f for f in QUICK if f not in ('--model', 'resnet18_lossattn_conv_nano')]
+    flags[flags.index('--epochs'):flags.index('--epochs') + 2] = []
+    done = train('-c', config, '--data-dir', folder, *flags, '--output', tmp_path, '--experiment', 'x')
+    assert done.returncode == 0, done.stderr
+    args = json.loads((tmp_path / 'x' / 'result.json').read_text())['args']
+    assert (args['epochs'], args['lr'], args['model']) == (1, 0.02, 'resnet18_lossattn_caps_nano')
+    config.write_text('epoch: 1\n')
+    done = train('-c', config, '--data-dir', folder, *flags)
+    assert done.returncode == 2
+    assert "unknown keys ['epoch']" in done.stderr
+
+
+@pytest.mark.skipif('TIMM_REPO' not in os.environ, reason='TIMM_REPO is not set: no checkout of timm with its train.py')
+def test_unmodified_timm_train_script(folder, tmp_path):
+    """timm's own train.py trains a model of this package when --device-modules imports it.
+
+    A copy outside the checkout, so that it imports the installed timm and not the checkout's.
+    """
+    script = tmp_path / 'train.py'
+    shutil.copy(Path(os.environ['TIMM_REPO']) / 'train.py', script)
+    done = train(
+        '--device-modules', 'timm_lossattn', '--data-dir', folder, '--val-split', 'val', '--device', 'cpu',
+        '--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--epochs', '1', '--warmup-epochs', '0',
+        '--batch-size', '8', '--workers', '0', '--output', tmp_path, '--experiment', 'x',
+        script=script)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'x' / 'summary.csv').exists()

@@ -1,0 +1,73 @@
+"""Images with ground-truth boxes that follow them through timm's evaluation transform."""
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from timm_lossattn.explanation import Preprocessing, class_labels
+
+from .data import input_config, label_names, open_dataset
+from .model import load_trained
+from .options import DataOptions, EvalOptions
+
+__all__ = ['BoxDataset', 'collate_boxes', 'has_boxes', 'open_boxed', 'open_patch_model']
+
+
+class BoxDataset(Dataset):
+    """(image, target, boxes) from a Hugging Face dataset that train/prepare.py wrote, or without boxes from any other.
+
+    Boxes are x0, y0, x1, y1 in pixels of the model's input, (L, 4) float32; those that are cropped away are left out.
+
+    Args:
+        dataset: timm's dataset, over hfds/ with ``additional_features=['boxes']`` where it has boxes.
+        config: timm's data config.
+    """
+
+    def __init__(self, dataset: Any, config: dict[str, Any]) -> None:
+        self.dataset = dataset
+        self.preprocessing = Preprocessing(config)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        image, target, *given = self.dataset[index]
+        preprocessed = self.preprocessing(image)
+        boxes = preprocessed.to_input(
+            torch.tensor(given[0] if given else [], dtype=torch.float32).reshape(-1, 4)).float()
+        return preprocessed.x, target, boxes[(boxes[:, 2:] > boxes[:, :2]).all(dim=1)]
+
+
+def collate_boxes(batch: list) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Images (B, C, H, W), targets (B,) or (B, K), and B tensors of boxes (L, 4)."""
+    images, targets, boxes = zip(*batch)
+    return torch.stack(images), torch.stack([torch.as_tensor(t) for t in targets]), list(boxes)
+
+
+def has_boxes(dataset: Any) -> bool:
+    """Whether it is one that prepare.py wrote."""
+    return 'boxes' in (getattr(getattr(getattr(dataset, 'reader', None), 'dataset', None), 'features', None) or {})
+
+
+def open_boxed(data: DataOptions, num_classes: int, config: dict[str, Any]) -> BoxDataset:
+    """Images of --val-split, with boxes where there are any.
+
+    Raises:
+        ValueError: what ``open_dataset`` raises.
+    """
+    dataset = open_dataset(data, data.val_split, num_classes)
+    if has_boxes(dataset):
+        dataset = open_dataset(data, data.val_split, num_classes, additional_features=['boxes'])
+    return BoxDataset(dataset, config)
+
+
+def open_patch_model(options: EvalOptions) -> tuple[Any, dict[str, Any], BoxDataset, list[str]]:
+    """Patch model on the CPU, its data config, images with boxes where there are any, and label names.
+
+    Raises:
+        ValueError: the model has no patches, or what ``load_trained`` and ``open_dataset`` raise.
+    """
+    model = load_trained(options, patches=True)
+    config = input_config(options, model)
+    dataset = open_boxed(options, model.num_classes, config)
+    return model, config, dataset, label_names(dataset.dataset) or class_labels(model, model.num_classes)

@@ -1,0 +1,91 @@
+"""From options to task, optimizer, schedule and precision, through timm's factories."""
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from timm.loss import create_classification_loss
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask
+from timm.utils import NativeScaler
+from torch import nn
+
+from timm_lossattn import LossAttentionLoss, LossAttentionTask, MarginLoss
+from timm_lossattn.training.loss import summed_bce
+
+from .options import TrainOptions
+from .schedule import GaussianRampupScheduler
+
+__all__ = ['create_optimizer', 'create_precision', 'create_scheduler', 'create_task', 'default_loss', 'resolve_lr']
+
+_logger = logging.getLogger('train')
+
+
+def default_loss(model: nn.Module) -> str:
+    """What the paper trains such a model with, see ``PatchWeights.default_loss``."""
+    return getattr(getattr(model, 'patch_weights', None), 'default_loss', 'classification')
+
+
+def create_task(options: TrainOptions, model: Any, updates_per_epoch: int, device: torch.device) -> TrainingTask:
+    """Loss-attention loss, margin loss or the plain criterion, as the model's patch weights or --patch-loss say.
+
+    Multi-label: binary cross entropy summed over classes for every model (Eq. 10), without label smoothing.
+    """
+    kind = default_loss(model)
+    if options.patch_loss is not None and options.patch_loss != (kind == 'loss_attention'):
+        kind = 'loss_attention' if options.patch_loss else 'classification'
+    criterion: Any = summed_bce if options.multi_label else create_classification_loss(
+        smoothing=options.smoothing, soft_targets=options.mixed)
+    if kind == 'loss_attention':
+        smoothing = 0. if options.mixed or options.multi_label else options.smoothing
+        return LossAttentionTask(
+            model, LossAttentionLoss(criterion, multi_label=options.multi_label, smoothing=smoothing),
+            gamma_max=options.gamma_max, rampup_epochs=options.rampup_epochs or 0.,
+            updates_per_epoch=updates_per_epoch, device=device)
+    if kind == 'margin':
+        criterion = MarginLoss()
+    task = MultiLabelClassificationTask if options.multi_label else ClassificationTask
+    return task(model, criterion, device=device)
+
+
+def resolve_lr(options: TrainOptions, world_size: int) -> TrainOptions:
+    """Without ``--lr``, timm's rule for the learning rate."""
+    if options.lr is not None:
+        return options
+    ratio = options.batch_size * options.grad_accum_steps * world_size / 256
+    adaptive = any(name in options.opt.lower() for name in ('ada', 'lamb'))
+    lr = options.lr_base * (ratio ** 0.5 if adaptive else ratio)
+    _logger.info(f'Learning rate {lr:g}, from --lr-base {options.lr_base:g} and the global batch size')
+    return replace(options, lr=lr)
+
+
+def create_optimizer(options: TrainOptions, task: TrainingTask) -> torch.optim.Optimizer:
+    """timm's optimizer over the task's trainable parameters."""
+    module: Any = task.get_trainable_module()
+    return create_optimizer_v2(module, **optimizer_kwargs(cfg=options), **options.opt_kwargs)
+
+
+def create_scheduler(
+        options: TrainOptions, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> tuple[Any, int]:
+    """Learning-rate schedule and number of epochs: timm's, or the paper's for Adam."""
+    if options.sched == 'gaussian':
+        return GaussianRampupScheduler(
+            optimizer, rampup_t=options.warmup_epochs, milestones=options.decay_milestones,
+            decay_rate=options.decay_rate, beta2_after_rampup=options.beta2_after_warmup,
+            updates_per_epoch=updates_per_epoch), options.epochs
+    return create_scheduler_v2(
+        optimizer, **scheduler_kwargs(options, decreasing_metric=options.eval_metric == 'loss'),
+        updates_per_epoch=updates_per_epoch)
+
+
+def create_precision(options: TrainOptions, device: torch.device) -> tuple[Callable[[], Any], Any]:
+    """Context of forward passes, and the loss scaler of float16 on GPUs."""
+    if not options.amp:
+        return contextlib.nullcontext, None
+    autocast = partial(torch.autocast, device_type=device.type, dtype=getattr(torch, options.amp_dtype))
+    scaled = device.type == 'cuda' and options.amp_dtype == 'float16'
+    return autocast, NativeScaler(device=device.type) if scaled else None

@@ -1,0 +1,139 @@
+"""The command line of train.py: flags win over --config, that over --recipe, that over the defaults."""
+import argparse
+import importlib.util
+from dataclasses import fields
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .flags import add_flags, options_from
+from .options import TrainOptions
+
+__all__ = ['RECIPES', 'parse_args']
+
+RECIPES = Path(__file__).parents[1] / 'recipes.yaml'
+INFINITY = float('inf')
+RANGES: dict[str, tuple[float, float]] = {
+    'gamma_max': (0, INFINITY), 'rampup_epochs': (0, INFINITY), 'xi': (0, 1), 'smoothing': (0, 0.999),
+    'batch_size': (1, INFINITY), 'epochs': (1, INFINITY), 'lr': (0, INFINITY), 'grad_accum_steps': (1, INFINITY),
+    'checkpoint_hist': (1, INFINITY), 'checkpoint_minutes': (0, INFINITY), 'crop_padding': (0, INFINITY),
+    'hflip': (0, 1), 'reprob': (0, 1), 'workers': (0, INFINITY),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of train.py."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description='Train any model that timm and timm_lossattn register; patch models get the loss-attention loss.')
+    add_flags(parser, TrainOptions)
+    return parser
+
+
+def recipe_values(recipe: str, model: str | None) -> dict[str, Any]:
+    """Values of NAME[/DATASET] for a model, from recipes.yaml.
+
+    Raises:
+        ValueError: no such recipe or dataset.
+    """
+    known = yaml.safe_load(RECIPES.read_text())
+    name, _, dataset = recipe.partition('/')
+    if name not in known['recipes']:
+        raise ValueError(f'no recipe {name!r}; there are {", ".join(known["recipes"])}')
+    if dataset and dataset not in known['datasets']:
+        raise ValueError(f'no dataset {dataset!r}; there are {", ".join(known["datasets"])}')
+    entry = known['recipes'][name]
+    dataset = dataset or entry.get('default_dataset', '')
+    values = dict(entry['flags'], **(known['datasets'][dataset] if dataset else {}))
+    model = model or values.get('model')
+    for pattern, changes in entry.get('models', {}).items():
+        if model and fnmatch(model, pattern):
+            values |= changes
+    return values | entry.get('datasets', {}).get(dataset, {})
+
+
+def config_values(parser: argparse.ArgumentParser, config: str) -> dict[str, Any]:
+    """Values of a --config file."""
+    try:
+        values = yaml.safe_load(Path(config).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f'--config {config}: {" ".join(str(error).split())}')
+    if not isinstance(values, dict):
+        parser.error(f'--config {config}: must hold flags and values')
+    values = {key.replace('-', '_'): value for key, value in values.items()}
+    unknown = set(values) - {one.name for one in fields(TrainOptions)}
+    if unknown:
+        parser.error(f'--config {config}: unknown keys {sorted(unknown)}')
+    return values
+
+
+def scale_schedule(args: argparse.Namespace, recipe: dict[str, Any]) -> None:
+    """A run of another length goes through the recipe's schedule at another pace, unless it was given its own."""
+    pace = args.epochs / recipe['epochs']
+    first = 1 if args.sched == 'multistep' else 0  # timm's multistep decays one epoch before the milestone
+    if pace != 1 and args.decay_milestones == recipe.get('decay_milestones'):
+        args.decay_milestones = [round((milestone - first) * pace) + first for milestone in args.decay_milestones]
+    if pace != 1 and args.warmup_epochs == recipe.get('warmup_epochs'):
+        args.warmup_epochs *= pace
+
+
+def parse_args(argv: list[str] | None = None) -> TrainOptions:
+    """The options of train.py.
+
+    Exits with status 2 and one line for unknown flags, unknown keys in the config file, and values out of range.
+    """
+    parser = build_parser()
+    given = parser.parse_known_args(argv)[0]
+    from_file = config_values(parser, given.config) if given.config else {}
+    if given.config:
+        parser.set_defaults(**from_file)
+        given = parser.parse_known_args(argv)[0]
+    if given.recipe:
+        try:
+            recipe = recipe_values(given.recipe, given.model if given.model != TrainOptions.model else None)
+        except ValueError as error:
+            parser.error(f'--recipe: {error}')
+        parser.set_defaults(**recipe | from_file)
+    args = parser.parse_args(argv)
+    if args.recipe:
+        scale_schedule(args, recipe)
+    whole_batches, padded = args.cache_dataset, args.crop_padding is not None
+    if args.color_jitter is None:
+        args.color_jitter = 0. if whole_batches or padded else 0.4
+    if args.rampup_epochs is None:
+        args.rampup_epochs = 0.4 * args.epochs
+    check(parser, args)
+    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    return options_from(TrainOptions, args)
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit where flags do not go together, or a value is out of range."""
+    if args.pretrained_backbone and (args.pretrained or args.initial_checkpoint):
+        parser.error('--pretrained-backbone: goes with neither --pretrained nor --initial-checkpoint')
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        parser.error(f'--batch-size must be even for --mixup and --cutmix, got {args.batch_size}')
+    if args.resume == 'auto' and not args.experiment:
+        parser.error('--resume auto: needs the --experiment to continue')
+    if args.sched == 'plateau' and args.sched_on_updates:
+        parser.error('--sched plateau: goes by epochs, not with --sched-on-updates')
+    if (args.device or '').startswith('cuda') and not torch.cuda.is_available():
+        parser.error(f'--device {args.device}: this PyTorch sees no CUDA device')
+    for name in ('tensorboard', 'trackio', 'wandb'):
+        if getattr(args, f'log_{name}') and importlib.util.find_spec(name) is None:
+            parser.error(f'--log-{name}: not installed; pip install {name}')
+    if args.multi_label and (args.mixup or args.cutmix):
+        parser.error('--multi-label: goes with neither --mixup nor --cutmix')
+    padded = args.crop_padding is not None
+    for flag, active in (('--cache-dataset', args.cache_dataset), ('--crop-padding', padded)):
+        if active and (args.aa or args.train_crop_mode or args.color_jitter):
+            parser.error(f'{flag}: goes with none of --aa, --train-crop-mode, --color-jitter')
+    if padded and args.train_img_sizes and not args.cache_dataset:
+        parser.error('--crop-padding: goes with --train-img-sizes only if --cache-dataset is there too')
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f'--{name.replace("_", "-")} must lie in [{low}, {high}], got {value}')

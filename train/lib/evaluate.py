@@ -1,0 +1,139 @@
+"""The one loop that evaluates: accuracy or mAP, and where there are boxes, how well patches find the object.
+
+    >>> data = DataOptions(dataset='hfds/uoft-cs/cifar10', input_key='img', val_split='test')
+    >>> evaluate_dataset(model, data)          # {'loss', 'top1', 'top5', 'images', 'images_per_second'}
+"""
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask, evaluation_sample_limit
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from timm_lossattn.explanation import explain
+
+from .boxes import collate_boxes, has_boxes, open_boxed
+from .data import create_eval_loader, input_config, open_dataset
+from .extras import need
+from .options import DataOptions
+from .process import Process
+
+__all__ = ['evaluate', 'evaluate_dataset', 'evaluate_task']
+
+
+class BoxMeasures:
+    """Patch precision, recall and F, and localisation, of a patch model on images with boxes."""
+
+    def __init__(self, model: Any) -> None:
+        from timm_lossattn.evaluation.metrics import BoxLocalization, PatchLocalization
+        self.model, self.patches, self.located = model, PatchLocalization(), BoxLocalization()
+
+    def update(self, x: torch.Tensor, y: torch.Tensor, boxes: list[torch.Tensor]) -> torch.Tensor:
+        """Count a batch; its logits."""
+        explanation = explain(self.model, x)
+        logits, y = explanation.prediction.logits, y.cpu()
+        self.patches.update(
+            explanation.selected, explanation.prediction.patch_logits, y, explanation.patch_boxes, boxes)
+        predicted = logits.argmax(dim=1)
+        right = predicted == y if y.dim() == 1 else y.gather(1, predicted[:, None]).squeeze(1) > 0.5
+        self.located.update(explanation.boxes, boxes, right)
+        return logits
+
+    def compute(self) -> dict[str, float]:
+        """In percent."""
+        return {name: float(value) for metric in (self.patches, self.located)
+                for name, value in metric.compute().items()}
+
+
+@torch.inference_mode()
+def evaluate(
+        model: Any, loader: Iterable, evaluator: Any, device: torch.device, autocast: Callable[[], Any] = nullcontext,
+        channels_last: bool = False, distributed: bool = False, boxes: BoxMeasures | None = None,
+        voc: Any = None) -> dict[str, float]:
+    """Measures of a model over all batches.
+
+    Args:
+        model: images to logits; its mode becomes eval.
+        loader: of (images, targets), with ``boxes`` of (images, targets, boxes).
+        evaluator: timm's, of a task.
+        device: of the model.
+        autocast: context of the forward pass.
+        channels_last: layout of the images.
+        distributed: sum over all processes.
+        boxes: what to measure besides.
+        voc: VOCMeanAveragePrecision, what to measure besides.
+    """
+    model.eval()
+    for x, y, *found in loader:
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with autocast():
+            logits = model(x) if boxes is None else boxes.update(x, y, *found)
+        evaluator.update(logits.to(evaluator.device), y.to(evaluator.device))
+        if voc is not None:
+            voc.update(logits, y)
+    result = dict(evaluator.compute(distributed=distributed))
+    if voc is not None:
+        result['map_voc11'] = float(voc.compute())
+    return result if boxes is None else result | boxes.compute()
+
+
+def evaluate_task(
+        task: TrainingTask, loader: Any, process: Process, autocast: Callable[[], Any],
+        channels_last: bool) -> dict[str, float]:
+    """Loss and accuracies (multi-label: mean average precision) of the EMA model, or without one of the model.
+
+    A compiled model is evaluated compiled.
+    """
+    model: Any = task.get_eval_model(ema=task.has_ema())
+    while isinstance(model, (DistributedDataParallel, ModelEmaV3)):  # DDP would wait for ranks without a batch
+        model = model.module
+    evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+    return evaluate(model, loader, evaluator, process.device, autocast, channels_last, process.distributed)
+
+
+def evaluate_dataset(model: Any, data: DataOptions, device: torch.device | str = 'cpu') -> dict[str, float]:
+    """All measures that the model and --val-split allow, in percent, the number of images, and images/s.
+
+    Args:
+        model: on the device.
+        data: dataset, split, workers and batch size; what it says of sizes wins over the model's config.
+        device: of the model.
+
+    Raises:
+        ValueError: see ``open_dataset``.
+    """
+    process = Process(torch.device(device))
+    config = input_config(data, model)
+    dataset = open_dataset(data, data.val_split, model.num_classes, num_samples=data.val_num_samples)
+    boxed = hasattr(model, 'forward_patches') and has_boxes(dataset)
+    if boxed or data.multi_label:
+        need('train', 'torchmetrics')
+    loader: Any = DataLoader(
+        open_boxed(data, model.num_classes, config), data.batch_size, num_workers=data.workers,
+        collate_fn=collate_boxes) if boxed else create_eval_loader(data, process, dataset, config)
+    task = (MultiLabelClassificationTask if data.multi_label else ClassificationTask)(
+        model, nn.Identity(), verbose=False, device=process.device)
+    voc = None
+    if data.multi_label:
+        from timm_lossattn.evaluation.metrics import VOCMeanAveragePrecision
+        voc = VOCMeanAveragePrecision()
+    images = 0
+
+    def counted() -> Iterable:
+        nonlocal images
+        for batch in tqdm(loader, desc='evaluate', leave=False, dynamic_ncols=True):
+            images += len(batch[0])
+            yield batch
+
+    start = time.perf_counter()
+    result = evaluate(
+        model, counted(), task.create_evaluator(), process.device, boxes=BoxMeasures(model) if boxed else None, voc=voc)
+    return result | {'images': images, 'images_per_second': images / (time.perf_counter() - start)}

@@ -1,0 +1,130 @@
+"""Models: the one that train.py trains, and the trained one that the other scripts measure."""
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import convert_sync_batchnorm
+from timm.models import is_model_pretrained
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_lossattn.loading import check_name, load_model
+
+from .options import EvalOptions, TrainOptions
+from .process import Process
+
+__all__ = ['count_gmacs', 'create_model', 'load_trained', 'model_args']
+
+_logger = logging.getLogger('train')
+
+
+def load_trained(options: EvalOptions, device: torch.device | str = 'cpu', patches: bool = False) -> Any:
+    """The model with the weights that the flags name, in eval mode.
+
+    Args:
+        options: which.
+        device: where it goes.
+        patches: refuse models without patches.
+
+    Raises:
+        ValueError: no such model or weights.
+    """
+    given = {'xi': options.xi, 'num_classes': options.num_classes, 'in_chans': options.in_chans}
+    model = load_model(
+        options.model, options.checkpoint, device, **{key: value for key, value in given.items() if value is not None})
+    if patches and not hasattr(model, 'forward_patches'):
+        raise ValueError(f'--model: {options.name} is no patch model')
+    return model
+
+
+def model_args(options: TrainOptions) -> dict[str, Any]:
+    """What differs from the registered model, but for the numbers of classes and channels."""
+    given = {name: getattr(options, name) for name in ('xi', 'backbone_stride')}
+    return dict(options.model_kwargs) | {name: value for name, value in given.items() if value is not None}
+
+
+def create_model(options: TrainOptions, process: Process) -> Any:
+    """The model that the flags name, in train layout and on its device.
+
+    Raises:
+        ValueError: unknown model, missing checkpoint, or an argument that the model refuses.
+    """
+    check_name(options.model)
+    for flag, path in (('--initial-checkpoint', options.initial_checkpoint), ('--resume', options.resume)):
+        if path and not Path(path).is_file():
+            raise ValueError(f'{flag}: no such file: {path}')
+    if options.sync_bn and process.distributed and process.device.type == 'cpu':
+        raise ValueError('--sync-bn: PyTorch has it on GPUs only; on the CPU there is --dist-bn')
+    in_chans = options.in_chans or (options.input_size[0] if options.input_size else None)
+    try:
+        model: Any = timm.create_model(
+            options.model,
+            pretrained=options.pretrained,
+            num_classes=options.num_classes,
+            in_chans=in_chans,
+            drop_rate=options.drop,
+            drop_path_rate=options.drop_path,
+            checkpoint_path=options.initial_checkpoint,
+            **model_args(options),
+        )
+    except (TypeError, RuntimeError) as error:  # an argument the model does not have, weights that do not fit
+        raise ValueError(f'--model {options.model}: {error}') from error
+    if options.pretrained_backbone and not options.resume:
+        load_backbone(model, options.pretrained_backbone)
+    if options.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    model.to(device=process.device)
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return convert_sync_batchnorm(model) if options.sync_bn and process.distributed else model
+
+
+def load_backbone(model: nn.Module, source: str) -> None:
+    """Copy weights of a pretrained timm model into the backbone where names and shapes fit; log what did and what not.
+
+    Names fit between the models of this package, and from timm's ResNets (with BasicBlock) and VGGs to ours.
+
+    Raises:
+        ValueError: no such weights, or none that fit.
+    """
+    if not timm.is_model(source) or not is_model_pretrained(source):
+        raise ValueError(f'--pretrained-backbone: {source!r} is no model with weights.')
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith('backbone.')}
+    if not own:
+        raise ValueError(f'--pretrained-backbone: {type(model).__name__} has no separate backbone; use --pretrained.')
+    state = renamed_backbone(timm.create_model(source, pretrained=True).state_dict(), list(own))
+    fits = {name: state[name] for name, tensor in own.items() if name in state and state[name].shape == tensor.shape}
+    if not any(tensor.dim() == 4 for tensor in fits.values()):
+        raise ValueError(f'--pretrained-backbone: no convolution of {source} fits.')
+    model.load_state_dict(fits, strict=False)
+    missing = sorted(set(own) - set(fits))
+    _logger.info(f'Backbone: {len(fits)} of {len(own)} tensors from {source}; not loaded: {", ".join(missing) or "–"}')
+
+
+def renamed_backbone(state: dict[str, torch.Tensor], own: list[str]) -> dict[str, torch.Tensor]:
+    """A state dict of this package, of timm's ResNet or of timm's VGG, under the names of our backbones."""
+    if any(name.startswith('backbone.') for name in state):
+        return state
+    if 'features.0.weight' in state:  # the same layers in the same order under other names
+        features = [tensor for name, tensor in state.items() if name.startswith('features.')]
+        return dict(zip(own, features)) if len(features) == len(own) else {}  # another depth: no layer for layer
+    renamed = {}
+    for name, tensor in state.items():
+        name = re.sub(r'^conv1\.', 'stem.conv.', name)
+        name = re.sub(r'^bn1\.', 'stem.bn.', name)
+        name = re.sub(r'^layer(\d)\.', lambda match: f'stages.{int(match[1]) - 1}.', name)
+        name = name.replace('downsample.0.', 'downsample.conv.').replace('downsample.1.', 'downsample.bn.')
+        renamed[f'backbone.{name}'] = tensor
+    return renamed
+
+
+def count_gmacs(model: Any, x: torch.Tensor) -> float:
+    """Billions of multiply-adds in convolutions and matrix products for the first image of a batch."""
+    training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(x[:1])
+    model.train(training)
+    return counter.get_total_flops() / 2e9
