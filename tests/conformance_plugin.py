@@ -1,7 +1,8 @@
 """pytest plugin for timm's own tests/test_models.py, which select models by timm's names and module names.
 
-With ``-p conformance_plugin`` the selections by module mean this package's modules, those by a pattern such as ``vit_*`` mean
-``lossattn_vit_*`` too, and of the names ``lossattn.{any timm model}`` none is tested; the test file itself stays as it is.
+With ``-p conformance_plugin`` the selections by module mean this package's modules, those by a pattern such as
+``vit_*`` mean ``lossattn_vit_*`` too, and of the names ``lossattn.{any timm model}`` none is tested; the test file
+itself stays as it is.
 """
 import timm
 

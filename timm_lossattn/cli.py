@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .explanation import class_labels, explain, open_image, preprocess
+from .explanation import class_labels, explain, open_image, patch_model, preprocess
 from .export import FORMATS, OUTPUTS, check_target, export_model
 from .loading import list_patch_models, load_model
 from .script_runner import run_script
@@ -36,11 +36,12 @@ def unique_stems(paths: Sequence[Path]) -> list[str]:
 
 
 def load_patch_model(name: str | None, checkpoint: str | None, device: str) -> Any:
-    """``load_model``, by default the small model that ships, and only models that have patches."""
+    """``load_model``, by default the small model that ships; a stock timm model gets patches of equal weight."""
     model = load_model(name or (None if checkpoint else DEFAULT_MODEL), checkpoint, device)
-    if not hasattr(model, 'forward_patches'):
-        raise ValueError(f'model: {name or checkpoint} is no patch model; `timm-lossattn list` shows those that are.')
-    return model
+    try:
+        return patch_model(model)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'model: {name or checkpoint}: {error}') from error
 
 
 def print_error(console: Console, error: Exception) -> None:
@@ -165,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser('explain', help='which part of each image decided: a PNG and a JSON for each')
     command.add_argument('images', nargs='+', metavar='IMAGE', help='any image that Pillow opens')
     command.add_argument('--model', metavar='NAME',
-                         help='a name, hf-hub:ORG/NAME or local-dir:FOLDER '
+                         help='any timm model, lossattn.(any timm model), hf-hub:ORG/NAME or local-dir:FOLDER '
                               f'(default: what --checkpoint says, or {DEFAULT_MODEL})')
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')

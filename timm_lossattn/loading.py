@@ -34,6 +34,11 @@ def one_line(error: Exception, length: int = 300) -> str:
     return text if len(text) <= length else f'{text[:length - 1 - half]}…{text[len(text) - half:]}'
 
 
+def backbone_name(name: str) -> str:
+    """The model whose weights a name stands for: the backbone of ``lossattn.{backbone}``, or else the name itself."""
+    return name.removeprefix('lossattn.')
+
+
 def check_name(name: str) -> None:
     """Whether timm can create a model of this name.
 
@@ -42,10 +47,12 @@ def check_name(name: str) -> None:
     """
     if name.partition(':')[0] in SOURCES:
         return
-    if not timm.is_model(name):
+    backbone = backbone_name(name)
+    if not timm.is_model(backbone):
         known = [*list_patch_models(), *timm.list_models()]
-        close = get_close_matches(name.split('.')[0], known, n=1)
-        hint = f'; did you mean {close[0]}?' if close else '; `timm-lossattn list` shows the models of this package.'
+        close = get_close_matches(backbone.split('.')[0], known, n=1)
+        prefix = name.removesuffix(backbone)
+        hint = f'; did you mean {prefix}{close[0]}?' if close else '; `timm-lossattn list` shows the models of this package.'
         raise ValueError(f'model: timm has no model {name!r}, nor has timm_lossattn{hint}')
 
 
@@ -128,9 +135,12 @@ def load_model(
 
 def check_has_weights(name: str) -> None:
     """ValueError unless a registered name has pretrained weights, and a file of this package is where it should be."""
+    prefix, name = name.removesuffix(backbone_name(name)), backbone_name(name)
     if not is_model_pretrained(name):
-        others = [n for n in list_patch_models() if is_model_pretrained(n)]
-        raise ValueError(f'model: {name} has no weights yet; give a checkpoint, or choose one of {others}.')
+        architecture = name.split('.')[0]
+        others = [prefix + n for n in timm.list_pretrained(f'{architecture}.*')] or [
+            n for n in list_patch_models() if is_model_pretrained(n)]
+        raise ValueError(f'model: {prefix}{name} has no weights yet; give a checkpoint, or choose one of {others}.')
     file = timm.get_pretrained_cfg_value(name, 'file')
     if file and not Path(file).is_file():
         raise ValueError(f'model: the weights of {name} are missing from this installation: {file}')

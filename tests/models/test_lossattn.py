@@ -168,12 +168,15 @@ def test_reset_classifier():
         new.forward_patches(x)
     new.reset_classifier(2)
     assert new.forward_patches(x).logits.shape == (2, 2)
-    with pytest.raises(ValueError, match='no sum over patches'):
-        new.reset_classifier(2, 'max')
+    new.reset_classifier(2, 'max')
+    for use in (new, new.forward_patches):
+        with pytest.raises(ValueError, match='no sum over patches'):
+            use(x)
     headless = timm.create_model('lossattn', backbone='test_vit', num_classes=0).eval()
     assert headless(torch.randn(1, 3, 160, 160)).shape == (1, 64)
+    headless.reset_classifier(5)
     with pytest.raises(ValueError, match='class token'):
-        headless.reset_classifier(5)
+        headless(torch.randn(1, 3, 160, 160))
     headless.reset_classifier(5, 'avg')
     assert headless.patch_kind == 'A'  # the norm before the pooling stays where it is
 

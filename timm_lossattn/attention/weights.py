@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from timm.models import register_notrace_module
 from torch import nn
 
 from ..prediction import upcast
@@ -34,7 +35,7 @@ def register_weights(name: str) -> Callable[[type[Weights]], type[Weights]]:
         if name in _WEIGHTS and _WEIGHTS[name].__qualname__ != cls.__qualname__:
             raise ValueError(f'global_pool {name!r} is registered already, by {_WEIGHTS[name].__name__}.')
         _WEIGHTS[name] = cls
-        return cls
+        return register_notrace_module(cls)  # reason: dtype dependent control flow
     return register
 
 

@@ -1,10 +1,10 @@
 """From a model and images to what decided: preprocessing, one forward pass, evidence, pictures."""
-from .explain import explain
+from .explain import explain, patch_model
 from .explanation import Explanation, class_labels
 from .geometry import patches_to_pixels, square_box
 from .preprocessing import Preprocessed, Preprocessing, input_config, open_image, preprocess
 
 __all__ = [
     'Explanation', 'Preprocessed', 'Preprocessing', 'class_labels', 'explain', 'input_config', 'open_image',
-    'patches_to_pixels', 'preprocess', 'square_box',
+    'patch_model', 'patches_to_pixels', 'preprocess', 'square_box',
 ]

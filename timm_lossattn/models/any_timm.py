@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from timm.models import register_notrace_function
+import torch.fx
 from torch import nn
 
 from ..attention.weights import PatchWeights, create_weights, list_weights, weighted_sum
@@ -29,7 +29,7 @@ RESTRUCTURING = ('reset_classifier', 'set_input_size', 'prune_intermediate_layer
 _known: 'WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Module]], PatchAccess]]' = WeakKeyDictionary()
 
 
-@register_notrace_function  # reason: dtype dependent control flow
+@torch.fx.wrap  # reason: dtype dependent control flow
 def pool_patches(alpha: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """Σ_m α_m h_m of (B, M) and (B, M, C), to (B, C) in the precision of h; summed in float32."""
     return weighted_sum(alpha, upcast(h)).to(h.dtype)
@@ -45,6 +45,7 @@ class LossAttentionMixin(Base):
             classifier.
         patch_layout: of the features: NCHW, NHWC or NLC.
         patch_prefix: tokens before those of the patches, which the head does not read.
+        patch_refusal: why the logits are no sum over patches since ``reset_classifier`` and the like; raised when used.
     """
     if TYPE_CHECKING:  # TorchScript would read annotations of the class
         forward_features: Any
@@ -54,6 +55,7 @@ class LossAttentionMixin(Base):
         patch_kind: str
         patch_layout: str
         patch_prefix: int
+        patch_refusal: str
         patch_weights: PatchWeights
         patches_differ: bool
         stock_class: type[nn.Module]
@@ -71,6 +73,8 @@ class LossAttentionMixin(Base):
         Without classifier they are the stock model's, the plain mean.
         """
         if self.num_classes > 0 and self.patches_differ:
+            if self.patch_refusal:
+                raise ValueError(self.patch_refusal)
             x = self.pooled_features(x)
         return self.stock_forward_head(x, pre_logits) if pre_logits else self.stock_forward_head(x)
 
@@ -102,10 +106,12 @@ class LossAttentionMixin(Base):
         The logits are those of ``forward``; the contributions sum to them to rounding.
 
         Raises:
-            ValueError: the model has no classifier (num_classes=0).
+            ValueError: the model has no classifier (num_classes=0), or now one whose logits are no sum over patches.
         """
         if self.num_classes == 0:
             raise ValueError('forward_patches needs a classifier, but the model has num_classes=0.')
+        if self.patch_refusal:
+            raise ValueError(self.patch_refusal)
         features = self.forward_features(x)
         h = split_patches(features, self.patch_layout, self.patch_prefix)
         p = self.logits_of_patches(h)
@@ -156,7 +162,7 @@ class LossAttentionMixin(Base):
     def _set_patch_access(self, access: PatchAccess) -> None:
         self.patch_access = access
         self.patch_kind, self.patch_layout, self.patch_prefix = access.kind, access.layout, access.prefix
-        self.patch_batch_norm = access.batch_norm
+        self.patch_batch_norm, self.patch_refusal = access.batch_norm, ''
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For copy and pickle: the class is made of the stock model's, not looked up by name."""
@@ -183,7 +189,10 @@ def restructuring(method: Callable) -> Callable:
         finally:
             self._restructuring = nested
         if self.num_classes > 0 and not nested:
-            self._set_patch_access(analyse(stock_view(self)))
+            try:
+                self._set_patch_access(analyse(stock_view(self)))
+            except ValueError as error:  # timm's models may be without pooling for a while; said when it is used
+                self.patch_kind, self.patch_refusal = '', str(error)
         return result
     return changed
 
@@ -278,9 +287,10 @@ def loss_attention(model: Any, pool: str = 'lossattn', xi: float = 0.1) -> Any:
             hasattr(type(model), name) for name in ('forward_features', 'forward_head')):
         raise TypeError(
             f'model must have forward_features and forward_head, as timm models do; {type(model).__name__} has not.')
-    if not isinstance(getattr(model, 'num_classes', None), int):
+    classes = getattr(model, 'num_classes', None)
+    if not isinstance(classes, int):
         raise TypeError(f'model must have num_classes, as timm models do; {type(model).__name__} has not.')
-    access = access_to(model) if model.num_classes > 0 else PatchAccess('', 'NCHW', 0, 0, False)
+    access = access_to(model) if classes > 0 else PatchAccess('', 'NCHW', 0, 0, False)
     weights = plain_weights(pool, access.channels, xi)
     new = shallow_copy(model, empty_model(type(model)))
     new.patch_weights = weights.train(model.training)
