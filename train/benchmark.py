@@ -12,6 +12,7 @@ batch already take: CUDA's allocator, or on the CPU the growth of the resident s
 --capsules times capsule patch layers, one convolution each, against the same mathematics as loops over capsule units
 with the same weights, after a check that outputs and input gradients are the same; exit code 1 under 1.5 times.
 """
+import copy
 import multiprocessing
 import statistics
 import sys
@@ -32,6 +33,7 @@ from lib.flags import flag, parse, positive_int
 from lib.model import count_gmacs
 from lib.record import command_line, environment, print_table
 from lib.script import script
+from lib.winograd import use_winograd
 from timm_lossattn import LossAttentionLoss, LossAttentionTask
 from timm_lossattn.attention import CapsuleLossAttentionHead
 from timm_lossattn.explanation import explain
@@ -54,6 +56,7 @@ class BenchmarkOptions:
     dtype: str = flag('float32', 'autocast dtype', choices=DTYPES)
     channels_last: bool = flag(False)
     torchcompile: bool = flag(False, 'also compiled')
+    winograd: bool = flag(False, 'also with Winograd convolutions (CPU, float32)')
     matmul_size: int = flag(2048, 'n of the n × n product', metavar='N')
     warmup: int = flag(1, metavar='N')
     repeats: int = flag(5, type=positive_int, metavar='N')
@@ -138,6 +141,12 @@ def measure_speed(options: BenchmarkOptions) -> dict[str, Any]:
         functions['explain'] = inference(lambda x: explain(model, x))
     if options.torchcompile:
         functions['forward_compiled'] = inference(torch.compile(model))
+    if options.winograd:
+        fast = copy.deepcopy(model)
+        result['winograd_convolutions'] = use_winograd(fast)
+        functions['forward_winograd'] = inference(fast)
+        if patches:
+            functions['explain_winograd'] = inference(lambda x: explain(fast, x))
     seconds = by_turns(functions, options)
     flops = 2e9 * gmacs * options.batch_size
     matmul_flops = 2. * n ** 3
@@ -149,6 +158,10 @@ def measure_speed(options: BenchmarkOptions) -> dict[str, Any]:
         result['explain_cost'] = ratio(seconds, 'explain', 'forward') - 1
     if options.torchcompile:
         result['compiled_forward_speedup'] = ratio(seconds, 'forward', 'forward_compiled')
+    if options.winograd:
+        result['winograd_forward_speedup'] = ratio(seconds, 'forward', 'forward_winograd')
+        if patches:
+            result['winograd_explain_speedup'] = ratio(seconds, 'explain', 'explain_winograd')
 
     model.train()
 
@@ -174,6 +187,9 @@ def measure_speed(options: BenchmarkOptions) -> dict[str, Any]:
         compiled = create_task()
         compiled.compile()
         functions['compiled'] = step_function(compiled, x, y, options)
+    if options.winograd:
+        functions['winograd'] = step_function(
+            ClassificationTask(fast.train(), nn.CrossEntropyLoss(), verbose=False), x, y, options)
     seconds = by_turns(functions, options)
     result['train_images_per_second'] = options.batch_size / statistics.median(seconds['plain'])
     result['train_fraction_of_matmul'] = 3 * flops / matmul_flops * ratio(seconds, 'matmul', 'plain')
@@ -182,6 +198,8 @@ def measure_speed(options: BenchmarkOptions) -> dict[str, Any]:
         result['loss_cost'] = ratio(seconds, 'loss', 'plain') - ratio(seconds, 'plain_loss', 'plain')
     if options.torchcompile:
         result['compiled_train_speedup'] = ratio(seconds, 'task' if patches else 'plain', 'compiled')
+    if options.winograd:
+        result['winograd_train_speedup'] = ratio(seconds, 'plain', 'winograd')
     return result
 
 

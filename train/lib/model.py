@@ -15,6 +15,7 @@ from timm_lossattn.loading import check_name, load_model
 
 from .options import EvalOptions, TrainOptions
 from .process import Process
+from .winograd import use_winograd
 
 __all__ = ['count_gmacs', 'create_model', 'load_trained', 'model_args']
 
@@ -76,6 +77,8 @@ def create_model(options: TrainOptions, process: Process) -> Any:
         load_backbone(model, options.pretrained_backbone)
     if options.grad_checkpointing:
         model.set_grad_checkpointing(True)
+    if options.winograd:
+        _logger.info(f'Winograd: {use_winograd(model)} convolutions')
     model.to(device=process.device)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
