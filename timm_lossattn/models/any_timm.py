@@ -143,7 +143,7 @@ class LossAttentionMixin(Base):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Image logits (B, K) of the features; of patch features h (B, M, C) the head (B, M, K) held at that state.
 
-        If nothing had to be held, the latter are the patch logits p; if one 1/σ, they follow from p and the patches' own.
+        If nothing had to be held, the latter are the patch logits p; if one 1/σ, they follow from p and the own ones.
         """
         with Record(features) as record:
             logits = self.stock_forward_head(features)
