@@ -52,8 +52,9 @@ def check_name(name: str) -> None:
         known = [*list_patch_models(), *timm.list_models()]
         close = get_close_matches(backbone.split('.')[0], known, n=1)
         prefix = name.removesuffix(backbone)
-        hint = f'did you mean {prefix}{close[0]}?' if close else '`timm-lossattn list` shows our models.'
-        raise ValueError(f'model: timm has no model {name!r}, nor has timm_lossattn; {hint}')
+        hint = (f'; did you mean {prefix}{close[0]}?' if close else
+                '; `timm-lossattn list` shows the models of this package.')
+        raise ValueError(f'model: timm has no model {name!r}, nor has timm_lossattn{hint}')
 
 
 def model_config(

@@ -6,12 +6,15 @@ import pickle
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from timm.models import resolve_pretrained_cfg, save_for_hf
 from torch import nn
 
 from timm_lossattn import PatchPrediction, explain, loss_attention
-from timm_lossattn.explanation import class_labels
+from timm_lossattn.cli import main
+from timm_lossattn.explanation import class_labels, open_image, preprocess
+from timm_lossattn.loading import load_model
 from timm_lossattn.models.any_timm import LossAttentionMixin
 
 # name, arguments, kind, layout, prefix tokens
@@ -278,3 +281,48 @@ def test_explain_stock_model():
     assert class_labels(timm.create_model('test_convnext', num_classes=3), 3) == ['class 0', 'class 1', 'class 2']
     model.reset_classifier(4)  # what was found out before is not used again
     assert explain(model, x).prediction.contributions.shape == (2, 25, 4)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / 'photo.png'
+    Image.effect_noise((200, 170), 80).convert('RGB').save(path)
+    return path
+
+
+@pytest.mark.parametrize('how', ['lossattn', 'stock', 'lossattn folder', 'stock folder'])
+def test_command_line(weights, photo, tmp_path, how):
+    """explain takes both, by name with a checkpoint, or as folders in the Hub's format."""
+    stock, file = weights
+    model = loss_attention(stock) if 'lossattn' in how else stock
+    if 'folder' in how:
+        save_for_hf(model, tmp_path / 'hub', safe_serialization=True)
+        options = ['--model', f'local-dir:{tmp_path / "hub"}']
+    else:
+        options = ['--model', f'{"lossattn." if how == "lossattn" else ""}test_resnet.r160_in1k', '--checkpoint', file]
+    assert main(['explain', str(photo), *options, '--out', str(tmp_path / 'out')]) == 0
+    numbers = json.loads((tmp_path / 'out' / 'photo.json').read_text())
+    x = preprocess(model, open_image(photo)).x[None]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(numbers['logits']), model(x)[0], rtol=1e-4, atol=1e-5)
+    assert numbers['labels'][1] == 'goldfish'
+    flat = {a for row in numbers['alpha'] for a in row}
+    assert (len(flat) == 1) == ('stock' in how)
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('lossattn.resnet5o', 'did you mean lossattn.resnet50'),
+    ('lossattn.resnet50.nope', 'lossattn.resnet50.a1_in1k'),
+    ('resnet50.nope', 'resnet50.a1_in1k'),
+])
+def test_names_that_do_not_exist(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(name)
+
+
+def test_command_line_refuses(photo, tmp_path, capsys):
+    """A class token decides: one line that says what to do."""
+    save_for_hf(timm.create_model('test_vit'), tmp_path / 'hub', safe_serialization=True)
+    model = f'local-dir:{tmp_path / "hub"}'
+    assert main(['explain', str(photo), '--model', model, '--out', str(tmp_path / 'out')]) == 2
+    assert 'global_pool="avg"' in capsys.readouterr().err

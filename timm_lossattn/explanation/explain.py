@@ -41,11 +41,11 @@ def explain(
         ValueError: the model, or a part of it, is in train mode, or its logits are no sum over patches; images are no
             batch or cannot be read; a class does not exist, or it would be compared with itself.
     """
+    model = patch_model(model)
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise ValueError('model must be in eval mode: call model.eval() first'
                          + (f' (its part {training!r} is in train mode).' if training else '.'))
-    model = patch_model(model)
     if isinstance(images, (Preprocessed, Image.Image, str, Path)):
         images = [images]
     given = images.detach().to('cpu', copy=True) if isinstance(images, torch.Tensor) else [

@@ -114,28 +114,45 @@ class LossAttentionMixin(Base):
             raise ValueError(self.patch_refusal)
         features = self.forward_features(x)
         h = split_patches(features, self.patch_layout, self.patch_prefix)
-        p = self.logits_of_patches(h)
+        own = None
+        if self.patch_access.one_norm and not self.training:
+            p, own = self._recorded_logits(h)
+        else:
+            p = self.logits_of_patches(h)
         alpha = self.patch_weights(h, p)
         if self.patches_differ:
             features = join_patches(pool_patches(alpha, h), self.patch_layout, self.patch_prefix)
         if self.patch_kind == 'A' and not self.training:
             logits, parts = self.stock_forward_head(features), p
         else:
-            logits, parts = self._held_head(features, h, p)
+            logits, parts = self._held_head(features, h, p, own)
         return PatchPrediction(logits, p, alpha, alpha.unsqueeze(-1) * upcast(parts))
+
+    @torch.jit.ignore
+    @torch.compiler.disable
+    def _recorded_logits(self, h: torch.Tensor) -> tuple[torch.Tensor, Record]:
+        """``logits_of_patches``, and what the head's normalisation does to each patch."""
+        x = join_patches(h.flatten(0, 1), self.patch_layout, self.patch_prefix)
+        with Record(x) as own:
+            return self.stock_forward_head(x).reshape(h.shape[0], h.shape[1], -1), own
 
     @torch.jit.ignore
     @torch.compiler.disable  # the modes are Python; torch.export runs them
     def _held_head(
-            self, features: torch.Tensor, h: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            self, features: torch.Tensor, h: torch.Tensor, p: torch.Tensor, own: Record | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Image logits (B, K) of the features; of patch features h (B, M, C) the head (B, M, K) held at that state.
 
-        If nothing had to be held, the latter are the patch logits p.
+        If nothing had to be held, the latter are the patch logits p; if one 1/σ, they follow from p and the own ones.
         """
         with Record(features) as record:
             logits = self.stock_forward_head(features)
         if record.affine:
             return logits, p
+        if own is not None and own.scale is not None and record.scale is not None:
+            zero = self.stock_forward_head(torch.zeros_like(features[:1]))
+            ratio = record.scale.unsqueeze(1) / own.scale.view(p.shape[0], p.shape[1])
+            return logits, torch.lerp(upcast(zero), upcast(p), ratio.to(upcast(p).dtype).unsqueeze(-1))
         x = join_patches(h.flatten(0, 1), self.patch_layout, self.patch_prefix)
         with frozen_batch_norms(self) if self.patch_batch_norm else nullcontext(), Replay(x, record, h.shape[1]):
             return logits, self.stock_forward_head(x).reshape(p.shape)

@@ -121,6 +121,14 @@ class Record(HeadMode):
         return all(held is None for _, held in self.states)
 
     @property
+    def scale(self) -> torch.Tensor | None:
+        """(N,) 1/σ of each row if a single normalisation of whole rows is all that is held, else None."""
+        held = [(rule, state) for rule, state in self.states if state is not None]
+        if len(held) != 1 or held[0][0] not in NORMS or held[0][1][0].numel() != held[0][1][0].shape[0]:
+            return None
+        return held[0][1][0].flatten()
+
+    @property
     def batch_norm(self) -> bool:
         """The head has batch norms."""
         return any(rule == 'batch_norm' for rule, _ in self.states)

@@ -33,6 +33,8 @@ class PatchAccess:
         prefix: tokens before those of the patches, for NLC.
         channels: C of the features.
         batch_norm: the head has batch norms.
+        one_norm: a single 1/σ is held, so that a patch's share is its own logits p_m but for that factor: with z_0 =
+            head(0) it is z_0 + (p_m − z_0) σ(h_m)/σ(h̄).
         grids: (H', W') of the patch grid by (H, W) of the input, as far as known.
     """
     kind: str
@@ -40,6 +42,7 @@ class PatchAccess:
     prefix: int
     channels: int
     batch_norm: bool
+    one_norm: bool = False
     grids: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
 
@@ -223,6 +226,13 @@ def probe(model: nn.Module, twin: Any, access: PatchAccess) -> None:
     if not close(mean, replay(whole, uniform)):
         raise refuse(model, 'its head does something before the pooling that is not linear')
     access.kind, access.batch_norm = record.kind, record.batch_norm
+    patches = join_patches(h.flatten(0, 1), layout, prefix)
+    with Record(patches) as own:
+        p = twin.forward_head(patches)
+    if record.scale is not None and own.scale is not None:
+        zero = twin.forward_head(torch.zeros_like(patches[:1]))
+        parts = torch.lerp(zero, p, (record.scale.repeat_interleave(M) / own.scale).unsqueeze(-1))
+        access.one_norm = close(pooled, (alpha.unsqueeze(-1) * parts.unflatten(0, (2, M))).sum(dim=1))
 
 
 def randomise(model: nn.Module, twin: nn.Module, used: dict[int, torch.Tensor]) -> None:
