@@ -6,13 +6,14 @@ from typing import Any, Literal, Union
 import torch
 from PIL import Image, ImageOps
 
+from ..models.any_timm import loss_attention
 from ..prediction import PatchPrediction
 from .explanation import Explanation, class_labels, classes_of
 from .preprocessing import Preprocessed, input_config, open_image, preprocess, to_rgb
 
 Source = Union[Preprocessed, Image.Image, str, Path]
 
-__all__ = ['explain']
+__all__ = ['explain', 'patch_model']
 
 
 @torch.no_grad()
@@ -26,7 +27,8 @@ def explain(
     """Explain a batch of images in one forward pass without gradients.
 
     Args:
-        model: patch model with a classifier, in eval mode.
+        model: patch model with a classifier, in eval mode; or a stock timm model, whose own logits are explained, every
+            patch with the same weight (``loss_attention(model, pool='avg')``).
         images: (B, C, H, W) normalised images, any size of at least one patch; or one or B image files, PIL images or
             what ``preprocess`` returned, which get timm's evaluation transform.
         target: class to explain, for all images or for each; by default the predicted one.
@@ -35,16 +37,15 @@ def explain(
         multi_label: the classes are independent: probabilities are sigmoids, and 'rest' means nothing.
 
     Raises:
-        TypeError: the model is not a patch model.
-        ValueError: the model, or a part of it, is in train mode, images are no batch or cannot be read, a class does
-            not exist, or it would be compared with itself.
+        TypeError: the model is no patch model and has no forward_features and forward_head.
+        ValueError: the model, or a part of it, is in train mode, or its logits are no sum over patches; images are no
+            batch or cannot be read; a class does not exist, or it would be compared with itself.
     """
-    if not hasattr(model, 'forward_patches'):
-        raise TypeError(f'model must have forward_patches, as patch models do; {type(model).__name__} has not.')
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise ValueError('model must be in eval mode: call model.eval() first'
                          + (f' (its part {training!r} is in train mode).' if training else '.'))
+    model = patch_model(model)
     if isinstance(images, (Preprocessed, Image.Image, str, Path)):
         images = [images]
     given = images.detach().to('cpu', copy=True) if isinstance(images, torch.Tensor) else [
@@ -77,6 +78,21 @@ def explain(
     )
     independent = K == 1 or multi_label
     return explanation.versus(None if independent and isinstance(against, str) and against == 'rest' else against)
+
+
+def patch_model(model: Any) -> Any:
+    """The model itself if it has patches; a stock timm model with α = 1/M.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: the logits of the timm model are no sum over patches.
+    """
+    if hasattr(model, 'forward_patches'):
+        return model
+    if not hasattr(model, 'forward_features') or not hasattr(model, 'forward_head'):
+        raise TypeError('model must have forward_patches, as patch models do, or forward_features and forward_head, as '
+                        f'timm models do; {type(model).__name__} has neither.')
+    return loss_attention(model, pool='avg')
 
 
 def preprocessed(model: Any, image: Source) -> Preprocessed:

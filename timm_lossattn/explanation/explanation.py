@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..files import replace_file
 from ..prediction import PatchPrediction
@@ -45,9 +49,25 @@ def classes_of(name: str, value: int | Sequence[int] | torch.Tensor, batch: int,
 
 
 def class_labels(model: Any, num_classes: int) -> list[str]:
-    """Label names of the model's weights if there is one for each of the classes, or else the indices."""
-    labels = getattr(model, 'pretrained_cfg', {}).get('label_names') or ()
+    """Label names of the model's weights if there is one for each of the classes, or else the indices.
+
+    timm's ImageNet models carry no names; their tag says which ImageNet their classes are.
+    """
+    cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
+    labels = cfg.get('label_names') or ()
+    if not labels and cfg.get('num_classes') == num_classes and re.search(r'in(1|12|21|22)k', cfg.get('tag') or ''):
+        subset = infer_imagenet_subset(cfg)
+        labels = imagenet_labels(subset) if subset else ()
     return list(labels) if len(labels) == num_classes else [f'class {k}' for k in range(num_classes)]
+
+
+@cache
+def imagenet_labels(subset: str) -> tuple[str, ...]:
+    """The first word of WordNet for each class; with its synset where two classes have the same ("crane")."""
+    info = ImageNetInfo(subset)
+    words = [description.split(',')[0] for description in info.label_descriptions()]
+    count = Counter(words)
+    return tuple(word if count[word] == 1 else f'{word} ({synset})' for word, synset in zip(words, info.label_names()))
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # tensors have no single truth, and their text is long

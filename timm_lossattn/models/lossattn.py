@@ -1,0 +1,125 @@
+"""``lossattn`` in timm's registry: loss attention in any timm model, see ``any_timm.loss_attention``.
+
+    timm.create_model('lossattn.resnet50.a1_in1k', pretrained=True)
+    timm.create_model('lossattn', backbone='resnet50.a1_in1k', pool='lossattn', xi=0.1, pretrained=True)
+    timm.create_model('lossattn', backbone='vit_small_patch16_224', global_pool='avg', num_classes=10)
+
+Every other argument is the backbone's. What follows the first dot of a name timm takes for the tag of pretrained
+weights, and hands to the entry point: here it is the backbone, with its own tag.
+"""
+from dataclasses import dataclass, fields
+from typing import Any
+
+import timm
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    split_model_name_tag,
+)
+from torch import nn
+
+from .any_timm import loss_attention
+
+__all__ = ['DEFAULT_BACKBONE']
+
+DEFAULT_BACKBONE = 'resnet18'
+SOURCES = ('hf-hub', 'local-dir')
+
+
+@dataclass
+class BackboneCfg(PretrainedCfg):
+    """What timm knows of a backbone's weights, under the name ``lossattn.{backbone}``.
+
+    They are those of the backbone, and timm's lists of pretrained models name them once, as such.
+    """
+
+    @property
+    def has_weights(self) -> bool:
+        return False
+
+
+def backbone_cfgs() -> dict[str, DefaultCfg]:
+    """default_cfgs of all models that timm has: the tags of ``lossattn`` are their names, with their tags."""
+    cfgs: dict[str, Any] = {'lossattn': get_pretrained_cfg(DEFAULT_BACKBONE)}
+    for name in timm.list_models(include_tags=True):
+        cfg = get_pretrained_cfg(name)
+        if cfg is not None:
+            cfgs[f'lossattn.{name}'] = BackboneCfg(**{f.name: getattr(cfg, f.name) for f in fields(cfg)})
+    return generate_default_cfgs(cfgs)
+
+
+def backbone_of(
+        backbone: str | None, cfg: Any, overlay: dict[str, Any] | None) -> tuple[str, Any, dict[str, Any] | None]:
+    """Backbone, its pretrained_cfg and overlay, of what timm hands to the entry point.
+
+    Args:
+        backbone: the argument, None if not given.
+        cfg: None; a tag, which is the backbone's name unless that is given; or a whole cfg: of a published model, or
+            what timm's scripts look up under the name of this entry point.
+        overlay: entries that win over those of the cfg.
+    """
+    if isinstance(cfg, PretrainedCfg):
+        cfg = cfg.to_dict()
+    if isinstance(cfg, str) and backbone is None:
+        backbone, cfg = cfg, None
+    elif isinstance(cfg, dict) and cfg.get('architecture') == 'lossattn':
+        tag = cfg.get('tag')
+        backbone = backbone or tag
+        if cfg.get('source') in SOURCES:  # weights of our own
+            architecture, backbone_tag = split_model_name_tag(backbone or DEFAULT_BACKBONE)
+            backbone, cfg = architecture, {**cfg, 'architecture': architecture, 'tag': backbone_tag or None}
+        else:
+            looked_up: Any = get_pretrained_cfg(f'lossattn.{tag}' if tag else 'lossattn')
+            looked_up = looked_up.to_dict()
+            overlay = {**{key: value for key, value in cfg.items() if looked_up.get(key) != value}, **(overlay or {})}
+            cfg = None
+    return backbone or DEFAULT_BACKBONE, cfg or None, overlay or None
+
+
+def create_lossattn(
+        pretrained: bool = False,
+        backbone: str | None = None,
+        pool: str = 'lossattn',
+        xi: float = 0.1,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        **kwargs: Any,
+) -> nn.Module:
+    """The backbone as a patch model, or with features_only=True its own feature model.
+
+    Args:
+        pretrained: load the backbone's pretrained weights, from where its own cfg or pretrained_cfg_overlay says.
+        backbone: name of a timm model, with or without tag.
+        pool: 'lossattn', 'avg', or other registered patch weights without parameters.
+        xi: ξ of Eq. 5b.
+        kwargs: every argument of the backbone.
+
+    Raises:
+        ValueError: the backbone is no plain name, or its logits are no sum over patches.
+    """
+    backbone, cfg, overlay = backbone_of(backbone, pretrained_cfg, pretrained_cfg_overlay)
+    if ':' in backbone:
+        raise ValueError(
+            f'backbone must be the name of a timm model, got {backbone!r}. To put loss attention into a model of a '
+            f'folder or a repository, call timm_lossattn.loss_attention(timm.create_model({backbone!r}, pretrained=True)).')
+    if split_model_name_tag(backbone)[0] == 'lossattn' or not timm.is_model(backbone):
+        raise ValueError(f'backbone must be the name of a timm model, got {backbone!r}.')
+    source_args = kwargs.pop('pretrained_model_args', None)
+    if source_args:
+        kwargs['pretrained_model_args'] = {
+            key: value for key, value in source_args.items() if key not in ('backbone', 'pool', 'xi')}
+    model = timm.create_model(
+        backbone, pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
+    return model if kwargs.get('features_only') else loss_attention(model, pool, xi)
+
+
+default_cfgs = backbone_cfgs()
+
+
+@register_model
+def lossattn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Loss attention in any timm model, see ``create_lossattn``; without a backbone in a ResNet18."""
+    return create_lossattn(pretrained, **kwargs)

@@ -1,0 +1,264 @@
+"""What a timm model offers to loss attention: the layout of its features, and which kind of sum its head allows.
+
+Found by running it, never by its name: shapes on the meta device, where nothing is computed, and the head in float64 on
+random features, with random weights in place of the model's own, which may be zero before training. The model
+itself, its mode and the random state are not touched, and it may lie on the meta device itself.
+"""
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+from torch.nn import functional as F
+
+from .held import Record, Replay
+
+__all__ = ['PatchAccess', 'analyse', 'feature_grid', 'join_patches', 'split_patches']
+
+ROWS, COLS = 2, 3  # of the probe's features
+TOLERANCE = 1e-9  # of the logits' scale, in float64
+PERIOD = 1_000_003  # a prime
+
+
+@dataclass
+class PatchAccess:
+    """How to get at the patches of a model.
+
+    Attributes:
+        kind: A, B or C: what is held to make the head affine: nothing, normalisations, gates too.
+        layout: of the features: NCHW, NHWC or NLC.
+        prefix: tokens before those of the patches, for NLC.
+        channels: C of the features.
+        batch_norm: the head has batch norms.
+        grids: (H', W') of the patch grid by (H, W) of the input, as far as known.
+    """
+    kind: str
+    layout: str
+    prefix: int
+    channels: int
+    batch_norm: bool
+    grids: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+
+
+def split_patches(x: torch.Tensor, layout: str, prefix: int) -> torch.Tensor:
+    """Features to those of the patches (B, M, C)."""
+    if layout == 'NCHW':
+        return x.flatten(2).transpose(1, 2)
+    if layout == 'NHWC':
+        return x.flatten(1, 2)
+    return x[:, prefix:]
+
+
+def join_patches(h: torch.Tensor, layout: str, prefix: int) -> torch.Tensor:
+    """(N, C) to features of one patch each; the prefix tokens, which do not matter, are zero."""
+    if layout == 'NCHW':
+        return h.unsqueeze(-1).unsqueeze(-1)
+    if layout == 'NHWC':
+        return h.unsqueeze(1).unsqueeze(1)
+    return F.pad(h.unsqueeze(1), (0, 0, prefix, 0))
+
+
+def shape_twin(model: nn.Module) -> Any:
+    """The model in eval mode on the meta device; modules are copied, weights are not."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device='meta'), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device='meta')
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):  # the user's; they expect numbers
+            hooks.clear()
+    return twin.eval()
+
+
+def meta_input(model: nn.Module, height: int, width: int) -> torch.Tensor:
+    """Two images without numbers."""
+    channels = getattr(model, 'in_chans', resolve_model_data_config(model)['input_size'][0])
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.empty(2, channels, height, width, device='meta', dtype=dtype)
+
+
+def refuse(model: nn.Module, reason: str) -> ValueError:
+    """The error of a model whose logits are no sum over patches."""
+    way_out = ('Create the model with global_pool="avg", so that its head averages all positions, and train the head.'
+               if getattr(model, 'global_pool', None) != 'avg' else 'Choose a model that averages its positions.')
+    return ValueError(f'{type(model).__name__}: the logits are no sum over patches: {reason}. {way_out}')
+
+
+def traced_forward(model: nn.Module, twin: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and logits of the model, without numbers.
+
+    Raises:
+        ValueError: forward is something else than forward_head(forward_features(x)), of one tensor.
+    """
+    calls: dict[str, list[tuple[Any, Any]]] = {'forward_features': [], 'forward_head': []}
+
+    def watched(name: str) -> Callable:
+        method = getattr(twin, name)
+
+        def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+            out = method(x, *args, **kwargs)
+            calls[name].append((x, out))
+            return out
+        return call
+
+    methods = {name: watched(name) for name in calls}
+    twin.__dict__.update(methods)
+    try:
+        with torch.no_grad(), x.device:
+            logits = twin(x)
+    except Exception as error:  # whatever a model's code raises without numbers
+        raise ValueError(f'{type(model).__name__} cannot be run without numbers: {one_line(error)}') from error
+    finally:
+        for name in methods:
+            del twin.__dict__[name]
+    features, heads = calls['forward_features'], calls['forward_head']
+    if len(features) != 1 or len(heads) != 1 or heads[0][0] is not features[0][1] or heads[0][1] is not logits:
+        raise refuse(model, 'its forward is not forward_head(forward_features(x))')
+    if not isinstance(features[0][1], torch.Tensor) or features[0][1].dim() not in (3, 4):
+        raise refuse(model, 'its features are no map and no sequence of tokens')
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        raise refuse(model, 'its output is no (B, K) matrix of logits')
+    return features[0][1], logits
+
+
+def one_line(error: Exception) -> str:
+    text = ' '.join(str(error).split())
+    return f'{type(error).__name__}: {text[:120]}'
+
+
+def layout_of(model: nn.Module, shape: torch.Size) -> tuple[str, int, int]:
+    """Layout, prefix tokens and channels of features of this shape."""
+    if len(shape) == 3:
+        return 'NLC', int(getattr(model, 'num_prefix_tokens', 0)), shape[2]
+    width = getattr(model, 'num_features', None)
+    fmt = str(getattr(getattr(model, 'output_fmt', ''), 'value', getattr(model, 'output_fmt', '')))
+    last = fmt == 'NHWC' if shape[1] == shape[3] or width not in (shape[1], shape[3]) else shape[3] == width
+    return ('NHWC', 0, shape[3]) if last else ('NCHW', 0, shape[1])
+
+
+def analyse(model: nn.Module) -> PatchAccess:
+    """Find out how the model makes logits of features.
+
+    Args:
+        model: stock model with forward_features, forward_head and num_classes > 0, on any device, in any mode.
+
+    Raises:
+        ValueError: its logits are no exact sum over patches; the message says why and what to do.
+    """
+    twin = shape_twin(model)
+    size: tuple[int, int] = resolve_model_data_config(model)['input_size'][1:]
+    features, _ = traced_forward(model, twin, meta_input(model, *size))
+    layout, prefix, channels = layout_of(model, features.shape)
+    access = PatchAccess('', layout, prefix, channels, False)
+    if features.dim() == 4:
+        access.grids[size] = (features.shape[2], features.shape[3]) if layout == 'NCHW' else (
+            features.shape[1], features.shape[2])
+    try:
+        with torch.no_grad(), torch.device('cpu'):
+            probe(model, twin, access)
+    except (ArithmeticError, AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
+        raise refuse(model, f'its head does not take single patches ({one_line(error)})') from error
+    return access
+
+
+def probe(model: nn.Module, twin: Any, access: PatchAccess) -> None:
+    """Fill in kind and batch_norm, or raise ValueError, see ``analyse``. The twin's head gets random numbers."""
+    layout, prefix, channels = access.layout, access.prefix, access.channels
+    x = join_patches(torch.empty(2, channels, device='meta'), layout, prefix)
+    dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+    x = x.to(dtype)
+    with Record(x) as record:
+        twin.forward_head(x)
+    randomise(model, twin, record.constants)
+
+    random = torch.Generator().manual_seed(0)
+    M = ROWS * COLS
+    h = torch.randn(2, M, channels, generator=random, dtype=torch.float64)
+    prefixes = [torch.randn(2, prefix, channels, generator=random, dtype=torch.float64) for _ in range(2)]
+    alpha = torch.rand(2, M, generator=random, dtype=torch.float64)
+    alpha = alpha / alpha.sum(dim=1, keepdim=True)
+
+    def join(h: torch.Tensor, prefix_tokens: torch.Tensor) -> torch.Tensor:
+        if layout == 'NLC':
+            return torch.cat([prefix_tokens, h], dim=1)
+        x = h.unflatten(1, (ROWS, COLS))
+        return x.permute(0, 3, 1, 2) if layout == 'NCHW' else x
+
+    def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+        scale = max(float(a.abs().max()), float(b.abs().max()))
+        return a.shape == b.shape and float((a - b).abs().max()) <= TOLERANCE * scale
+
+    def replay(record: Record, alpha: torch.Tensor) -> torch.Tensor:
+        single = join_patches(h.flatten(0, 1), layout, prefix)
+        with Replay(single, record, M):
+            parts = twin.forward_head(single)
+        return (alpha.unsqueeze(-1) * parts.unflatten(0, (2, M))).sum(dim=1)
+
+    weighted = h * (M * alpha).unsqueeze(-1)
+    if prefix and not close(twin.forward_head(join(h, prefixes[0])), twin.forward_head(join(h, prefixes[1]))):
+        raise refuse(model, 'its class token decides')
+    single = join_patches((alpha.unsqueeze(-1) * h).sum(dim=1), layout, prefix)
+    with Record(single) as record:
+        pooled = twin.forward_head(single)
+    if not close(pooled, twin.forward_head(join(weighted, prefixes[0]))):
+        raise refuse(model, 'its head does not average the positions before everything that is not linear')
+    if not close(pooled, replay(record, alpha)):
+        raise refuse(model, 'its head does something after the pooling that cannot be held')
+    uniform = torch.full_like(alpha, 1. / M)
+    maps = join(h, prefixes[0])
+    with Record(maps) as whole:
+        mean = twin.forward_head(maps)
+    if not close(mean, replay(whole, uniform)):
+        raise refuse(model, 'its head does something before the pooling that is not linear')
+    access.kind, access.batch_norm = record.kind, record.batch_norm
+
+
+def randomise(model: nn.Module, twin: nn.Module, used: dict[int, torch.Tensor]) -> None:
+    """Give the twin's parameters that are in use random numbers in float64, and the buffers their own (meta: ones)."""
+    random = torch.Generator().manual_seed(1)
+    own = dict(model.named_buffers(remove_duplicate=False))
+    for name, module in twin.named_modules():
+        for key, parameter in module._parameters.items():
+            if id(parameter) in used:
+                count = parameter.numel()  # huge ones repeat their numbers: drawing them would take longest of all
+                numbers = torch.randn(min(count, PERIOD), generator=random, dtype=torch.float64)
+                numbers = numbers.repeat(-(-count // PERIOD))[:count].view(parameter.shape)
+                module._parameters[key] = nn.Parameter(numbers, requires_grad=False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) in used:
+                given = own[f'{name}.{key}' if name else key]
+                numbers = torch.ones(buffer.shape) if given.is_meta else given.detach().cpu()
+                module._buffers[key] = numbers.double() if buffer.is_floating_point() else numbers.to(buffer.dtype)
+
+
+def feature_grid(model: nn.Module, access: PatchAccess, height: int, width: int) -> tuple[int, int]:
+    """(H', W') of the patch grid for an input of height × width pixels.
+
+    Raises:
+        ValueError: the model does not take this size, or does not say how its tokens lie.
+    """
+    if (height, width) in access.grids:
+        return access.grids[height, width]
+    twin = shape_twin(model)
+    x = meta_input(model, height, width)
+    try:
+        with torch.no_grad(), x.device:
+            shape = twin.forward_features(x).shape
+            if access.layout == 'NLC':
+                last = twin.forward_intermediates(x, indices=1, output_fmt='NCHW', intermediates_only=True)[-1]
+    except Exception as error:  # whatever a model's code raises for a size that it does not take
+        raise ValueError(
+            f'{type(model).__name__} does not take images of {height}×{width} pixels ({one_line(error)}).') from error
+    if access.layout == 'NLC':
+        grid = (last.shape[2], last.shape[3])
+        if grid[0] * grid[1] != shape[1] - access.prefix:
+            raise ValueError(f'{type(model).__name__} does not say how its {shape[1] - access.prefix} tokens lie.')
+    else:
+        grid = (shape[2], shape[3]) if access.layout == 'NCHW' else (shape[1], shape[2])
+    access.grids[height, width] = grid
+    return grid
