@@ -127,6 +127,6 @@ def test_errors(tmp_path, capsys, monkeypatch):
     assert 'torchscript cannot read LossAttentionEfficientNet' in error_line(capsys)
     model = timm.create_model(
         'lossattn', backbone='deit_tiny_patch16_224', global_pool='avg', embed_dim=24, depth=1, num_heads=2).eval()
-    with pytest.raises(ValueError, match='dynamic_size: .* does not take images of 448×224 pixels'):
+    with pytest.raises(ValueError, match=r'dynamic_size: .* does not take images of 448×224 pixels'):
         export_model(model, 'a.pt2', 'torch.export', dynamic_size=True)
     assert os.listdir() == ['weights.pth']

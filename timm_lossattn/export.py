@@ -1,7 +1,7 @@
 """A patch model as one file for other runtimes: ONNX, torch.export or TorchScript.
 
-The file takes ``image`` (B, C, H, W), any B, fixed H and W (TorchScript does not enforce them) or, with dynamic_size, any
-that the model takes, and gives by name ``logits`` (B, K), ``patch_logits`` (B, M, K), ``alpha`` (B, M) and ``evidence``
+The file takes ``image`` (B, C, H, W), any B, fixed H and W (TorchScript does not enforce them) or, with dynamic_size,
+any that the model takes, and gives by name ``logits`` (B, K), ``patch_logits`` (B, M, K), ``alpha`` (B, M) and ``evidence``
 (B, M): what each patch adds to the lead of the top class, as ``Explanation.evidence`` against the rest. Preprocessing,
 class labels and patch boxes (of the size that the file was written at) travel in it, each a JSON text: in ONNX under
 ``metadata_props``, in the other two as the extra file ``metadata.json``.
@@ -51,8 +51,8 @@ class ExportReport:
         opset: ONNX operator set; None for the other formats.
         size: of the file, in bytes.
         input_size: (C, H, W).
-        differences: batch size -> output -> max |Δ| between the loaded file and the model, all sizes together; empty for
-            ONNX without onnxruntime.
+        differences: batch size -> output -> max |Δ| between the loaded file and the model, all sizes together; empty
+            for ONNX without onnxruntime.
         dynamic_size: it takes other heights and widths.
     """
     file: Path
@@ -96,17 +96,17 @@ def export_model(
 
     Raises:
         ValueError: unknown format, extension or folder that does not fit, no patch model, or a size or an opset that
-            is not possible, or TorchScript of a model that it cannot read.
+            is not possible, TorchScript of a model that it cannot read, or dynamic_size of one that takes one size.
         ImportError: packages of the extra ``export`` are missing.
-        RuntimeError: the exporter failed, also for the reason that the model takes one size only, or the file does not compute what the model does.
+        RuntimeError: the exporter failed, or the file does not compute what the model does.
     """
     file = Path(file)
     check_target(file, format, opset)
     if not hasattr(model, 'forward_patches'):
         raise ValueError('model: it has no forward_patches, so it is no patch model.')
     if format == 'torchscript' and isinstance(model, LossAttentionMixin):
-        raise ValueError(f'format: torchscript cannot read {type(model).__name__}, whose class is made at run time; take '
-                         'onnx or torch.export.')
+        raise ValueError(f'format: torchscript cannot read {type(model).__name__}, whose class is made at run time; '
+                         'take onnx or torch.export.')
     if img_size is not None and img_size < 1:
         raise ValueError(f'img_size must be positive, got {img_size}.')
     config = input_config(model)
@@ -126,7 +126,8 @@ def export_model(
     metadata = {
         'architecture': getattr(model, 'pretrained_cfg', {}).get('architecture'),
         'labels': class_labels(model, model.num_classes), **config, 'input_size': input_size,
-        'dynamic_size': dynamic_size, 'patch_grid': model.patch_grid(height, width), 'patch_boxes': model.patch_boxes(height, width).tolist(),
+        'dynamic_size': dynamic_size, 'patch_grid': model.patch_grid(height, width),
+        'patch_boxes': model.patch_boxes(height, width).tolist(),
     }
 
     temporary = file.with_name(f'.{file.name}.tmp')

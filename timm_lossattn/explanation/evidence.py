@@ -11,9 +11,9 @@ def contributions_to(contributions: torch.Tensor, classes: torch.Tensor) -> torc
 
 
 def evidence_against_rest(contributions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """c_mt − mean_{k≠t} c_mk of contributions (B, M, K) and the target t, (B,): (B, M), summing to z_t − mean_{k≠t} z_k.
+    """c_mt − mean_{k≠t} c_mk of contributions (B, M, K) and the target t, (B,): (B, M).
 
-    A single class has no rest: c_mt.
+    It sums to z_t − mean_{k≠t} z_k over the patches. A single class has no rest: c_mt.
     """
     evidence = contributions_to(contributions, target)
     others = contributions.shape[2] - 1
