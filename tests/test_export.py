@@ -18,6 +18,7 @@ import timm_lossattn
 from test_cli import error_line
 from timm_lossattn import ResNetBackbone, export
 from timm_lossattn.cli import main
+from timm_lossattn.explanation import explain
 from timm_lossattn.explanation.preprocessing import open_image, preprocess
 from timm_lossattn.export import FORMATS, METADATA_FILE, OUTPUTS, export_model
 from timm_lossattn.models.patch_layers import PrimaryCapsules
@@ -65,7 +66,7 @@ def worst(run, model, x, batch):
         outputs, expected = run(part), model.forward_patches(part)
         assert list(outputs) == list(OUTPUTS)
         for name in OUTPUTS:
-            wanted = getattr(expected, name)
+            wanted = explain(model, part).evidence if name == 'evidence' else getattr(expected, name)
             assert outputs[name].shape == wanted.shape
             differences.append(float((outputs[name] - wanted).abs().max()))
     return max(differences)
@@ -153,16 +154,16 @@ import numpy, onnxruntime, torch
 for file in sys.argv[1:]:
     if file.endswith('onnx'):
         outputs = onnxruntime.InferenceSession(file).run(
-            ['logits', 'patch_logits', 'alpha'], {'image': numpy.zeros((2, 3, 32, 32), 'float32')})
+            ['logits', 'patch_logits', 'alpha', 'evidence'], {'image': numpy.zeros((2, 3, 32, 32), 'float32')})
     else:
         model = torch.export.load(file).module() if file.endswith('pt2') else torch.jit.load(file)
-        outputs = map(model(torch.zeros(2, 3, 32, 32)).get, ('logits', 'patch_logits', 'alpha'))
+        outputs = map(model(torch.zeros(2, 3, 32, 32)).get, ('logits', 'patch_logits', 'alpha', 'evidence'))
     print(*(tuple(x.shape) for x in outputs))
 '''
     files = [str(exports(NANO, format)[1]) for format in FORMATS]
     done = subprocess.run([sys.executable, '-c', script, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == 3 * '(2, 10) (2, 36, 10) (2, 36)\n'
+    assert done.stdout == 3 * '(2, 10) (2, 36, 10) (2, 36) (2, 36)\n'
 
 
 SMALL = partial(ResNetBackbone, depths=(1, 1, 1, 1), widths=(4, 8, 8, 16))
@@ -196,7 +197,7 @@ def test_every_head(head, tmp_path):
     K, M = model.num_classes, model.patch_boxes(*report.input_size[1:]).shape[0]
     assert shapes == {
         'image': ['batch', *report.input_size], 'logits': ['batch', K], 'patch_logits': ['batch', M, K],
-        'alpha': ['batch', M]}
+        'alpha': ['batch', M], 'evidence': ['batch', M]}
     run = load(tmp_path / 'model.onnx', 'onnx')
     x = torch.randn(8, *report.input_size)
     assert max(worst(run, model, x, 1), worst(run, model, x, 7)) <= 1e-4

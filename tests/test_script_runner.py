@@ -17,8 +17,8 @@ import torch
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 
-name, out = sys.argv[1:]
-model = timm.create_model(name, num_classes=3)
+name, *kwargs, out = sys.argv[1:]
+model = timm.create_model(name, num_classes=3, **dict(text.split('=') for text in kwargs))
 task = ClassificationTask(model, torch.nn.CrossEntropyLoss(label_smoothing=0.1), device=torch.device('cpu'))
 optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
 create_scheduler_v2(optimizer, num_epochs=10, updates_per_epoch=5)
@@ -33,13 +33,16 @@ json.dump({'task': type(task).__name__, 'terms': sorted(result), 'gamma': result
     ('resnet18_lossattn_conv_nano', (), 'LossAttentionTask', 0.1 * 2.718281828 ** (-5 * (1 - 2 / 4) ** 2)),
     ('resnet18_lossattn_caps_nano', ('--gamma-max', '0.3', '--rampup-epochs', '2'), 'LossAttentionTask', 0.3),
     ('resnet18_cifar', (), 'ClassificationTask', None),
+    ('lossattn.test_efficientnet', ('--gamma-max', '0.3', '--rampup-epochs', '2'), 'LossAttentionTask', 0.3),
+    ('lossattn backbone=test_convnext', (), 'LossAttentionTask', 0.1 * 2.718281828 ** (-5 * (1 - 2 / 4) ** 2)),
+    ('lossattn backbone=test_convnext pool=avg', (), 'ClassificationTask', None),
 ])
 def test_task_is_chosen_by_the_model(tmp_path, name, flags, task, gamma):
     """Loss-attention models get our task with the script's criterion, epoch 2 of the ramp; others keep theirs."""
     script, out = tmp_path / 'script.py', tmp_path / 'out.json'
     script.write_text(SCRIPT)
     before = sys.argv
-    assert main(['run', *flags, str(script), name, str(out)]) == 0
+    assert main(['run', *flags, str(script), *name.split(), str(out)]) == 0
     assert sys.argv is before
     result = json.loads(out.read_text())
     assert result['task'] == task
@@ -62,12 +65,15 @@ def test_errors(tmp_path, capsys):
 
 
 @pytest.mark.skipif('TIMM_REPO' not in os.environ, reason='TIMM_REPO is not set: no checkout of timm with its scripts')
-def test_real_scripts(folder, tmp_path):
+@pytest.mark.parametrize('model', [
+    ('--model', 'resnet18_lossattn_conv_nano'),
+    ('--model', 'lossattn', '--model-kwargs', 'backbone=test_efficientnet')], ids=['paper', 'any'])
+def test_real_scripts(model, folder, tmp_path):
     """train.py logs the patch term's weight in its loss; validate.py reads the checkpoint."""
     repo = Path(os.environ['TIMM_REPO'])
     base = [sys.executable, '-m', 'timm_lossattn.cli', 'run']
-    common = ['--data-dir', str(folder), '--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--batch-size',
-              '8', '--workers', '0', '--device', 'cpu']
+    common = ['--data-dir', str(folder), '--num-classes', '2', '--batch-size', '8', '--workers', '0', '--device', 'cpu',
+              *model]
     done = subprocess.run(
         [*base, '--gamma-max', '0.2', str(repo / 'train.py'), *common, '--val-split', 'val', '--epochs', '1',
          '--warmup-epochs', '0', '--output', str(tmp_path), '--experiment', 'x'],

@@ -108,10 +108,11 @@ def run_export(args: argparse.Namespace, console: Console) -> int:
     """One file, and what differs between it and the model. Returns 0."""
     check_target(Path(args.out), args.format, args.opset)
     model = load_patch_model(args.model, args.checkpoint, 'cpu')
-    report = export_model(model, args.out, args.format, args.img_size, args.opset)
+    report = export_model(model, args.out, args.format, args.img_size, args.opset, args.dynamic_size)
     opset = '' if report.opset is None else f', opset {report.opset}'
     size = ', '.join(map(str, report.input_size))
-    lines = [f'{report.file}: {report.format}{opset}, {report.size:,} bytes; image (B, {size})']
+    lines = [f'{report.file}: {report.format}{opset}, {report.size:,} bytes; image (B, {size})'
+             + (', height and width free' if report.dynamic_size else '')]
     for batch, differences in report.differences.items():
         numbers = ', '.join(f'{name} {differences[name]:.1e}' for name in OUTPUTS)
         lines.append(f'max |Δ| of the loaded file, batch {batch}: {numbers}')
@@ -185,6 +186,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     command.add_argument('--img-size', type=int, metavar='N', help="height and width (default: the weights')")
     command.add_argument('--opset', type=int, metavar='N', help="ONNX operator set (default: the exporter's)")
+    command.add_argument(
+        '--dynamic-size', action='store_true', help='the file takes every height and width that the model does')
     command.set_defaults(run=run_export)
 
     command = commands.add_parser('list', help='models, parameters, weights')

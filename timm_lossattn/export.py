@@ -1,11 +1,13 @@
 """A patch model as one file for other runtimes: ONNX, torch.export or TorchScript.
 
-The file takes ``image`` (B, C, H, W), any B, fixed H and W (TorchScript does not enforce them), and gives ``logits``
-(B, K), ``patch_logits`` (B, M, K) and ``alpha`` (B, M) by name. Preprocessing, class labels and patch boxes travel in
-it, each a JSON text: in ONNX under ``metadata_props``, in the other two as the extra file ``metadata.json``.
+The file takes ``image`` (B, C, H, W), any B, fixed H and W (TorchScript does not enforce them) or, with dynamic_size,
+any that the model takes, and gives by name ``logits`` (B, K), ``patch_logits`` (B, M, K), ``alpha`` (B, M) and ``evidence``
+(B, M): what each patch adds to the lead of the top class, as ``Explanation.evidence`` against the rest. Preprocessing,
+class labels and patch boxes (of the size that the file was written at) travel in it, each a JSON text: in ONNX under
+``metadata_props``, in the other two as the extra file ``metadata.json``.
 
     session = onnxruntime.InferenceSession('model.onnx')
-    logits, patch_logits, alpha = session.run(None, {'image': x})           # float32 NumPy array
+    logits, patch_logits, alpha, evidence = session.run(None, {'image': x})  # float32 NumPy array
     labels = json.loads(session.get_modelmeta().custom_metadata_map['labels'])
 
     out = torch.export.load('model.pt2').module()(x)                        # a dictionary; also torch.jit.load
@@ -24,14 +26,17 @@ import torch
 from torch import nn
 
 from .explanation import class_labels, input_config
+from .explanation.evidence import evidence_against_rest
 from .loading import one_line
+from .models.any_timm import LossAttentionMixin
 
 __all__ = ['FORMATS', 'OUTPUTS', 'ExportReport', 'export_model']
 
-OUTPUTS = ('logits', 'patch_logits', 'alpha')
+OUTPUTS = ('logits', 'patch_logits', 'alpha', 'evidence')
 FORMATS = {'onnx': ('.onnx',), 'torch.export': ('.pt2',), 'torchscript': ('.pt', '.ts')}  # and their file extensions
 METADATA_FILE = 'metadata.json'
 BATCHES = (1, 7)  # that the written file is compared on
+ODD = (13, 7)  # pixels more, that no patch size divides
 LOWEST_OPSET = 18  # that PyTorch writes; asked for an older one it logs a traceback and gives this one
 TOLERANCE = 1e-3  # relative to the largest output, at least 1; the runtimes differ by 1e-5 or less
 
@@ -46,8 +51,9 @@ class ExportReport:
         opset: ONNX operator set; None for the other formats.
         size: of the file, in bytes.
         input_size: (C, H, W).
-        differences: batch size -> output -> max |Δ| between the loaded file and the model; empty for ONNX without
-            onnxruntime.
+        differences: batch size -> output -> max |Δ| between the loaded file and the model, all sizes together; empty
+            for ONNX without onnxruntime.
+        dynamic_size: it takes other heights and widths.
     """
     file: Path
     format: str
@@ -55,6 +61,7 @@ class ExportReport:
     size: int
     input_size: tuple[int, int, int]
     differences: dict[int, dict[str, float]]
+    dynamic_size: bool = False
 
 
 class NamedOutputs(nn.Module):
@@ -70,12 +77,13 @@ class NamedOutputs(nn.Module):
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         out = self.model.forward_patches(image)
-        return {'logits': out.logits, 'patch_logits': out.patch_logits, 'alpha': out.alpha}
+        evidence = evidence_against_rest(out.contributions, out.logits.argmax(dim=1))
+        return {'logits': out.logits, 'patch_logits': out.patch_logits, 'alpha': out.alpha, 'evidence': evidence}
 
 
 def export_model(
         model: Any, file: str | Path, format: str, img_size: int | None = None, opset: int | None = None,
-) -> ExportReport:
+        dynamic_size: bool = False) -> ExportReport:
     """Write a float32 copy of a patch model in eval mode to a file, after comparing the file with the model.
 
     Args:
@@ -84,10 +92,11 @@ def export_model(
         format: a key of FORMATS.
         img_size: height and width in pixels; None for those of the weights.
         opset: ONNX operator set; None for the exporter's default.
+        dynamic_size: the file takes every height and width that the model does. It is compared at three sizes.
 
     Raises:
         ValueError: unknown format, extension or folder that does not fit, no patch model, or a size or an opset that
-            is not possible.
+            is not possible, TorchScript of a model that it cannot read, or dynamic_size of one that takes one size.
         ImportError: packages of the extra ``export`` are missing.
         RuntimeError: the exporter failed, or the file does not compute what the model does.
     """
@@ -95,22 +104,30 @@ def export_model(
     check_target(file, format, opset)
     if not hasattr(model, 'forward_patches'):
         raise ValueError('model: it has no forward_patches, so it is no patch model.')
+    if format == 'torchscript' and isinstance(model, LossAttentionMixin):
+        raise ValueError(f'format: torchscript cannot read {type(model).__name__}, whose class is made at run time; '
+                         'take onnx or torch.export.')
     if img_size is not None and img_size < 1:
         raise ValueError(f'img_size must be positive, got {img_size}.')
     config = input_config(model)
     _, height, width = config['input_size'] if img_size is None else (0, img_size, img_size)
     input_size = (model.in_chans, height, width)
     module = NamedOutputs(copy.deepcopy(model)).cpu().float().eval()
-    module.model.set_grad_checkpointing(False)
+    if hasattr(module.model, 'set_grad_checkpointing'):
+        module.model.set_grad_checkpointing(False)
 
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(b, *input_size, generator=generator) for b in BATCHES]
     with torch.no_grad():
         expected = [module(x) for x in batches]  # before the export, whose errors about the input are long
+    if dynamic_size:
+        other, wanted_other = other_sizes(module, batches[0])
+        batches, expected = [*batches, *other], [*expected, *wanted_other]
     metadata = {
         'architecture': getattr(model, 'pretrained_cfg', {}).get('architecture'),
         'labels': class_labels(model, model.num_classes), **config, 'input_size': input_size,
-        'patch_grid': model.patch_grid(height, width), 'patch_boxes': model.patch_boxes(height, width).tolist(),
+        'dynamic_size': dynamic_size, 'patch_grid': model.patch_grid(height, width),
+        'patch_boxes': model.patch_boxes(height, width).tolist(),
     }
 
     temporary = file.with_name(f'.{file.name}.tmp')
@@ -119,18 +136,41 @@ def export_model(
     except OSError as error:
         raise ValueError(f'file: cannot write into {file.parent}: {error.strerror}.') from None
     try:
-        temporary.write_bytes(serialize(module, batches[-1], format, opset, metadata))
+        temporary.write_bytes(serialize(module, batches[1], format, opset, metadata, dynamic_size))
         size, written_opset = temporary.stat().st_size, read_opset(temporary) if format == 'onnx' else None
         if opset not in (None, written_opset):  # the exporter may fall back to another without an error
             raise ValueError(f'opset: the exporter cannot write this model in {opset}, it gave {written_opset}.')
-        differences = {}
+        differences: dict[int, dict[str, float]] = {}
         if format != 'onnx' or find_spec('onnxruntime'):
             for x, computed, wanted in zip(batches, run_file(temporary, format, batches), expected):
-                differences[len(x)] = compare(computed, wanted)
+                before = differences.get(len(x), {})
+                differences[len(x)] = {
+                    name: max(delta, before.get(name, 0.)) for name, delta in compare(computed, wanted).items()}
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
-    return ExportReport(file, format, written_opset, size, input_size, differences)
+    return ExportReport(file, format, written_opset, size, input_size, differences, dynamic_size)
+
+
+def other_sizes(module: nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Images of another height and width than x, those that the model takes, and what it makes of them.
+
+    Raises:
+        ValueError: it does not take images of twice the height.
+    """
+    height, width = x.shape[2:]
+    images, outputs = [], []
+    for size in ((2 * height, width), (height + ODD[0], width + ODD[1])):
+        image = x.repeat(1, 1, 3, 2)[:, :, :size[0], :size[1]].contiguous()
+        try:
+            with torch.no_grad():
+                outputs.append(module(image))
+            images.append(image)
+        except Exception as error:  # whatever a model's code raises for a size that it does not take
+            if not images and size[0] == 2 * height:
+                raise ValueError(f'dynamic_size: {type(module.model).__name__} does not take images of '
+                                 f'{size[0]}×{size[1]} pixels ({one_line(error, 120)}).') from error
+    return images, outputs
 
 
 def check_target(file: Path, format: str, opset: int | None) -> None:
@@ -155,7 +195,8 @@ def check_target(file: Path, format: str, opset: int | None) -> None:
 
 
 def serialize(
-        module: nn.Module, example: torch.Tensor, format: str, opset: int | None, metadata: dict[str, Any]) -> bytes:
+        module: nn.Module, example: torch.Tensor, format: str, opset: int | None, metadata: dict[str, Any],
+        dynamic_size: bool = False) -> bytes:
     """The file's content.
 
     Args:
@@ -164,6 +205,7 @@ def serialize(
         format: a key of FORMATS.
         opset: for ONNX.
         metadata: what goes along, values that JSON knows.
+        dynamic_size: height and width are free.
 
     Raises:
         RuntimeError: the exporter failed, whatever it raised.
@@ -172,16 +214,19 @@ def serialize(
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about what PyTorch will change or drop; nothing to do for the user
-            return write(module, example, opset, metadata)
+            return write(module, example, opset, metadata, dynamic_size)
     except Exception as error:
         raise RuntimeError(f'{format}: export failed: {one_line(error)}') from error
 
 
-def onnx_bytes(module: nn.Module, example: torch.Tensor, opset: int | None, metadata: dict[str, Any]) -> bytes:
+def onnx_bytes(
+        module: nn.Module, example: torch.Tensor, opset: int | None, metadata: dict[str, Any],
+        dynamic_size: bool) -> bytes:
     """ONNX with the weights inside (up to protobuf's 2 GiB)."""
     import onnx
+    free: dict[int, Any] = {0: 'batch', 2: 'height', 3: 'width'} if dynamic_size else {0: 'batch'}
     program = torch.onnx.export(
-        module, (example,), input_names=['image'], output_names=list(OUTPUTS), dynamic_shapes={'image': {0: 'batch'}},
+        module, (example,), input_names=['image'], output_names=list(OUTPUTS), dynamic_shapes={'image': free},
         opset_version=opset, dynamo=True, verbose=False)
     assert program is not None
     proto = program.model_proto
@@ -193,9 +238,13 @@ def onnx_bytes(module: nn.Module, example: torch.Tensor, opset: int | None, meta
     return proto.SerializeToString()
 
 
-def program_bytes(module: nn.Module, example: torch.Tensor, opset: int | None, metadata: dict[str, Any]) -> bytes:
+def program_bytes(
+        module: nn.Module, example: torch.Tensor, opset: int | None, metadata: dict[str, Any],
+        dynamic_size: bool) -> bytes:
     """torch.export's archive."""
-    program = torch.export.export(module, (example,), dynamic_shapes={'image': {0: torch.export.Dim('batch')}})
+    auto = torch.export.Dim.AUTO  # such sizes as the model takes: multiples of its patches, say
+    free: dict[int, Any] = {0: torch.export.Dim('batch'), **({2: auto, 3: auto} if dynamic_size else {})}
+    program = torch.export.export(module, (example,), dynamic_shapes={'image': free})
     for node in program.graph.nodes:
         node.meta.pop('stack_trace', None)  # has the paths of this machine
     content = io.BytesIO()
@@ -203,7 +252,9 @@ def program_bytes(module: nn.Module, example: torch.Tensor, opset: int | None, m
     return content.getvalue()
 
 
-def script_bytes(module: nn.Module, example: torch.Tensor, opset: int | None, metadata: dict[str, Any]) -> bytes:
+def script_bytes(
+        module: nn.Module, example: torch.Tensor, opset: int | None, metadata: dict[str, Any],
+        dynamic_size: bool) -> bytes:
     """TorchScript's archive. Scripted, not traced: a trace would take sizes of the example for constants."""
     content = io.BytesIO()
     torch.jit.save(torch.jit.script(module), content, _extra_files={METADATA_FILE: json.dumps(metadata)})

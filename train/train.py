@@ -199,7 +199,7 @@ def run(options: TrainOptions, command: str) -> None:
             if process.distributed and options.dist_bn and not options.sync_bn:
                 for ema in (False, True)[:1 + task.has_ema()]:
                     distribute_bn(task.get_eval_model(ema=ema), process.world_size, options.dist_bn == 'reduce')
-            lr = optimizer.param_groups[0]['lr']
+            lr = max(group['lr'] for group in optimizer.param_groups)  # of the last layers, with --layer-decay
             eval_metrics = evaluate_task(task, eval_loader, process, autocast, options.channels_last)
             if scheduler is not None:
                 scheduler.step(epoch + 1, eval_metrics[metric])
@@ -221,6 +221,7 @@ def run(options: TrainOptions, command: str) -> None:
                 'args': recorded,
                 'data_config': data_config,
                 'parameters': sum(p.numel() for p in model.parameters()),
+                'trained_parameters': sum(p.numel() for p in model.parameters() if p.requires_grad),
                 **environment(process.device.type, process.world_size),
                 'epochs': history,
             })

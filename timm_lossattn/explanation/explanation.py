@@ -20,6 +20,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..files import replace_file
 from ..prediction import PatchPrediction
+from .evidence import contributions_to, evidence_against_rest
 from .geometry import patches_to_pixels, square_box
 from .preprocessing import Preprocessed
 
@@ -123,13 +124,11 @@ class Explanation:
         It drops out of the first two and not of the last, which is for models with independent classes (multi-label),
         whose logits count each by itself. docs/reading_explanations.md measures the difference.
         """
-        evidence = self._contributions_to(self.target)
-        if self.against is None:
-            return evidence
+        contributions = self.prediction.contributions
         if isinstance(self.against, str):
-            contributions = self.prediction.contributions
-            return evidence - (contributions.sum(dim=2) - evidence) / (contributions.shape[2] - 1)
-        return evidence - self._contributions_to(self.against)
+            return evidence_against_rest(contributions, self.target)
+        evidence = contributions_to(contributions, self.target)
+        return evidence if self.against is None else evidence - contributions_to(contributions, self.against)
 
     def versus(self, against: int | Sequence[int] | torch.Tensor | Literal['rest'] | None) -> Explanation:
         """The same explanation, its target compared with something else; nothing is computed anew.
@@ -149,11 +148,6 @@ class Explanation:
                 raise ValueError('against must differ from the target, which is the predicted class unless it is '
                                  f'given; got {against.tolist()} for {self.target.tolist()}.')
         return replace(self, against=against)
-
-    def _contributions_to(self, classes: torch.Tensor) -> torch.Tensor:
-        contributions = self.prediction.contributions
-        index = classes.view(-1, 1, 1).expand(-1, contributions.shape[1], 1)
-        return contributions.gather(2, index).squeeze(2)
 
     @property
     def boxes(self) -> torch.Tensor:

@@ -26,9 +26,9 @@ class PatchTrainingModule(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """The model's own, under this module's names."""
-        model = unwrap_model(self.model)
+        own: set[str] = getattr(unwrap_model(self.model), 'no_weight_decay', set)()  # some models of timm have none
         names = {name.replace('_orig_mod.', ''): name for name, _ in self.named_parameters()}
-        return {names[f'model.{name}'] for name in model.no_weight_decay() if f'model.{name}' in names}
+        return {names[f'model.{name}'] for name in own if f'model.{name}' in names}
 
     def group_matcher(self, coarse: bool = False):
         """The model's own, under this module's names."""

@@ -20,7 +20,7 @@ RANGES: dict[str, tuple[float, float]] = {
     'gamma_max': (0, INFINITY), 'rampup_epochs': (0, INFINITY), 'xi': (0, 1), 'smoothing': (0, 0.999),
     'batch_size': (1, INFINITY), 'epochs': (1, INFINITY), 'lr': (0, INFINITY), 'grad_accum_steps': (1, INFINITY),
     'checkpoint_hist': (1, INFINITY), 'checkpoint_minutes': (0, INFINITY), 'crop_padding': (0, INFINITY),
-    'hflip': (0, 1), 'reprob': (0, 1), 'workers': (0, INFINITY),
+    'hflip': (0, 1), 'layer_decay': (0, 1), 'reprob': (0, 1), 'workers': (0, INFINITY),
 }
 
 
@@ -114,6 +114,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit where flags do not go together, or a value is out of range."""
     if args.pretrained_backbone and (args.pretrained or args.initial_checkpoint):
         parser.error('--pretrained-backbone: goes with neither --pretrained nor --initial-checkpoint')
+    if args.pretrained_path and not args.pretrained:
+        parser.error('--pretrained-path: is the file of --pretrained, which is not given')
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f'--batch-size must be even for --mixup and --cutmix, got {args.batch_size}')
     if args.resume == 'auto' and not args.experiment:

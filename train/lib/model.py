@@ -11,6 +11,7 @@ from timm.models import is_model_pretrained
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_lossattn import freeze_backbone
 from timm_lossattn.loading import check_name, load_model
 
 from .options import EvalOptions, TrainOptions
@@ -54,7 +55,8 @@ def create_model(options: TrainOptions, process: Process) -> Any:
         ValueError: unknown model, missing checkpoint, or an argument that the model refuses.
     """
     check_name(options.model)
-    for flag, path in (('--initial-checkpoint', options.initial_checkpoint), ('--resume', options.resume)):
+    for flag, path in (('--initial-checkpoint', options.initial_checkpoint), ('--resume', options.resume),
+                       ('--pretrained-path', options.pretrained_path)):
         if path and not Path(path).is_file():
             raise ValueError(f'{flag}: no such file: {path}')
     if options.sync_bn and process.distributed and process.device.type == 'cpu':
@@ -64,6 +66,8 @@ def create_model(options: TrainOptions, process: Process) -> Any:
         model: Any = timm.create_model(
             options.model,
             pretrained=options.pretrained,
+            pretrained_cfg_overlay={'file': options.pretrained_path, 'num_classes': -1}  # adapts the classifier
+            if options.pretrained_path else None,
             num_classes=options.num_classes,
             in_chans=in_chans,
             drop_rate=options.drop,
@@ -75,6 +79,9 @@ def create_model(options: TrainOptions, process: Process) -> Any:
         raise ValueError(f'--model {options.model}: {error}') from error
     if options.pretrained_backbone and not options.resume:
         load_backbone(model, options.pretrained_backbone)
+    if options.freeze_backbone:
+        trained = freeze_backbone(model)
+        _logger.info(f'Frozen but for {", ".join(trained)}')
     if options.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if options.winograd:

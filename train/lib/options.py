@@ -65,8 +65,12 @@ class ModelOptions:
     """Model."""
     model: str = flag('resnet18_lossattn_conv', metavar='NAME')
     pretrained: bool = flag(False, 'start from the pretrained weights')
+    pretrained_path: str | None = flag(
+        None, 'with --pretrained: its weights from this file; a classifier of another size begins anew', metavar='FILE')
     pretrained_backbone: str | None = flag(
-        None, 'start the backbone from the weights of this timm model where names and shapes fit', metavar='MODEL')
+        None, "start the backbone of this package's own models from the weights of this timm model where names and "
+              'shapes fit; for lossattn.NAME, whose weights are its backbone\'s, see --pretrained', metavar='MODEL')
+    freeze_backbone: bool = flag(False, 'train the classifier only; the rest stays as it is, batch statistics too')
     initial_checkpoint: str = flag('', 'start from the weights in this file', metavar='FILE')
     resume: str = flag('', 'continue the run that wrote this checkpoint; "auto": the newest good one of --experiment',
                        metavar='FILE')
@@ -103,6 +107,8 @@ class OptimizerOptions:
     opt_kwargs: dict[str, Any] = flag({}, nargs='*', action=ParseKwargs, metavar='KEY=VALUE')
     momentum: float = flag(0.9)
     weight_decay: float = flag(2e-5)
+    layer_decay: float | None = flag(
+        None, 'learning rate of each layer, as a share of that of the layer after it', metavar='SHARE')
     clip_grad: float | None = flag(None, metavar='NORM')
     clip_mode: str = flag('norm', choices=('norm', 'value', 'agc'))
     grad_accum_steps: int = flag(1, 'batches in an update', metavar='N')

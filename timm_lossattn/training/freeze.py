@@ -1,0 +1,71 @@
+"""A classifier on a frozen backbone."""
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = ['freeze_backbone']
+
+
+class FrozenTrain:
+    """``model.train`` of a model whose backbone is frozen: that part of it stays in eval mode.
+
+    Args:
+        model: the model.
+        frozen: names of the modules that stay in eval mode.
+    """
+
+    def __init__(self, model: nn.Module, frozen: list[str]) -> None:
+        self.model, self.frozen = model, frozen
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        type(self.model).train(self.model, mode)
+        for name in self.frozen if mode else ():
+            self.model.get_submodule(name).eval()
+        return self.model
+
+
+def freeze_backbone(model: Any) -> list[str]:
+    """Freeze all of a model but its classifier, and what weighs its patches, if that has parameters.
+
+    The frozen parameters get no gradient. The frozen modules are in eval mode and stay so whatever ``train`` is called
+    with, on the model or on what holds it: batch norms keep their statistics, drop path and dropout inside the backbone
+    are off. Dropout beside the classifier is the classifier's and stays on.
+
+    Args:
+        model: of timm or of this package, with a classifier.
+
+    Returns:
+        Names of the parameters that are left to train.
+
+    Raises:
+        ValueError: the model has no classifier with parameters.
+    """
+    classifiers = model.get_classifier()
+    heads = [*(classifiers if isinstance(classifiers, (tuple, list)) else [classifiers])]
+    heads = [head for head in heads if isinstance(head, nn.Module) and list(head.parameters())]
+    if not heads:
+        raise ValueError(f'{type(model).__name__} has no classifier to train.')
+    weights = getattr(model, 'patch_weights', None)
+    if isinstance(weights, nn.Module):
+        heads.append(weights)
+    trained = {id(parameter) for head in heads for parameter in head.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    ends = {id(head) for head in heads}
+    frozen: list[str] = []
+    visit(model, '', ends, frozen.append)
+    model.train = FrozenTrain(model, frozen)
+    model.train(model.training)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def visit(module: nn.Module, prefix: str, heads: set[int], freeze: Callable[[str], None]) -> None:
+    """Call freeze with the names of the largest modules without a head in them, but for dropout beside one."""
+    for name, child in module.named_children():
+        if id(child) in heads or isinstance(child, nn.Dropout):
+            continue
+        if any(id(inner) in heads for inner in child.modules()):
+            visit(child, f'{prefix}{name}.', heads, freeze)
+        else:
+            freeze(f'{prefix}{name}')
