@@ -1,4 +1,4 @@
-"""The command line: ``timm-lossattn explain``, ``export``, ``list`` and ``run``."""
+"""The command line: ``timm-lossattn explain``, ``check``, ``export``, ``list`` and ``run``."""
 import argparse
 import sys
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .evaluation.check import check_model
 from .explanation import class_labels, explain, open_image, patch_model, preprocess
 from .export import FORMATS, OUTPUTS, check_target, export_model
 from .loading import list_patch_models, load_model
@@ -144,6 +145,30 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def run_check(args: argparse.Namespace, console: Console) -> int:
+    """Whether loss attention is exact in a timm model. Returns 0 if it is."""
+    kwargs = {'global_pool': args.global_pool} if args.global_pool else {}
+    found = check_model(args.model, args.pretrained, **kwargs)
+    table = Table(title=found.name, title_justify='left', show_header=False)
+    rows = {
+        'kind': {'A': 'A: the head is affine', 'B': 'B: the head normalises the pooled vector; 1/σ is held',
+                 'C': 'C: the head has activations; the gates of the whole image are held',
+                 'D': 'D: the logits are no sum over patches'}[found.kind],
+        'parameters': f'{found.parameters_million:.2f} million'}
+    if found.kind == 'D':
+        rows['why'] = found.reason
+    else:
+        rows |= {'features': found.layout, 'patches': found.grid,
+                 'max |Σ contributions − logits|': f'{found.additive_error:.1e} of the largest logit',
+                 'max |pool="avg" − stock|': f'{found.stock_error:.1e} of the largest logit',
+                 'state dict': 'that of the stock model' if found.strict else 'another one'}
+    rows |= {'weights': 'pretrained' if args.pretrained else 'random', 'seconds': f'{found.seconds:.1f}'}
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    console.print(table)
+    return 1 if found.kind == 'D' else 0
+
+
 def existing_file(path: str) -> Path:
     """For argparse: the path of a file that exists."""
     if not Path(path).is_file():
@@ -189,6 +214,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--dynamic-size', action='store_true', help='the file takes every height and width that the model does')
     command.set_defaults(run=run_export)
+
+    command = commands.add_parser('check', help='whether loss attention is exact in a timm model')
+    command.add_argument('model', metavar='MODEL', help='name of a timm model')
+    command.add_argument('--pretrained', action='store_true', help='with its weights (default: random ones)')
+    command.add_argument('--global-pool', metavar='NAME', help='pooling of the model, "avg" for one with a class token')
+    command.set_defaults(run=run_check)
 
     command = commands.add_parser('list', help='models, parameters, weights')
     command.add_argument(
