@@ -14,6 +14,8 @@ import timm
 import torch
 from timm.models import is_model_pretrained
 
+from .models.lite_weights import lite_file, lite_weights
+
 __all__ = ['MODEL_CONFIG', 'check_name', 'list_patch_models', 'load_model', 'model_config', 'read_checkpoint']
 
 MODEL_CONFIG = 'model_config'
@@ -92,6 +94,9 @@ def load_model(
         **kwargs: Any) -> Any:
     """A model with weights, in eval mode.
 
+    Pretrained weights come from where timm says. Of tf_efficientnet_lite0, 1 and 2, with or without ``lossattn.``
+    before it, they come from the packages of the extra ``imagenet`` if those are installed: no network is needed.
+
     Args:
         name: a model of timm or of this package, with or without tag, ``hf-hub:ORG/NAME`` or ``local-dir:FOLDER``; None
             if the checkpoint says it.
@@ -120,6 +125,8 @@ def load_model(
             overlay['num_classes'] = model_args['num_classes']
         model_args['pretrained_cfg_overlay'] = overlay
     try:
+        if state is None and lite_file(backbone_name(name)) and 'pretrained_cfg_overlay' not in model_args:
+            model_args['pretrained_cfg_overlay'] = lite_weights(backbone_name(name))
         model: Any = timm.create_model(name, pretrained=state is None, **model_args)
         if state is not None:
             model.load_state_dict(state)

@@ -56,10 +56,11 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             note = note.split('. ')[0].replace('|', '/')[:110]
             if row['with_avg'] and row['with_avg']['kind'] != 'D':
                 best, note = row['with_avg'], f'{note}; with `global_pool="avg"`'
-        numbers = [f'{best[key]:.0e}' if best.get(key) is not None else '–' for key in ('additive_error', 'stock_error')]
+        errors = [best.get(key) for key in ('additive_error', 'stock_error')]
+        numbers = ['–' if error is None else f'{error:.0e}' for error in errors]
         kind = best['kind'] if best is row else f'D → {best["kind"]}'
-        cells = [family, f'`{row["name"]}`', kind, best.get('layout') or '–', best.get('grid') or '–', *numbers, note or '–']
-        lines.append(f'| {" | ".join(cells)} |')
+        cells = [family, f'`{row["name"]}`', kind, best.get('layout') or '–', best.get('grid') or '–', *numbers]
+        lines.append(f'| {" | ".join(cells)} | {note or "–"} |')
     return '\n'.join(lines)
 
 

