@@ -1,10 +1,10 @@
 """A patch model as one file for other runtimes: ONNX, torch.export or TorchScript.
 
 The file takes ``image`` (B, C, H, W), any B, fixed H and W (TorchScript does not enforce them) or, with dynamic_size,
-any that the model takes, and gives by name ``logits`` (B, K), ``patch_logits`` (B, M, K), ``alpha`` (B, M) and
+any that the model takes. It gives by name ``logits`` (B, K), ``patch_logits`` (B, M, K), ``alpha`` (B, M) and
 ``evidence`` (B, M): what each patch adds to the lead of the top class, as ``Explanation.evidence`` against the rest.
-Preprocessing, class labels and patch boxes (of the size that the file was written at) travel in it, each a JSON text: in ONNX under
-``metadata_props``, in the other two as the extra file ``metadata.json``.
+Preprocessing, class labels and patch boxes (of the size that the file was written at) travel in it, each a JSON text:
+in ONNX under ``metadata_props``, in the other two as the extra file ``metadata.json``.
 
     session = onnxruntime.InferenceSession('model.onnx')
     logits, patch_logits, alpha, evidence = session.run(None, {'image': x})  # float32 NumPy array
