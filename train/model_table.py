@@ -106,7 +106,8 @@ def main() -> None:
     parser.add_argument('--write', action='store_true', help='replace the tables in the documents')
     args = parser.parse_args()
     for name, table in (('README.md', model_table()), ('MODEL_CARD.md', weights_table()),
-                        ('docs/reading_explanations.md', receptive_field_table()), ('train/TRAINING.md', None)):
+                        ('docs/reading_explanations.md', receptive_field_table()), ('train/TRAINING.md', None),
+                        ('docs/timm_models.md', None)):
         if not args.write:
             print(table or '')
             continue
