@@ -37,9 +37,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# timm's own test suite, unchanged, on every model of this package
+# timm's own test suite, unchanged, on every model of this package, and the tests that compile
 conformance: $(INSTALLED)
 	$(BIN)/python tests/conformance.py
+	LOSSATTN_SLOW=1 $(BIN)/python -m pytest -q tests/train/test_winograd.py
 
 conformance-quick: $(INSTALLED)
 	$(BIN)/python tests/conformance.py --quick

@@ -1,5 +1,6 @@
 """Convolutions by Winograd against float64, and models that use them."""
 import copy
+import os
 
 import pytest
 import timm
@@ -63,6 +64,7 @@ def test_bias_and_layout(bias, layout):
     compare(2, 8, 8, 8, 8, bias, layout)
 
 
+@pytest.mark.skipif('LOSSATTN_SLOW' not in os.environ, reason='LOSSATTN_SLOW is not set: a minute of compilation')
 def test_compiled():
     for shape in ((2, 16, 24, 16, 16), (3, 32, 16, 8, 12), (1, 16, 16, 9, 9)):
         compare(*shape)
@@ -96,12 +98,12 @@ def test_matrices_are_those_of_the_paper():
 
 
 def test_only_what_gains_is_replaced():
-    suitable = nn.Conv2d(64, 64, 3, padding=1)
+    suitable = nn.Conv2d(128, 128, 3, padding=1)
     model = nn.Sequential(
-        suitable, nn.Conv2d(64, 64, 3, padding='same', bias=False), nn.Conv2d(3, 64, 3, padding=1),
-        nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 1),
-        nn.Conv2d(64, 64, 3, padding=1, groups=2), nn.Conv2d(64, 64, 3, padding=1, padding_mode='reflect'),
-        nn.Conv2d(64, 64, 3, padding=2, dilation=2), nn.Sequential(suitable))
+        suitable, nn.Conv2d(128, 128, 3, padding='same', bias=False), nn.Conv2d(3, 128, 3, padding=1),
+        nn.Conv2d(128, 128, 3, stride=2, padding=1), nn.Conv2d(128, 128, 3), nn.Conv2d(128, 128, 1),
+        nn.Conv2d(128, 128, 3, padding=1, groups=2), nn.Conv2d(128, 128, 3, padding=1, padding_mode='reflect'),
+        nn.Conv2d(128, 128, 3, padding=2, dilation=2), nn.Sequential(suitable))
     state = model.state_dict()
     parameters = list(model.parameters())
     assert use_winograd(model.eval()) == 2
@@ -118,9 +120,11 @@ def test_falls_back(monkeypatch):
     conv = WinogradConv2d(8, 8, 3, padding=1)
     calls = []
     monkeypatch.setattr(winograd, 'winograd_conv2d', lambda *args: calls.append(1) or winograd_conv2d(*args))
+    monkeypatch.setattr(winograd, 'MIN_TILES', 4)
     x = torch.randn(1, 8, 8, 8)
     conv(x)
     assert calls == [1]
+    conv(torch.randn(1, 8, 4, 8))         # too few tiles
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert conv(x).dtype == torch.bfloat16
     conv(torch.randn(1, 8, 5, 5))         # two thirds of 8×8 would be padding
@@ -135,6 +139,9 @@ def test_falls_back(monkeypatch):
 @pytest.mark.usefixtures('eager')
 def test_whole_model(monkeypatch):
     monkeypatch.setattr(winograd, 'MIN_CHANNELS', 8)
+    monkeypatch.setattr(winograd, 'MIN_TILES', 1)
+    calls = []
+    monkeypatch.setattr(winograd, 'winograd_conv2d', lambda *args: calls.append(1) or winograd_conv2d(*args))
     torch.manual_seed(0)
     model = timm.create_model('resnet18_lossattn_conv_nano', pretrained=True).to(memory_format=torch.channels_last)
     other = copy.deepcopy(model)
@@ -147,6 +154,7 @@ def test_whole_model(monkeypatch):
         expected = model.double().eval()(x.double())
         for used in (other, again):
             close(used.eval()(x), expected)
+        assert len(calls) == 32
         torch.testing.assert_close(other.forward_patches(x).contributions.sum(1), other(x))
     F.cross_entropy(model.train()(x.double()), y).backward()
     F.cross_entropy(other.train()(x), y).backward()

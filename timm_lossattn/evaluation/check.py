@@ -6,10 +6,12 @@ from typing import Any
 import timm
 import torch
 
-from ..loading import backbone_name, check_name
+from ..loading import MODULES, backbone_name, check_name
 from ..models import loss_attention
 
 __all__ = ['Check', 'check_model', 'smallest_models']
+
+OURS = (*MODULES, 'lossattn')
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,7 @@ def smallest_models(limit_million: float = 100.) -> dict[str, str]:
     """timm's module -> its smallest model, of all modules that have one under the limit of parameters."""
     found: dict[str, tuple[float, str]] = {}
     for module in timm.list_modules():
-        for name in timm.list_models(module=module):
-            if name.startswith('lossattn'):
-                continue
+        for name in timm.list_models(module=module) if module not in OURS else ():
             try:
                 model = timm.create_model(name, device='meta')
             except Exception:  # a model that does not build without numbers is not the smallest of its module
@@ -80,12 +80,16 @@ def check_model(name: str, pretrained: bool = False, **kwargs: Any) -> Check:
     name = backbone_name(name)
     torch.manual_seed(0)
     stock: Any = timm.create_model(name, pretrained=pretrained, **kwargs).eval()
+    if not stock.num_classes:  # published as a feature extractor
+        stock.reset_classifier(1000)
     about: dict[str, Any] = dict(
         name=name, family=type(stock).__module__.rsplit('.', 1)[-1],
         parameters_million=sum(p.numel() for p in stock.parameters()) / 1e6)
     if not pretrained:  # many heads start at zero, and zeros add up to zero whatever is done with them
-        for parameter in stock.get_classifier().parameters() if hasattr(stock, 'get_classifier') else ():
-            torch.nn.init.normal_(parameter, std=0.1)
+        classifiers = stock.get_classifier()  # distilled models have two
+        for classifier in classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,):
+            for parameter in classifier.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
     try:
         model, average = loss_attention(stock), loss_attention(stock, pool='avg')
         channels, height, width = timm.data.resolve_model_data_config(stock)['input_size']

@@ -28,8 +28,9 @@ __all__ = ['MIN_CHANNELS', 'WinogradConv2d', 'use_winograd', 'winograd_conv2d']
 OUT, KERNEL = 4, 3
 TILE = OUT + KERNEL - 1
 POINTS = (0., 0.75, -0.75, 1.5, -1.5)  # and ∞; all numbers of Aᵀ and Bᵀ are exact in float32
-MIN_CHANNELS = 64
-MAX_PADDING = 1.3
+MIN_CHANNELS = 128  # of the smaller side; at 64 the ordinary convolution is faster
+MIN_TILES = 256  # with fewer, transforming the filters costs more than the product
+MAX_PADDING = 1.3  # pixels with those that are padded, over pixels without
 
 Matrix = list[list[float]]
 
@@ -179,7 +180,7 @@ class WinogradConv2d(nn.Conv2d):
         return super().forward(x)
 
     def fits(self, x: torch.Tensor) -> bool:
-        """Float32 on the CPU outside of autocast, compilation and export, and little to pad."""
+        """Float32 on the CPU outside of autocast, compilation and export; tiles enough, and little to pad."""
         if x.dim() != 4 or not x.numel() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         if x.device.type != 'cpu' or x.dtype != torch.float32 or self.weight.dtype != torch.float32:
@@ -187,7 +188,8 @@ class WinogradConv2d(nn.Conv2d):
         if torch.is_autocast_enabled('cpu'):
             return False
         h, w = x.shape[-2:]
-        return (h + -h % OUT) * (w + -w % OUT) <= MAX_PADDING * h * w
+        pixels = (h + -h % OUT) * (w + -w % OUT)
+        return pixels <= MAX_PADDING * h * w and len(x) * pixels >= OUT * OUT * MIN_TILES
 
 
 def suitable(module: nn.Module) -> bool:
