@@ -2,6 +2,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def class_index(flag: str, value: str | None, labels: Sequence[str]) -> list[int
         return [list(labels).index(value)]
     if value.isdecimal() and int(value) < len(labels):
         return [int(value)]
-    raise ValueError(f'{flag}: no class {value!r}; choose one of {labels} or an index.')
+    close = list(labels) if len(labels) <= 20 else get_close_matches(value, labels, 5, 0.5)
+    choose = f'choose one of {close}' if close else f'choose one of {len(labels)} names'
+    raise ValueError(f'{flag}: no class {value!r}; {choose} or an index.')
 
 
 def run_explain(args: argparse.Namespace, console: Console) -> int:
@@ -77,6 +80,9 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f'--out: {error}') from None
+    if args.model is None and args.checkpoint is None:
+        console.print(f'model: {DEFAULT_MODEL}, which knows the ten classes of CIFAR-10; for photographs --model '
+                      'lossattn.NAME with any timm model', soft_wrap=True)
     failed = 0
     model_name = args.model or model.pretrained_cfg.get('architecture') or DEFAULT_MODEL
     paths = [Path(p) for p in args.images]

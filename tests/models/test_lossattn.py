@@ -326,3 +326,28 @@ def test_command_line_refuses(photo, tmp_path, capsys):
     model = f'local-dir:{tmp_path / "hub"}'
     assert main(['explain', str(photo), '--model', model, '--out', str(tmp_path / 'out')]) == 2
     assert 'global_pool="avg"' in capsys.readouterr().err
+
+
+def test_a_head_replaced_by_hand():
+    """Layers put in place of the classifier, also deep inside, are looked at anew: exact or refused."""
+    torch.manual_seed(0)
+    model = loss_attention(timm.create_model('test_resnet', num_classes=4)).eval()
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert model.forward_patches(x) is not None
+        assert model.patch_kind == 'A'
+        width = model.get_classifier().in_features
+        model.fc = torch.nn.Sequential(torch.nn.Linear(width, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).eval()
+        out = model.forward_patches(x)
+        assert model.patch_kind == 'C'
+        torch.testing.assert_close(out.contributions.sum(1), model(x), rtol=1e-5, atol=1e-5)
+        model.fc[1] = torch.nn.Softmax(dim=1)
+        with pytest.raises(ValueError, match='no sum over patches'):
+            model.forward_patches(x)
+
+
+def test_name_and_backbone_that_contradict():
+    """Two backbones in one call are an error that names both."""
+    with pytest.raises(ValueError, match="contradicts the name lossattn"):
+        timm.create_model('lossattn.test_resnet', backbone='test_vit')
+    assert timm.create_model('lossattn.test_resnet', backbone='test_resnet').patch_kind == 'A'

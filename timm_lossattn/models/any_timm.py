@@ -110,6 +110,8 @@ class LossAttentionMixin(Base):
         """
         if self.num_classes == 0:
             raise ValueError('forward_patches needs a classifier, but the model has num_classes=0.')
+        if not torch.compiler.is_compiling() and self._modules_now() != self._modules_then:
+            self._set_patch_access(analyse(stock_view(self)))  # a layer was replaced by hand: it may be of another kind
         if self.patch_refusal:
             raise ValueError(self.patch_refusal)
         features = self.forward_features(x)
@@ -176,8 +178,13 @@ class LossAttentionMixin(Base):
         return torch.stack((left, top, right, bottom), dim=-1).reshape(-1, 4)
 
     @torch.jit.ignore
+    def _modules_now(self) -> tuple[Any, ...]:
+        return tuple((id(module), type(module)) for module in self.modules())
+
+    @torch.jit.ignore
     def _set_patch_access(self, access: PatchAccess) -> None:
         self.patch_access = access
+        self._modules_then = self._modules_now()
         self.patch_kind, self.patch_layout, self.patch_prefix = access.kind, access.layout, access.prefix
         self.patch_batch_norm, self.patch_refusal = access.batch_norm, ''
 

@@ -63,7 +63,9 @@ def backbone_of(
     """
     if isinstance(cfg, PretrainedCfg):
         cfg = cfg.to_dict()
-    if isinstance(cfg, str) and backbone is None:
+    if isinstance(cfg, str) and backbone is not None and backbone != cfg:
+        raise ValueError(f'backbone: {backbone!r} contradicts the name lossattn.{cfg}; give one of the two.')
+    if isinstance(cfg, str):
         backbone, cfg = cfg, None
     elif isinstance(cfg, dict) and cfg.get('architecture') == 'lossattn':
         tag = cfg.get('tag')

@@ -95,7 +95,7 @@ def meta_input(model: nn.Module, height: int, width: int) -> torch.Tensor:
 def refuse(model: nn.Module, reason: str) -> ValueError:
     """The error of a model whose logits are no sum over patches."""
     way_out = ('Create the model with global_pool="avg", so that its head averages all positions, and train the head.'
-               if getattr(model, 'global_pool', None) != 'avg' else 'Choose a model that averages its positions.')
+               if getattr(model, 'global_pool', 'avg') != 'avg' else 'Choose a model that averages its positions.')
     return ValueError(f'{type(model).__name__}: the logits are no sum over patches: {reason}. {way_out}')
 
 
