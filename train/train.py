@@ -68,10 +68,12 @@ def find_run(options: TrainOptions, process: Process) -> tuple[TrainOptions, Pat
     name = options.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{options.model}'
     options = replace(options, experiment=name)
     folder = options.folder
-    if options.resume == 'auto':
+    auto = options.resume == 'auto'
+    if auto:
         options = replace(options, resume=process.from_first(find_checkpoint(folder) if process.rank == 0 else ''))
     in_place = bool(options.resume) and Path(options.resume).resolve().parent == folder.resolve()
-    if (folder / 'summary.csv').exists() and not in_place:
+    killed_early = auto and not any(folder.glob('*.pth.tar'))  # before its first checkpoint: it begins anew
+    if (folder / 'summary.csv').exists() and not in_place and not killed_early:
         raise ValueError(f'--experiment: {folder} holds a run; continue it with --resume, or choose a new name.')
     return options, folder, in_place
 

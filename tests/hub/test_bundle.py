@@ -186,6 +186,7 @@ def test_tags_with_a_recipe():
         assert f'\n  {tag}:' in recipes
 
 
+@pytest.mark.skipif('LOSSATTN_SLOW' not in os.environ, reason='LOSSATTN_SLOW is not set: evaluates 10,000 images')
 @pytest.mark.skipif(DATA is None or not Path(DATA or '', 'cifar10').is_dir(), reason='needs LOSSATTN_DATA')
 def test_shipped_weights_again(place, tmp_path, monkeypatch):
     """The shipped weights as a run on CIFAR-10: the same bytes and the accuracy that result.json states."""
