@@ -178,8 +178,8 @@ class LossAttentionMixin(Base):
         return torch.stack((left, top, right, bottom), dim=-1).reshape(-1, 4)
 
     @torch.jit.ignore
-    def _modules_now(self) -> tuple[Any, ...]:
-        return tuple((id(module), type(module)) for module in self.modules())
+    def _modules_now(self) -> tuple[str, ...]:
+        return tuple(f'{name}: {type(module).__qualname__}' for name, module in self.named_modules())
 
     @torch.jit.ignore
     def _set_patch_access(self, access: PatchAccess) -> None:
