@@ -33,5 +33,7 @@ def test_command(capsys):
     assert 'class token decides' in ' '.join(capsys.readouterr().out.split())
     assert main(['check', 'test_vit', '--global-pool', 'avg']) == 0
     capsys.readouterr()
+    assert main(['check', 'resnet18_lossattn_conv_nano']) == 2
+    assert 'a patch model already, exact by its own head' in capsys.readouterr().err
     assert main(['check', 'nonsense']) == 2
     assert "timm has no model 'nonsense'" in capsys.readouterr().err

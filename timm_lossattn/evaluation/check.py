@@ -73,7 +73,7 @@ def check_model(name: str, pretrained: bool = False, **kwargs: Any) -> Check:
         kwargs: arguments of the model, ``global_pool='avg'`` for one.
 
     Raises:
-        ValueError: timm has no such model.
+        ValueError: timm has no such model, or it is one of this package's.
     """
     start = time.perf_counter()
     check_name(name)
@@ -90,6 +90,8 @@ def check_model(name: str, pretrained: bool = False, **kwargs: Any) -> Check:
         for classifier in classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,):
             for parameter in classifier.parameters():
                 torch.nn.init.normal_(parameter, std=0.1)
+    if hasattr(stock, 'forward_patches'):
+        raise ValueError(f'model: {name} is a patch model already, exact by its own head; check is for other models.')
     try:
         model, average = loss_attention(stock), loss_attention(stock, pool='avg')
         channels, height, width = timm.data.resolve_model_data_config(stock)['input_size']
