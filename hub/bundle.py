@@ -25,8 +25,6 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save
-from timm.data import create_dataset, create_loader, resolve_model_data_config
-from timm.task import ClassificationTask
 from torch import nn
 
 from card import Words
@@ -47,6 +45,10 @@ from timm_lossattn.loading import read_checkpoint
 from timm_lossattn.models.pretrained import WEIGHTS_NAME, packaged_file
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / 'train'))  # for lib, which evaluates
+from lib.evaluate import evaluate_dataset  # noqa: E402
+from lib.options import DataOptions  # noqa: E402
+
 MAX_BYTES = 70_000_000  # of a file in the repository
 MAX_PACKAGE = 15_000_000  # of all weights in the package: the wheel stays under 20 MB
 MODEL_ARGS = ('num_classes', 'in_chans', 'xi', 'backbone_stride')  # flags of a run that the model is created with
@@ -110,29 +112,21 @@ def model_of_run(options: Options, result: dict[str, Any]) -> Any:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f'RUN: {options.checkpoint} does not fit {architecture}: {error}') from error
-    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': flags.get('label_names')}
     differ = model_differences(options.name, model)
     if differ:
         raise ValueError(f'RUN: differs from {options.name} as it is registered in {", ".join(differ)}')
     return model
 
 
-@torch.inference_mode()
 def evaluate(model: Any, options: Options, flags: dict[str, Any]) -> dict[str, float]:
     """Loss, top-1 and top-5 on the whole split of the run, or of the options."""
-    config = resolve_model_data_config(model)
-    dataset = create_dataset(
-        options.dataset or flags.get('dataset') or '', root=None if options.dataset else flags.get('data_dir'),
-        split=options.val_split or flags['val_split'], input_key=options.input_key or flags.get('input_key'),
-        target_key=options.target_key or flags.get('target_key'))
-    loader: Any = create_loader(
-        dataset, config['input_size'], batch_size=250, mean=config['mean'], std=config['std'],
-        interpolation=config['interpolation'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'],
-        num_workers=1, device=torch.device(options.device))
-    evaluator = ClassificationTask(model, verbose=False).create_evaluator()
-    for x, y in loader:
-        evaluator.update(model(x), y)
-    return dict(evaluator.compute()) | {'images': len(dataset)}
+    data = DataOptions(
+        dataset=options.dataset or flags.get('dataset') or '',
+        data_dir=None if options.dataset else flags.get('data_dir'), val_split=options.val_split or flags['val_split'],
+        input_key=options.input_key or flags.get('input_key'), target_key=options.target_key or flags.get('target_key'),
+        in_chans=getattr(model, 'in_chans', None), batch_size=250, workers=1)
+    measured = evaluate_dataset(model, data, options.device)
+    return {key: measured[key] for key in ('loss', 'top1', 'top5', 'images')}
 
 
 def place(options: Options, content: bytes) -> Path:

@@ -15,6 +15,7 @@ from timm.models import save_for_hf
 
 from card import Words, make_card
 from timm_lossattn import explain, load_model
+from timm_lossattn.explanation.preprocessing import PREPROCESSING
 from timm_lossattn.files import replace_file, sha256_of, write_json
 from timm_lossattn.models.entrypoints import CIFAR10_LABELS
 from timm_lossattn.models.pretrained import WEIGHTS_NAME, bundle_folder, bundled_weights
@@ -29,7 +30,7 @@ FILES = (WEIGHTS_NAME, CONFIG, RESULT, CARD, EXAMPLE)
 WEIGHTS = Path(__file__).resolve().parent / 'weights'
 CIFAR_EXAMPLE = Path(__file__).parent / 'space' / 'examples' / 'cifar10_test_00001_ship.png'
 MAX_BYTES = 50 * 10 ** 9  # the Hub's limit for one file
-SAME = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'label_names')  # of a pretrained_cfg
+SAME = (*PREPROCESSING, 'label_names')  # of a pretrained_cfg
 SAME_ATTRIBUTES = ('num_classes', 'xi', 'backbone_stride', 'global_pool')  # of a model
 
 

@@ -27,8 +27,8 @@ from torch import nn
 
 from .explanation import class_labels, input_config
 from .explanation.evidence import evidence_against_rest
-from .loading import one_line
 from .models.any_timm import LossAttentionMixin
+from .text import one_line
 
 __all__ = ['FORMATS', 'OUTPUTS', 'ExportReport', 'export_model']
 

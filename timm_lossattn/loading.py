@@ -14,26 +14,20 @@ import timm
 import torch
 from timm.models import is_model_pretrained
 
+from .explanation.preprocessing import PREPROCESSING
 from .models.lite_weights import lite_file, lite_weights
+from .text import one_line
 
 __all__ = ['MODEL_CONFIG', 'check_name', 'list_patch_models', 'load_model', 'model_config', 'read_checkpoint']
 
 MODEL_CONFIG = 'model_config'
 MODULES = ('resnet_lossattn', 'vgg_lossattn', 'googlenet_lossattn')
-PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 SOURCES = ('hf-hub', 'hf_hub', 'local-dir')
 
 
 def list_patch_models(filter: str = '*') -> list[str]:
     """Names of the models that this package registers, without tags."""
     return sorted(name for module in MODULES for name in timm.list_models(module=module) if fnmatch(name, filter))
-
-
-def one_line(error: Exception, length: int = 300) -> str:
-    """The message of an exception in one line; readers and exporters print whole files."""
-    text = ' '.join(str(error).split()) or type(error).__name__
-    half = (length - 1) // 2
-    return text if len(text) <= length else f'{text[:length - 1 - half]}…{text[len(text) - half:]}'
 
 
 def backbone_name(name: str) -> str:
@@ -133,8 +127,6 @@ def load_model(
     except Exception as error:  # broken folders, weights that do not fit, no network: many kinds
         what = f'cannot load {checkpoint} into {name}' if state is not None else f'cannot load {name}'
         raise ValueError(f'{"checkpoint" if state is not None else "model"}: {what}: {one_line(error)}') from error
-    if state is not None:  # create_patch_classifier drops the names of weights that it did not load
-        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'label_names': config.get('label_names')}
     try:
         return model.eval().to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA

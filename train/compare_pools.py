@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lib.record import command_line, environment
 from lib.script import script
 from timm_lossattn import load_model, loss_attention
-from timm_lossattn.explanation import open_image, preprocess
+from timm_lossattn.explanation import Preprocessing, input_config, open_image
 from timm_lossattn.files import replace_file, write_json
 from timm_lossattn.models.probe import split_patches
 
@@ -49,12 +49,13 @@ def compare(name: str, files: list[Path], batch_size: int) -> dict[str, Any]:
     """Correctness of every image with the stock model and with each ξ, and the share of patches without weight."""
     stock: Any = load_model(name)
     models = {xi: loss_attention(stock, xi=xi) for xi in XIS}
+    preprocessing = Preprocessing(input_config(stock))
     classes = {synset: k for k, synset in enumerate(ImageNetInfo('imagenet-1k').label_names())}
     correct: dict[str, list[bool]] = {key: [] for key in ('stock', *map(str, XIS))}
     zero = dict.fromkeys(XIS, 0.)
     for start in tqdm(range(0, len(files), batch_size), desc=name, leave=False, dynamic_ncols=True):
         batch = files[start:start + batch_size]
-        x = torch.stack([preprocess(stock, open_image(file)).x for file in batch])
+        x = torch.stack([preprocessing(open_image(file)).x for file in batch])
         y = torch.tensor([classes[file.parent.name] for file in batch])
         features = stock.forward_features(x)
         correct['stock'] += (stock.forward_head(features).argmax(1) == y).tolist()

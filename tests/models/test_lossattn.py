@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from timm.models import resolve_pretrained_cfg, save_for_hf
 from torch import nn
 
-from timm_lossattn import PatchPrediction, explain, loss_attention
+from timm_lossattn import PatchPrediction, explain, freeze_backbone, loss_attention
 from timm_lossattn.cli import main
 from timm_lossattn.explanation import class_labels, open_image, preprocess
 from timm_lossattn.loading import load_model
@@ -351,3 +351,13 @@ def test_name_and_backbone_that_contradict():
     with pytest.raises(ValueError, match="contradicts the name lossattn"):
         timm.create_model('lossattn.test_resnet', backbone='test_vit')
     assert timm.create_model('lossattn.test_resnet', backbone='test_resnet').patch_kind == 'A'
+
+
+def test_another_head_on_a_frozen_backbone_in_train_mode():
+    """What is looked at is the model in eval mode, however its own ``train`` was changed."""
+    model = loss_attention(timm.create_model('test_resnet', num_classes=4, drop_rate=0.5)).train()
+    freeze_backbone(model)
+    model.reset_classifier(3)
+    assert model.patch_kind == 'A'
+    assert model.training
+    assert model.eval().forward_patches(torch.randn(1, 3, 64, 64)).logits.shape == (1, 3)

@@ -55,12 +55,9 @@ class CapsuleLossAttentionHead(PatchHead):
         self.fc = nn.Linear(capsule_dim, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
 
     @classmethod
-    def create(
-            cls, features: Any, grid_size: tuple[int, int], num_classes: int, pool_type: str, xi: float,
-            drop_rate: float, device=None, dtype=None) -> 'CapsuleLossAttentionHead':
+    def create(cls, features: Any, grid_size: tuple[int, int], **kwargs: Any) -> 'CapsuleLossAttentionHead':
         """The head for the features that patch layers give, see PatchHead."""
-        return cls(features.capsules, features.num_features // features.capsules, num_classes, pool_type, xi, drop_rate,
-                   device=device, dtype=dtype)
+        return cls(features.capsules, features.num_features // features.capsules, **kwargs)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C·D, H', W') to capsules (B, C, M, D), with dropout."""

@@ -60,11 +60,9 @@ class ConvPatchHead(PatchHead):
         return list_weights()
 
     @classmethod
-    def create(
-            cls, features: Any, grid_size: tuple[int, int], num_classes: int, pool_type: str, xi: float,
-            drop_rate: float, device=None, dtype=None) -> 'ConvPatchHead':
+    def create(cls, features: Any, grid_size: tuple[int, int], **kwargs: Any) -> 'ConvPatchHead':
         """The head for the features that patch layers give, see PatchHead."""
-        return cls(features.num_features, num_classes, pool_type, xi, drop_rate, device=device, dtype=dtype)
+        return cls(features.num_features, **kwargs)
 
     def patches(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H', W') to patch features (B, M, C), with dropout."""

@@ -33,18 +33,14 @@ class PatchHead(nn.Module):
         return (cls.default_pool,)
 
     @classmethod
-    def create(
-            cls, features: Any, grid_size: tuple[int, int], num_classes: int, pool_type: str, xi: float,
-            drop_rate: float, device=None, dtype=None) -> 'PatchHead':
+    def create(cls, features: Any, grid_size: tuple[int, int], **kwargs: Any) -> 'PatchHead':
         """The head for the features that patch layers give.
 
         Args:
             features: patch layers; their ``num_features`` and ``capsules`` count.
             grid_size: (H', W') of the patch grid, if ``fixed_grid``.
-            num_classes: K; 0 for no classifier.
-            pool_type: one of ``pools()``, or ''.
-            xi: ξ of Eqs. 5b and 6b.
-            drop_rate: dropout on the features.
+            kwargs: what every head takes: num_classes (K; 0 for no classifier), pool_type (one of ``pools()``, or ''),
+                xi (ξ of Eqs. 5b and 6b), drop_rate (dropout on the features), device, dtype.
         """
         raise NotImplementedError
 

@@ -108,12 +108,9 @@ class DynamicRoutingHead(PatchHead):
         ) if num_classes > 0 else nn.Identity()
 
     @classmethod
-    def create(
-            cls, features: Any, grid_size: tuple[int, int], num_classes: int, pool_type: str, xi: float,
-            drop_rate: float, device=None, dtype=None) -> 'DynamicRoutingHead':
+    def create(cls, features: Any, grid_size: tuple[int, int], **kwargs: Any) -> 'DynamicRoutingHead':
         """The head for the features that patch layers give, see PatchHead."""
-        return cls(features.capsules, features.num_features // features.capsules, grid_size, num_classes, pool_type,
-                   drop_rate=drop_rate, xi=xi, device=device, dtype=dtype)
+        return cls(features.capsules, features.num_features // features.capsules, grid_size, **kwargs)
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Feature map to votes û (B, C·M, K, O), coupling coefficients c (B, C·M, K) and class capsules s (B, K, O)."""

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..text import shorten
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -13,12 +15,6 @@ __all__ = ['draw_explanation']
 SELECTED_COLOR, BOX_COLOR = '#56B4E9', '#E69F00'  # Okabe & Ito's palette, safe for colour-blind readers
 MAX_ASPECT = 4.  # of longer images only the part around the model's input is shown
 MAX_PIXELS = 1200  # larger images are drawn at a lower resolution
-
-
-def shorten(text: str, length: int) -> str:
-    """At most length characters, with an ellipsis in the middle."""
-    half = (length - 1) // 2
-    return text if len(text) <= length else f'{text[:length - 1 - half]}…{text[len(text) - half:]}'
 
 
 def view_window(size: tuple[int, int], frame: list[float]) -> tuple[int, int, int, int]:

@@ -17,7 +17,9 @@ from torchvision.transforms import CenterCrop, Resize
 
 from ..models.probe import input_size
 
-__all__ = ['Preprocessed', 'Preprocessing', 'input_config', 'open_image', 'preprocess', 'to_rgb']
+__all__ = ['PREPROCESSING', 'Preprocessed', 'Preprocessing', 'input_config', 'open_image', 'preprocess', 'to_rgb']
+
+PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')  # of timm's data config
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -122,9 +124,8 @@ class Preprocessing:
         self.channels = config['input_size'][0]
         if self.channels not in (1, 3):
             raise ValueError(f'model must have 1 or 3 input channels, got {self.channels}.')
-        keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
         self.steps: list[Any] = create_transform(
-            **{key: config[key] for key in keys if config.get(key) is not None}, is_training=False).transforms
+            **{key: config[key] for key in PREPROCESSING if config.get(key) is not None}, is_training=False).transforms
 
     def __call__(self, image: Image.Image) -> Preprocessed:
         """RGB image to Preprocessed; for one channel it is made grey."""

@@ -49,6 +49,7 @@ def create_patch_classifier(variant: str, pretrained: bool, num_stages: int, **k
         feature_cfg=dict(out_indices=tuple(range(num_stages)), feature_cls='getter'),
         **verified_overlay(variant, pretrained, kwargs),
     )
-    if not pretrained:  # the class names are those of the weights
-        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'label_names': None}
+    if not pretrained:  # the registered class names are those of weights that are not loaded
+        labels = (kwargs.get('pretrained_cfg_overlay') or {}).get('label_names')
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'label_names': labels}
     return model

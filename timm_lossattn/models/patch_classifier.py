@@ -8,12 +8,12 @@ from timm.layers import get_device_dtype
 # Private, but every timm model imports it: the one definition of how `indices` selects feature levels.
 from timm.models._features import feature_take_indices
 from torch import nn
-from torch.func import functional_call
 
 from ..attention import PatchHead
 from ..prediction import PatchPrediction
 from .backbone import init_convolutions
 from .patch_layers import ConvPatchLayers, NoPatchLayers
+from .probe import shape_twin
 
 __all__ = ['BACKBONE_STRIDES', 'PatchClassifier']
 
@@ -92,7 +92,8 @@ class PatchClassifier(nn.Module):
     def _create_head(self, num_classes: int, global_pool: str, xi: float, device=None, dtype=None) -> Any:
         grid = self.patch_grid(*self.img_size) if self._head_class.fixed_grid else (0, 0)
         return self._head_class.create(
-            self.patch_layers, grid, num_classes, global_pool, xi, self.drop_rate, device=device, dtype=dtype)
+            self.patch_layers, grid, num_classes=num_classes, pool_type=global_pool, xi=xi, drop_rate=self.drop_rate,
+            device=device, dtype=dtype)
 
     __jit_unused_properties__ = ('patch_weights', 'xi')
     __jit_ignored_attributes__ = ('_grids',)
@@ -260,12 +261,11 @@ class PatchClassifier(nn.Module):
         return self._grids[height, width]
 
     def _feature_size(self, height: int, width: int) -> tuple[int, int]:
-        x = torch.empty(2, self.in_chans, height, width, device='meta', dtype=next(self.backbone.parameters()).dtype)
-        for part in (self.backbone, self.patch_layers):  # shapes alone: nothing is computed
-            state = {**dict(part.named_parameters()), **dict(part.named_buffers())}
-            with torch.no_grad():
-                x = functional_call(part, {name: tensor.to('meta') for name, tensor in state.items()}, x)
-        return x.shape[-2], x.shape[-1]
+        twin = shape_twin(nn.Sequential(self.backbone, self.patch_layers))
+        x = torch.empty(1, self.in_chans, height, width, device='meta', dtype=next(self.backbone.parameters()).dtype)
+        with torch.no_grad():
+            features = twin(x)
+        return features.shape[-2], features.shape[-1]
 
     @torch.jit.ignore
     def patch_boxes(self, height: int, width: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from timm.data import resolve_input_data_config
 from torch import nn
 from torch.nn import functional as F
 
+from ..text import one_line
 from .held import Record, Replay
 
 __all__ = ['PatchAccess', 'analyse', 'feature_grid', 'input_size', 'join_patches', 'split_patches']
@@ -75,7 +76,8 @@ def shape_twin(model: nn.Module) -> Any:
     for module in twin.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):  # the user's; they expect numbers
             hooks.clear()
-    return twin.eval()
+        module.training = False  # not by eval(), which a frozen model has changed
+    return twin
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -122,7 +124,7 @@ def traced_forward(model: nn.Module, twin: Any, x: torch.Tensor) -> tuple[torch.
         with torch.no_grad(), x.device:
             logits = twin(x)
     except Exception as error:  # whatever a model's code raises without numbers
-        raise ValueError(f'{type(model).__name__} cannot be run without numbers: {one_line(error)}') from error
+        raise ValueError(f'{type(model).__name__} cannot be run without numbers: {said(error)}') from error
     finally:
         for name in methods:
             del twin.__dict__[name]
@@ -136,9 +138,9 @@ def traced_forward(model: nn.Module, twin: Any, x: torch.Tensor) -> tuple[torch.
     return features[0][1], logits
 
 
-def one_line(error: Exception) -> str:
-    text = ' '.join(str(error).split())
-    return f'{type(error).__name__}: {text[:120]}'
+def said(error: Exception) -> str:
+    """Type and message, for errors of a model's own code."""
+    return f'{type(error).__name__}: {one_line(error, 120)}'
 
 
 def layout_of(model: nn.Module, shape: torch.Size) -> tuple[str, int, int]:
@@ -172,7 +174,7 @@ def analyse(model: nn.Module) -> PatchAccess:
         with torch.no_grad(), torch.device('cpu'):
             probe(model, twin, access)
     except (ArithmeticError, AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
-        raise refuse(model, f'its head does not take single patches ({one_line(error)})') from error
+        raise refuse(model, f'its head does not take single patches ({said(error)})') from error
     return access
 
 
@@ -270,7 +272,7 @@ def feature_grid(model: nn.Module, access: PatchAccess, height: int, width: int)
                 last = twin.forward_intermediates(x, indices=1, output_fmt='NCHW', intermediates_only=True)[-1]
     except Exception as error:  # whatever a model's code raises for a size that it does not take
         raise ValueError(
-            f'{type(model).__name__} does not take images of {height}×{width} pixels ({one_line(error)}).') from error
+            f'{type(model).__name__} does not take images of {height}×{width} pixels ({said(error)}).') from error
     if access.layout == 'NLC':
         grid = (last.shape[2], last.shape[3])
         if grid[0] * grid[1] != shape[1] - access.prefix:
