@@ -202,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
                               f'(default: what --checkpoint says, or {DEFAULT_MODEL})')
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')
-    command.add_argument('--against', metavar='CLASS', help='why not this class? (default: the mean of all others)')
+    command.add_argument('--against', metavar='CLASS', help='why not this class? (default: all, by their softmax)')
     command.add_argument('--multi-label', action='store_true',
                          help='classes are independent: sigmoids, evidence in the logit')
     command.add_argument('--all-classes', action='store_true', help='JSON with the contributions to every class')

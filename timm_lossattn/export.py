@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .explanation import class_labels, input_config
-from .explanation.evidence import evidence_against_rest
+from .explanation.evidence import direction_over_rivals, evidence_along
 from .models.any_timm import LossAttentionMixin
 from .text import one_line
 
@@ -77,7 +77,8 @@ class NamedOutputs(nn.Module):
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         out = self.model.forward_patches(image)
-        evidence = evidence_against_rest(out.contributions, out.logits.argmax(dim=1))
+        v = direction_over_rivals(out.logits, out.logits.argmax(dim=1))
+        evidence = evidence_along(out.contributions, v)
         return {'logits': out.logits, 'patch_logits': out.patch_logits, 'alpha': out.alpha, 'evidence': evidence}
 
 

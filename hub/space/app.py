@@ -24,7 +24,7 @@ EXAMPLES = sorted((Path(__file__).resolve().parent / 'examples').glob('*.png'))
 MAX_PIXELS = 60_000_000  # 50 megapixels take 0.6 GB of memory, 0.8 with transparency, 1.3 from 16-bit grey
 MAX_ASPECT = 100  # the shorter side is resized to the model's input, so a line of pixels would grow to gigabytes
 MAX_FILE_SIZE = '100mb'
-DEFAULT = -1  # in a menu of classes: the predicted class, or the mean of the others
+DEFAULT = -1  # in a menu of classes: the predicted class, or its rivals, all others by their softmax
 CSS = """
 #examples img { image-rendering: pixelated; }
 #message:not(:has(p)) { display: none; }
@@ -92,7 +92,7 @@ def explain_file(name: str, path: str, target: int = DEFAULT, against: int = DEF
         name: one of ``list_models()``.
         path: of the file.
         target: class to explain; by default the predicted one.
-        against: class to compare it with; by default the mean of all others.
+        against: class to compare it with; by default all others, by their softmax.
 
     Raises:
         ValueError: see ``read_image``, or a class would be compared with itself; the message is for the page.
@@ -135,7 +135,7 @@ def class_menus(name: str) -> list[gr.Dropdown]:
     return [
         gr.Dropdown(choices=[(default, DEFAULT), *labels], value=DEFAULT, label=label, min_width=220)
         for default, label in (('the predicted class', 'Evidence for'),
-                               ('the mean of all others', 'compared with (why not this one?)'))]
+                               ('all others', 'compared with (why not this one?)'))]
 
 
 def build() -> gr.Blocks:

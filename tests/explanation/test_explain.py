@@ -59,7 +59,7 @@ def planted():
 
 def test_planted_patch():
     """The planted patch is what explain reports: class, selection, evidence, box, pixel map."""
-    e = explain(planted(), torch.zeros(2, 3, *SIZE))
+    e = explain(planted(), torch.zeros(2, 3, *SIZE), against='mean')
     assert len(e) == 2
     assert e.grid == GRID
     assert e.input_size == SIZE
@@ -90,7 +90,7 @@ def test_why_not():
     torch.testing.assert_close(e.evidence.sum(1), difference)
     with pytest.raises(ValueError, match=r'against must hold 2 classes in \[0, 4\], got \[5, 0\]'):
         explain(planted(), torch.zeros(2, 3, *SIZE), against=[5, 0])
-    with pytest.raises(ValueError, match="against must be 'rest', None or 2 classes, got 'dog'"):
+    with pytest.raises(ValueError, match="against must be 'rest', 'mean', None or 2 classes, got 'dog'"):
         explain(planted(), torch.zeros(2, 3, *SIZE), against='dog')
 
 
@@ -129,7 +129,9 @@ def test_evidence_sums(name, target):
     assert e.target.tolist() == expected.tolist()
     others = torch.ones_like(logits).scatter(1, expected[:, None], 0.).bool()
     logit = logits.gather(1, expected[:, None])[:, 0]
-    torch.testing.assert_close(e.evidence.sum(1), logit - logits[others].view(2, 9).mean(1))
+    rest = logits[others].view(2, 9)
+    torch.testing.assert_close(e.evidence.sum(1), logit - (rest.softmax(1) * rest).sum(1))
+    torch.testing.assert_close(e.versus('mean').evidence.sum(1), logit - rest.mean(1))
     torch.testing.assert_close(explain(model, images, target, against=None).evidence.sum(1), logit)
     assert e.grid[0] * e.grid[1] == e.evidence.shape[1]
     assert e.pixel_map(e.evidence).shape == (2, 32, 40)

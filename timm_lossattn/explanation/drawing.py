@@ -77,7 +77,8 @@ def draw_explanation(explanation: Any, index: int, title: str = '') -> Figure:
     if explanation.against is None:
         evidence_name += f'\n(logit {total:.2f})'
     elif isinstance(explanation.against, str):
-        evidence_name += f'\nover the mean of the others ({total:+.2f})'
+        others = 'its rivals' if explanation.against == 'rest' else 'the mean of the others'
+        evidence_name += f'\nover {others} ({total:+.2f})'
     else:
         evidence_name += f'\nand not "{shorten(labels[int(explanation.against[index])], 20)}" ({total:+.2f})'
 

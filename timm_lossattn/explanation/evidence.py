@@ -1,20 +1,51 @@
-"""Evidence: what each patch adds to a class's lead. Explanations and exported files take it from here."""
+"""Evidence: what each patch adds to a class, or to its lead. Explanations and exported files take it from here.
+
+What is explained is one number an image, v·z of its logits z and a direction v: the logit of the target t (v is 1 at
+t), its lead over another class a (−1 at a as well), or over its rivals (−w_k at all others). The contributions c_mk of
+the patches sum to z_k, so their evidence Σ_k v_k c_mk sums to v·z, whatever v is.
+"""
+from typing import Literal, Union
+
 import torch
 
-__all__ = ['contributions_to', 'evidence_against_rest']
+__all__ = ['AGAINST', 'Against', 'direction', 'direction_over_rivals', 'evidence_along']
+
+AGAINST = ('rest', 'mean')
+Against = Union[torch.Tensor, Literal['rest', 'mean'], None]
 
 
-def contributions_to(contributions: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Of contributions (B, M, K), those to one class for each image, (B,): (B, M)."""
-    index = classes.view(-1, 1, 1).expand(-1, contributions.shape[1], 1)
-    return contributions.gather(2, index).squeeze(2)
+def direction_over_rivals(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """``direction`` with against='rest', as exporters and TorchScript read it: (B, K) and (B,) to (B, K)."""
+    z = logits.detach().float()
+    v = torch.zeros_like(z).scatter(1, target.unsqueeze(1), 1.)
+    if z.shape[1] == 1:
+        return v
+    return v - z.masked_fill(v > 0., float('-inf')).softmax(dim=1)
 
 
-def evidence_against_rest(contributions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """c_mt − mean_{k≠t} c_mk of contributions (B, M, K) and the target t, (B,): (B, M).
+def direction(logits: torch.Tensor, target: torch.Tensor, against: Against = 'rest') -> torch.Tensor:
+    """The direction v in the space of the K logits, such that v·z is what is explained.
 
-    It sums to z_t − mean_{k≠t} z_k over the patches. A single class has no rest: c_mt.
+    Args:
+        logits: z, (B, K).
+        target: t, (B,) classes.
+        against: what the target is compared with: 'rest', its rivals, w = softmax of the other logits, so that a class
+            counts as much as it competes; 'mean', all others alike, w = 1 / (K − 1); (B,) classes; or None, nothing. A
+            single class (K = 1) has no others.
+
+    Returns:
+        (B, K): 1 at the target and −w_k elsewhere, with Σ_k w_k = 1, or 0 for None. w is a constant: no gradient.
     """
-    evidence = contributions_to(contributions, target)
-    others = contributions.shape[2] - 1
-    return evidence - (contributions.sum(dim=2) - evidence) / others if others > 0 else evidence
+    if isinstance(against, str) and against == 'rest':
+        return direction_over_rivals(logits, target)
+    v = torch.zeros_like(logits, dtype=torch.float32).scatter(1, target.unsqueeze(1), 1.)
+    if against is None or v.shape[1] == 1:
+        return v
+    if isinstance(against, torch.Tensor):
+        return v.scatter(1, against.unsqueeze(1), -1.)
+    return v - (1. - v) / (v.shape[1] - 1)
+
+
+def evidence_along(contributions: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Σ_k v_k c_mk of contributions (B, M, K) and a direction v (B, K): (B, M), whose sum over M is v·z."""
+    return torch.bmm(contributions, v.to(contributions.dtype).unsqueeze(2)).squeeze(2)

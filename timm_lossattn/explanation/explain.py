@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 from ..models.any_timm import loss_attention
 from ..prediction import PatchPrediction
+from .evidence import AGAINST
 from .explanation import Explanation, class_labels, classes_of
 from .preprocessing import Preprocessed, input_config, open_image, preprocess, to_rgb
 
@@ -21,7 +22,7 @@ def explain(
         model: Any,
         images: torch.Tensor | Source | Sequence[Source],
         target: int | Sequence[int] | torch.Tensor | None = None,
-        against: int | Sequence[int] | torch.Tensor | Literal['rest'] | None = 'rest',
+        against: int | Sequence[int] | torch.Tensor | Literal['rest', 'mean'] | None = 'rest',
         multi_label: bool = False,
 ) -> Explanation:
     """Explain a batch of images in one forward pass without gradients.
@@ -32,9 +33,10 @@ def explain(
         images: (B, C, H, W) normalised images, any size of at least one patch; or one or B image files, PIL images or
             what ``preprocess`` returned, which get timm's evaluation transform.
         target: class to explain, for all images or for each; by default the predicted one.
-        against: what to compare the target with, see ``Explanation.evidence``: 'rest', the mean of the other classes; a
-            class, for all images or for each, "why not that one?"; or None, nothing.
-        multi_label: the classes are independent: probabilities are sigmoids, and 'rest' means nothing.
+        against: what to compare the target with, see ``Explanation.evidence``: 'rest', its rivals, the other classes by
+            their softmax; 'mean', the others alike; a class, for all images or for each, "why not that one?"; or None,
+            nothing.
+        multi_label: the classes are independent: probabilities are sigmoids, and 'rest' and 'mean' mean nothing.
 
     Raises:
         TypeError: the model is no patch model and has no forward_features and forward_head.
@@ -77,7 +79,7 @@ def explain(
         against=None,
     )
     independent = K == 1 or multi_label
-    return explanation.versus(None if independent and isinstance(against, str) and against == 'rest' else against)
+    return explanation.versus(None if independent and isinstance(against, str) and against in AGAINST else against)
 
 
 def patch_model(model: Any) -> Any:

@@ -20,7 +20,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..files import replace_file
 from ..prediction import PatchPrediction
-from .evidence import contributions_to, evidence_against_rest
+from .evidence import AGAINST, Against, direction, evidence_along
 from .geometry import patches_to_pixels, square_box
 from .preprocessing import Preprocessed
 
@@ -81,7 +81,7 @@ class Explanation:
             routing, whose logits are lengths of class capsules and stand for the probability that the class is there,
             the logits themselves.
         target: (B,) the class that is explained, by default the predicted one.
-        against: what the target is compared with: 'rest', (B,) classes, or None.
+        against: what the target is compared with: 'rest', 'mean', (B,) classes, or None.
         grid: (H', W') of the patch grid; M = H'·W'.
         input_size: (H, W) of the model's input in pixels.
         patch_boxes: (M, 4) nominal pixels of each patch.
@@ -106,7 +106,7 @@ class Explanation:
     images: torch.Tensor | Sequence[Preprocessed]
     statistics: tuple[Sequence[float], Sequence[float]]
     labels: list[str]
-    against: torch.Tensor | Literal['rest'] | None
+    against: Against
 
     def __len__(self) -> int:
         return len(self.target)
@@ -116,32 +116,38 @@ class Explanation:
         """(B, M) what each patch adds to the target's lead; the sum over M is that lead, to rounding.
 
         With c_mk = ``prediction.contributions`` and t the target, it is for ``against``
-            'rest':   c_mt − mean_{k≠t} c_mk, which sums to z_t − mean_{k≠t} z_k
-            classes:  c_mt − c_ma,            which sums to z_t − z_a: the answer to "why not a?"
-            None:     c_mt,                   which sums to z_t
+            'rest':   c_mt − Σ_{k≠t} w_k c_mk, which sums to z_t − Σ_{k≠t} w_k z_k, the lead over the rivals:
+                      w = softmax of the other logits, so that classes count that nearly won
+            'mean':   the same with w_k = 1 / (K − 1), all others alike
+            classes:  c_mt − c_ma,             which sums to z_t − z_a: the answer to "why not a?"
+            None:     c_mt,                    which sums to z_t
 
         What all logits of a patch have in common makes its weight larger, but, once weighted, cancels in the softmax.
-        It drops out of the first two and not of the last, which is for models with independent classes (multi-label),
-        whose logits count each by itself. docs/reading_explanations.md measures the difference.
+        It drops out of all but the last, which is for models with independent classes (multi-label), whose logits
+        count each by itself. docs/reading_explanations.md measures the difference.
         """
-        contributions = self.prediction.contributions
-        if isinstance(self.against, str):
-            return evidence_against_rest(contributions, self.target)
-        evidence = contributions_to(contributions, self.target)
-        return evidence if self.against is None else evidence - contributions_to(contributions, self.against)
+        return evidence_along(self.prediction.contributions, self.direction)
 
-    def versus(self, against: int | Sequence[int] | torch.Tensor | Literal['rest'] | None) -> Explanation:
+    @property
+    def direction(self) -> torch.Tensor:
+        """(B, K) the direction v in the space of the logits z that is explained: the evidence sums to v·z.
+
+        To ask another tool about the same number, give it ``(model(x) * explanation.direction).sum(1)``.
+        """
+        return direction(self.prediction.logits, self.target, self.against)
+
+    def versus(self, against: int | Sequence[int] | torch.Tensor | Literal['rest', 'mean'] | None) -> Explanation:
         """The same explanation, its target compared with something else; nothing is computed anew.
 
         Args:
-            against: 'rest', a class for all images or one for each, or None, see ``evidence``.
+            against: 'rest', 'mean', a class for all images or one for each, or None, see ``evidence``.
 
         Raises:
             ValueError: no such class, or the target itself.
         """
         B, K = self.prediction.logits.shape
-        if isinstance(against, str) and against != 'rest':
-            raise ValueError(f"against must be 'rest', None or {B} classes, got {against!r}.")
+        if isinstance(against, str) and against not in AGAINST:
+            raise ValueError(f"against must be 'rest', 'mean', None or {B} classes, got {against!r}.")
         if against is not None and not isinstance(against, str):
             against = classes_of('against', against, B, K)
             if bool((against == self.target).any()):
@@ -178,6 +184,7 @@ class Explanation:
         source, labels, prediction = self.source(index), self.labels, self.prediction
         target = int(self.target[index])
         top = self.probabilities[index].topk(min(5, len(labels)))
+        rivals = (-self.direction[index]).topk(min(5, len(labels)))
         contributions = prediction.contributions[index].view(*self.grid, -1)
         if all_classes:
             shares: Any = contributions.tolist()
@@ -196,6 +203,9 @@ class Explanation:
             'target': {'class': target, 'label': labels[target]},
             'against': self.against if self.against is None or isinstance(self.against, str) else {
                 'class': int(self.against[index]), 'label': labels[int(self.against[index])]},
+            'rivals': [
+                {'class': k, 'label': labels[k], 'weight': w}
+                for w, k in zip(*(t.tolist() for t in rivals)) if w > 0],
             'evidence': self.evidence[index].view(self.grid).tolist(),
             'patch_grid': list(self.grid),
             'alpha': prediction.alpha[index].view(self.grid).tolist(),
