@@ -1,1 +1,3 @@
-"""Measures: how well patches find the object (``metrics``), and how faithful a heat map is (``faithfulness``)."""
+"""Measures: what patches find (``metrics``), and what any heat map is worth (``pointing``, ``localization``,
+``faithfulness``, ``randomization``), one value an image (``per_image``), with intervals (``intervals``).
+"""

@@ -1,14 +1,21 @@
-"""How faithful a heat map is to the model: deletion and insertion by patches, pointing game, completeness.
+"""How faithful a heat map is to the model: deletion, insertion, single deletion, completeness.
 
-They judge any heat map, ours or another tool's, and see the model only as a function from images to logits. Deletion
-and insertion are those of V. Petsiuk et al., "RISE", with the patches of the patch grid in place of pixels; the
-pointing game is that of J. Zhang et al., "Top-down Neural Attention by Excitation Backprop".
+They judge any heat map, ours or another tool's, and see the model only as a function from images to logits. NaN in a
+map is where it says nothing.
 """
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
+from torchmetrics.functional import spearman_corrcoef
+from torchvision.transforms.v2.functional import gaussian_blur
 
-__all__ = ['completeness_error', 'deletion_insertion', 'patch_scores', 'pointing_game']
+from .per_image import PerImage
+
+__all__ = ['Completeness', 'Deletion', 'Insertion', 'SingleDeletion', 'blank_image', 'patch_scores']
+
+Model = Callable[[torch.Tensor], torch.Tensor]
+Blank = Literal['mean', 'blur']
 
 
 def patch_scores(heat: torch.Tensor, patch_boxes: torch.Tensor) -> torch.Tensor:
@@ -24,89 +31,163 @@ def patch_scores(heat: torch.Tensor, patch_boxes: torch.Tensor) -> torch.Tensor:
     return torch.stack([heat[:, y0:y1, x0:x1].nanmean(dim=(1, 2)) for x0, y0, x1, y1 in patch_boxes.tolist()], dim=1)
 
 
-@torch.no_grad()
-def deletion_insertion(
-        model: Callable[[torch.Tensor], torch.Tensor],
-        images: torch.Tensor,
-        scores: torch.Tensor,
-        target: torch.Tensor,
-        patch_boxes: torch.Tensor,
-        batch_size: int = 256,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Areas under the deletion and the insertion curve.
+def blank_image(images: torch.Tensor, blank: Blank) -> torch.Tensor:
+    """What stands in the place of removed pixels of normalised images (B, C, H, W).
 
-    Deletion blanks patches in the order of falling score and watches the target's probability: the faster it drops,
-    the better the order (a low area). Insertion starts from an image with all patches blank and brings them back in the
-    same order (a high area). Blank is 0 after normalisation, the mean colour. Pixels of no patch stay as they are.
+    'mean': 0, the mean colour. 'blur': the image after a Gaussian blur with σ of a tenth of its shorter side, in which
+    no edge appears that the image has not.
+    """
+    if blank == 'mean':
+        return torch.zeros_like(images)
+    sigma = min(images.shape[-2:]) / 10.
+    return gaussian_blur(images, [2 * round(2 * sigma) + 1] * 2, [sigma] * 2)
+
+
+def ranks_of_pixels(order: torch.Tensor, size: tuple[int, int], patch_boxes: torch.Tensor | None) -> torch.Tensor:
+    """When each pixel is reached, as a share of all units in [0, 1).
 
     Args:
-        model: (N, C, H, W) to (N, K) logits.
-        images: (B, C, H, W), normalised.
-        scores: (B, M), importance of each patch for the target.
-        target: (B,) classes.
-        patch_boxes: (M, 4) integers x0, y0, x1, y1 (exclusive).
-        batch_size: images in a forward pass.
+        order: (B, M) scores of patches; or (B, H, W) of pixels, if there are no patch_boxes.
+        size: (H, W).
+        patch_boxes: (M, 4).
 
     Returns:
-        Two (B,) tensors in [0, 1]: mean probability over the M + 1 steps, by the trapezoidal rule.
-
-    Raises:
-        ValueError: scores is not (B, M), or target not (B,).
+        (B, H, W); infinite for pixels of no patch. A pixel of several patches is reached with the first of them.
     """
-    B, M = len(images), len(patch_boxes)
-    if scores.shape != (B, M) or target.shape != (B,):
-        raise ValueError(f'scores must be ({B}, {M}) and target ({B},), got {tuple(scores.shape)}, '
-                         f'{tuple(target.shape)}.')
-    H, W = images.shape[-2:]
-    masks = torch.zeros(M, H, W, dtype=torch.bool)
+    flat = order.flatten(1).nan_to_num(-torch.inf)
+    B, N = flat.shape
+    ranks = torch.empty_like(flat).scatter_(
+        1, flat.argsort(dim=1, descending=True, stable=True), torch.arange(N).expand(B, N).to(flat) / N)
+    if patch_boxes is None:
+        return ranks.view_as(order)
+    result = ranks.new_full((B, *size), torch.inf)
     for m, (x0, y0, x1, y1) in enumerate(patch_boxes.tolist()):
-        masks[m, y0:y1, x0:x1] = True
-    areas = torch.empty(2, B)
-    free = ~masks.any(dim=0)  # pixels of no patch
-    for b in range(B):
-        order = scores[b].argsort(descending=True, stable=True).cpu()
-        gone_after = torch.full((H, W), M + 1)  # step from which a pixel counts as reached
-        for step in range(M, 0, -1):
-            gone_after[masks[order[step - 1]]] = step
-        steps = torch.arange(M + 1)
-        probabilities = []
-        for insertion in (False, True):
-            for part in steps.split(batch_size):  # a chunk of blanked copies at a time
-                reached = gone_after <= part[:, None, None]  # (n, H, W)
-                keep = (reached | free if insertion else ~reached).to(images.device)
-                logits = model(images[b] * keep[:, None])
-                probabilities.append(logits.float().softmax(dim=1)[:, int(target[b])].cpu())
-        areas[:, b] = torch.trapezoid(torch.cat(probabilities).view(2, M + 1), dx=1 / M)
-    return areas[0], areas[1]
+        result[:, y0:y1, x0:x1] = result[:, y0:y1, x0:x1].minimum(ranks[:, m, None, None])
+    return result
 
 
-def pointing_game(heat: torch.Tensor, boxes: list[torch.Tensor]) -> torch.Tensor:
-    """Whether the hottest pixel lies in one of the image's boxes.
+class Removal(PerImage):
+    """Mean probability of the target while parts of the image are removed, or put back, in the order of a map.
 
     Args:
-        heat: (B, H, W); NaN where the map says nothing. Of several hottest pixels, the share that lies in a box counts.
-        boxes: B tensors (L, 4), x0, y0, x1, y1 (exclusive); L > 0.
-
-    Returns:
-        (B,) in [0, 1].
+        blank: what stands in the place of removed pixels, see ``blank_image``.
+        steps: after how many equal shares of the parts the model is asked (and before the first); None: after each.
+        multi_label: the probability is σ(z_t), not the softmax.
+        batch_size: images in a forward pass.
     """
-    result = []
-    for one, truth in zip(heat, boxes):
-        y, x = torch.nonzero(one == one.nan_to_num(-torch.inf).max(), as_tuple=True)
-        x0, y0, x1, y1 = truth.to(one.device).T[..., None]
-        result.append(((x >= x0) & (x < x1) & (y >= y0) & (y < y1)).any(dim=0).float().mean())
-    return torch.stack(result)
+    inserting = False
+
+    def __init__(
+            self, blank: Blank = 'mean', steps: int | None = None, multi_label: bool = False, batch_size: int = 256,
+            **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.blank, self.steps, self.multi_label, self.batch_size = blank, steps, multi_label, batch_size
+
+    @torch.no_grad()
+    def measure(
+            self, model: Model, images: torch.Tensor, order: torch.Tensor, target: torch.Tensor,
+            patch_boxes: torch.Tensor | None = None) -> torch.Tensor:
+        """Area under the curve.
+
+        Args:
+            model: (N, C, H, W) to (N, K) logits.
+            images: (B, C, H, W), normalised.
+            order: (B, M), importance of each patch for the target; or (B, H, W) of each pixel.
+            target: (B,) classes.
+            patch_boxes: (M, 4) integers x0, y0, x1, y1 (exclusive), with an order of patches. Pixels of no patch stay.
+
+        Returns:
+            (B,) in [0, 1]: mean probability over all steps, by the trapezoidal rule.
+
+        Raises:
+            ValueError: order fits neither patches nor pixels, or target is not (B,).
+        """
+        B, H, W = len(images), *images.shape[-2:]
+        shape = (B, H, W) if patch_boxes is None else (B, len(patch_boxes))
+        if order.shape != shape or target.shape != (B,):
+            raise ValueError(f'order must be {shape} and target ({B},), got {tuple(order.shape)}, '
+                             f'{tuple(target.shape)}.')
+        ranks = ranks_of_pixels(order, (H, W), patch_boxes).to(images.device)
+        removed, steps = blank_image(images, self.blank), self.steps or order[0].numel()
+        shares = torch.arange(steps + 1, device=images.device) / steps - 0.5 / order[0].numel()  # between two ranks
+        areas = []
+        for image, other, rank, k in zip(images, removed, ranks, target.tolist()):
+            curve = []
+            for part in shares.split(self.batch_size):  # a chunk of changed copies at a time
+                reached = (rank <= part[:, None, None]).unsqueeze(1)  # (n, 1, H, W)
+                keep = reached | rank.isinf() if self.inserting else ~reached
+                logits = model(torch.where(keep, image, other)).float()
+                curve.append((logits.sigmoid() if self.multi_label else logits.softmax(dim=1))[:, k].cpu())
+            areas.append(torch.trapezoid(torch.cat(curve), dx=1 / steps))
+        return torch.stack(areas)
 
 
-def completeness_error(attribution: torch.Tensor, logit: torch.Tensor) -> torch.Tensor:
-    """How far the parts are from adding up to the logit that they explain: |Σ parts − logit| / max(1, |logit|).
+class Deletion(Removal):
+    """Parts are removed, the most important first: the faster the probability drops, the better the order (low).
+
+    V. Petsiuk et al., "RISE", BMVC 2018; there pixel by pixel and with the mean colour.
+    """
+
+
+class Insertion(Removal):
+    """Parts are put back into an image without any, the most important first (high).
+
+    V. Petsiuk et al., "RISE", BMVC 2018; there pixel by pixel and into a blurred image.
+    """
+    inserting = True
+
+
+class SingleDeletion(PerImage):
+    """Rank correlation of a map with what happens when one cell of the image is blanked, over n × n cells.
+
+    Spearman's ρ of the heat in each cell and the drop of the number that the map explains. For a model that was trained
+    with blanked cells, on which such images are no surprise, it is the in-domain single-deletion score (IDSDS) of
+    R. Hesse et al., "Benchmarking the Attribution Quality of Vision Models", NeurIPS 2024.
 
     Args:
-        attribution: (B, ...), one number for each part.
-        logit: (B,) logit of the target, for integrated gradients its difference to the baseline's.
-
-    Returns:
-        (B,).
+        n: cells a side.
+        blank: what stands in the place of a cell, see ``blank_image``.
     """
-    total = attribution.flatten(1).double().sum(dim=1)
-    return (total - logit.double()).abs() / logit.double().abs().clamp(min=1)
+
+    def __init__(self, n: int = 4, blank: Blank = 'mean', **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.n, self.blank = n, blank
+
+    def cells(self, size: tuple[int, int]) -> torch.Tensor:
+        """(n², H, W) bool: the cells of an image of that size."""
+        rows, columns = (torch.arange(length) * self.n // length for length in size)
+        return (rows[:, None] * self.n + columns) == torch.arange(self.n ** 2).view(-1, 1, 1)
+
+    @torch.no_grad()
+    def drops(self, model: Model, images: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Drop of v·z when each cell is blanked: images (B, C, H, W) and directions (B, K) to (B, n²)."""
+        cells = self.cells((images.shape[-2], images.shape[-1])).to(images.device)
+        blank, explained = blank_image(images, self.blank), (model(images).float() * v).sum(dim=1)
+        left = [(model(torch.where(cell, blank, images)).float() * v).sum(dim=1) for cell in cells]
+        return explained[:, None] - torch.stack(left, dim=1)
+
+    def measure(self, heat: torch.Tensor, drops: torch.Tensor) -> torch.Tensor:
+        """Heat maps (B, H, W) and ``drops`` (B, n²) to (B,) in [−1, 1]; 0 for a map that is the same in all cells."""
+        cells = self.cells((heat.shape[1], heat.shape[2])).to(heat.device)
+        sums = torch.einsum('bhw,chw->bc', heat.nan_to_num(0.).double(), cells.double())
+        return rank_correlation(sums, drops)
+
+
+def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Spearman's ρ of each row of (B, N) with that of another (B, N): (B,); 0 where a row has one value only."""
+    rho = torch.stack([spearman_corrcoef(x.double(), y.double()) for x, y in zip(a.cpu(), b.cpu())]).float()
+    constant = (a.amax(1) == a.amin(1)) | (b.amax(1) == b.amin(1))
+    return rho.where(~constant.cpu(), 0.).nan_to_num(0.)
+
+
+class Completeness(PerImage):
+    """How far a map's parts are from adding up to what they explain: |Σ parts − v·z| / max(1, |v·z|).
+
+    Completeness is an axiom of M. Sundararajan et al., "Axiomatic Attribution for Deep Networks", ICML 2017. It is the
+    infidelity of an image of which nothing is hidden.
+    """
+
+    def measure(self, parts: torch.Tensor, explained: torch.Tensor) -> torch.Tensor:
+        """Parts (B, ...) and what they should add up to, (B,) (integrated gradients: less the baseline's), to (B,)."""
+        total, explained = parts.flatten(1).double().sum(dim=1), explained.double()
+        return ((total - explained).abs() / explained.abs().clamp(min=1)).float()

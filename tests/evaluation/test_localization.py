@@ -1,0 +1,134 @@
+"""MaxBoxAccV2, constant boxes, cross-fitting, intervals, randomisation: known answers, naive loops, peers."""
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_lossattn import explain
+from timm_lossattn.evaluation.intervals import mean_interval
+from timm_lossattn.evaluation.localization import (
+    THRESHOLDS,
+    MaxBoxAccV2,
+    boxes_above,
+    cross_fitted_accuracy,
+    square_hits,
+    whole_hits,
+)
+from timm_lossattn.evaluation.randomization import cascading_randomization, learned_modules
+
+
+def flood_boxes(scaled, threshold):
+    """Boxes of connected regions by a flood fill."""
+    left = {(int(y), int(x)) for y, x in (scaled >= threshold).nonzero()}
+    boxes = set()
+    while left:
+        region, todo = set(), [left.pop()]
+        while todo:
+            y, x = todo.pop()
+            region.add((y, x))
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= near
+            todo += near
+        ys, xs = zip(*region)
+        boxes.add((min(xs), min(ys), max(xs) + 1, max(ys) + 1))
+    return boxes
+
+
+def test_boxes_above():
+    for seed in range(10):
+        scaled = torch.rand(9, 11, generator=torch.Generator().manual_seed(seed))
+        found = boxes_above(scaled, 0.7)
+        assert {tuple(box) for box in found.tolist()} == flood_boxes(scaled, 0.7)
+    assert boxes_above(torch.zeros(3, 3), 0.5).shape == (0, 4)
+
+
+def test_max_box_accuracy():
+    """A square of 0.5 around a peak of 1 and a far spot of 0.3: which thresholds hit which box at which IoU."""
+    heat = torch.zeros(1, 20, 20)
+    heat[0, 4:14, 4:14], heat[0, 8:10, 8:10], heat[0, 17:19, 17:19] = 0.5, 1., 0.3
+    hits = MaxBoxAccV2().measure(heat - 3., [torch.tensor([[4., 4., 14., 14.]])])[0]  # scaled: the offset is gone
+    expected = torch.tensor([[0. < t <= 0.5] * 3 for t in THRESHOLDS])
+    assert torch.equal(hits, expected)  # at 0 the whole image: IoU 100/400, less than 0.3
+    shifted = MaxBoxAccV2().measure(heat, [torch.tensor([[4., 4., 14., 20.]])])[0]
+    assert shifted[10].tolist() == [True, True, False]  # IoU 100/160
+    nothing = MaxBoxAccV2().measure(torch.full((1, 20, 20), 2.), [torch.tensor([[0., 0., 20., 20.]])])
+    assert not nothing.any()  # a flat map has no box
+    metric = MaxBoxAccV2()
+    for _ in range(2):
+        metric.update(heat, [torch.tensor([[4., 4., 14., 14.]])])
+    assert metric.compute().item() == 1.
+
+
+def test_cross_fitted_accuracy():
+    """The even images would choose 0, the odd ones 1: each is judged by the other's choice."""
+    hits = torch.zeros(4, 2, 3, dtype=torch.bool)
+    hits[0::2, 0], hits[1::2, 1] = True, True
+    hits[1, 0, 0] = True  # for IoU 0.3 the first choice hits one of the odd ones
+    assert cross_fitted_accuracy(hits).tolist() == pytest.approx([0., 1 / 3, 0., 0.])
+    assert cross_fitted_accuracy(hits[:1]).isnan().all()
+    everything = torch.ones(5, 2, 3, dtype=torch.bool)
+    assert cross_fitted_accuracy(everything).tolist() == [1.] * 5
+
+
+def test_constant_boxes():
+    """Centred squares of 5 %, 10 %, …; a box of half the side is hit from the size on at which the IoU is enough."""
+    truth = [torch.tensor([[16., 16., 48., 48.]])]
+    hits = square_hits((64, 64), truth)
+    assert hits.shape == (1, 20, 3)
+    for step in range(1, 21):
+        side = step / 20 * 64
+        iou = min(side, 32) ** 2 / max(side, 32) ** 2
+        assert hits[0, step - 1].tolist() == [iou >= 0.3, iou >= 0.5, iou >= 0.7]
+    assert whole_hits(torch.tensor([0, 0, 64, 32]), truth)[0, 0].tolist() == [False] * 3  # IoU 512 / 2560
+    assert whole_hits(torch.tensor([16, 16, 48, 40]), truth)[0, 0].tolist() == [True] * 3
+
+
+def test_mean_interval():
+    """As wide as theory says for normal values; NaN does not count; a constant has no width; paired is narrower."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(400, generator=g)
+    found = mean_interval(torch.cat([values, torch.tensor([torch.nan])]))
+    half = 1.96 * float(values.std()) / 20
+    assert found.n == 400
+    assert found.mean == pytest.approx(float(values.mean()), abs=1e-6)
+    assert [found.low, found.high] == pytest.approx([found.mean - half, found.mean + half], abs=0.02)
+    assert mean_interval(torch.full((9,), 0.25)).low == 0.25
+    other = values + 0.1 * torch.randn(400, generator=g) - 0.05
+    difference = mean_interval(values - other)
+    assert not difference.holds_zero
+    assert difference.high - difference.low < 0.1 * (found.high - found.low) * 2
+    assert mean_interval(values - values.flip(0)).holds_zero
+
+
+class InputMap(nn.Module):
+    """A model, and a map of the input alone: what randomisation has to find out."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
+
+
+def test_cascading_randomization():
+    """From the logits downwards, with a map that does not depend on the model, and with evidence, which does."""
+    model, images = InputMap().eval(), torch.randn(2, 3, 8, 8)
+    found = cascading_randomization(model, lambda m, x: x.abs().sum(1).flatten(1), images)
+    assert [name for name, _ in found] == ['layers.3', 'layers.1', 'layers.0']
+    assert all(rho.tolist() == pytest.approx([1., 1.]) for _, rho in found)
+
+    nano = timm.create_model('resnet18_lossattn_conv_nano', pretrained=True).eval()
+    state = {name: tensor.clone() for name, tensor in nano.state_dict().items()}
+    images = torch.randn(8, 3, 32, 32)
+    target = explain(nano, images).target
+    found = cascading_randomization(nano, lambda m, x: explain(m, x, target).evidence, images)
+    assert len(found) == len(learned_modules(nano))
+    assert abs(float(found[-1][1].mean())) < 0.4  # of 36 patches, 8 images; the measured number is in docs/
+    assert all(torch.equal(tensor, state[name]) for name, tensor in nano.state_dict().items())
+
+
+def test_randomization_refuses():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"part '0', a Bare, has no reset_parameters"):
+        learned_modules(nn.Sequential(Bare()))
