@@ -1,29 +1,30 @@
 #!/usr/bin/env python3
-"""Our explanations beside Grad-CAM and integrated gradients: same weights, same images, same measures.
+"""Our explanations beside other tools': same weights, images, question, placement and measures.
 
     pip install -e '.[train,viz,compare]'
     python train/compare_explanations.py --model local-dir:output/tiny/hub --dataset hfds/data/tiny_imagenet \\
-        --images 200 --output output/compare
+        --images 500 --grids 3 2 --output output/compare
 
-Each tool explains the image's own label. Its heat map is judged by
-  localisation   the smallest square around all pixels hotter than 20 % of the hottest has IoU > 0.5 with a box
-  pointing       the hottest pixel lies in a box
-  deletion, insertion   areas under the curves of faithfulness.py, patches of our grid by the map's mean over them
-  completeness   |sum of the map's parts - logit| / max(1, |logit|): share of images where it is at most 1e-5, median,
-                 and worst; for integrated gradients the logit's difference to the baseline (the mean colour), for
-                 Grad-CAM the map before ReLU, scaling and upsampling. It does not claim to add up
-  ms             wall time per image at --batch-size, tools by turns in changing order, median
-"ours" is the lead over the mean of the other classes, "ours, logit alone" the share in the label's own logit, and
-"ours, alpha > 0" is localisation by the model's own selection of patches. Localisation and pointing need boxes
-(prepare.py). Writes compare.json, .md and .png.
+Every tool is asked about the image's own label, and about the same number: with --scalar lead its lead over its rivals
+(the other classes by their softmax), with --scalar logit its logit. Maps of patches are placed by the model's patch
+boxes (lib/explainers.py). Rows that need no model, and α alone, stand beside them. Measures, one value an image:
+  boxes       MaxBoxAccV2: a box at the best threshold of the other half of the images, mean over IoU 0.3, 0.5, 0.7
+  pointing    the hottest pixel lies in a box;  energy   share of the positive heat in the boxes
+  deletion, insertion   of patches and of pixels, most important first, with two blanks: mean colour and blur
+  single      rank correlation with the drop when one of 4 × 4 cells is blanked; with --single-deletion
+  complete    |sum of the parts - what they explain| / max(1, |…|), median; a sum that a tool does not claim is no fault
+  ms          wall time an image at --batch-size, tools by turns in changing order, median
+--grids also measures, on grids of rightly classified images of distinct classes, the most confident first and each at
+most once, the share of the positive heat for a class in its own cell. The model sees the whole grid.
+
+Boxes, pointing and energy need boxes (prepare.py). With --multi-label an image is explained for the label with the
+largest logit, by that logit. Writes images.jsonl, a line an image, which an interrupted run goes on with and from which
+compare.json, compare.md and compare.png are made. Intervals are bootstrap over images, or grids, 95 %.
 """
-import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,194 +33,205 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from lib.boxes import collate_boxes, open_patch_model
-from lib.extras import need
+from lib.comparison import Judge, Settings, grid_entries
+from lib.explainers import OURS, Question, create_tools
 from lib.flags import flag, parse, positive_int
+from lib.image_records import Records, means_and_differences
 from lib.options import EvalOptions
 from lib.plots import ORANGE, draw_box, images_of, panels, save, show_heat
 from lib.record import command_line, environment
 from lib.script import script
-from timm_lossattn.evaluation.faithfulness import completeness_error, deletion_insertion, patch_scores, pointing_game
-from timm_lossattn.explanation import explain, square_box
+from timm_lossattn.evaluation.faithfulness import Blank
+from timm_lossattn.evaluation.pointing import choose_grids
+from timm_lossattn.explanation.evidence import direction
 from timm_lossattn.files import replace_file, write_json
 
-try:
-    from captum.attr import IntegratedGradients
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    from timm_lossattn.evaluation.metrics import BoxLocalization
-except ImportError:
-    need('train,compare', 'torchmetrics', 'captum', 'pytorch_grad_cam')
-    raise
-
-THRESHOLD = 0.2  # of the hottest pixel: B. Zhou et al., "Learning Deep Features for Discriminative Localization"
-Explainer = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+# name in images.jsonl -> title, +1 if high is good
+MEASURES = {
+    'boxes': ('MaxBoxAccV2', 1), 'pointing': ('pointing', 1), 'energy': ('energy', 1),
+    'deletion, patches, mean': ('deletion', -1), 'insertion, patches, mean': ('insertion', 1),
+    'deletion, patches, blur': ('deletion, blur', -1), 'insertion, patches, blur': ('insertion, blur', 1),
+    'deletion, pixels, mean': ('deletion, pixels', -1), 'insertion, pixels, mean': ('insertion, pixels', 1),
+    'deletion, pixels, blur': ('deletion, pixels, blur', -1), 'insertion, pixels, blur': ('insertion, pixels, blur', 1),
+    'single': ('single deletion', 1), 'grid': ('grid pointing', 1), 'complete': ('completeness error', -1),
+    'ms': ('ms', -1),
+}
 
 
 @dataclass(frozen=True)
 class CompareOptions(EvalOptions):
     """Comparison."""
-    images: int = flag(200, 'in a fixed random order', type=positive_int, metavar='N')
+    images: int = flag(500, 'in a fixed random order', type=positive_int, metavar='N')
     batch_size: int = flag(20, short='-b', type=positive_int, metavar='N')
-    ig_steps: int = flag(50, 'of integrated gradients; 0: without', metavar='N')
-    deletion: bool = flag(True, 'deletion and insertion: 2 (M + 1) forward passes for each image and tool',
-                          action=argparse.BooleanOptionalAction)
+    scalar: str = flag('lead', 'what is explained', choices=('lead', 'logit'))
+    tools: list[str] | None = flag(None, 'parts of the names of tools to compare (default: all)', nargs='+',
+                                   metavar='NAME')
+    ig_steps: int = flag(32, 'of integrated gradients; 0: without', metavar='N')
+    removal: list[str] = flag(['patches', 'pixels'], 'deletion and insertion of these; none: without',
+                              nargs='*', choices=('patches', 'pixels'))
+    blanks: list[Blank] = flag(['mean', 'blur'], 'what stands in the place of what is removed', nargs='+',
+                             choices=('mean', 'blur'))
+    steps: int = flag(8, 'of deletion and insertion', type=positive_int, metavar='N')
+    single_deletion: bool = flag(False, 'blank one cell at a time')
+    grids: list[int] = flag([], 'cells a side, 3 2 for two kinds of grids', nargs='*', type=positive_int, metavar='N')
+    max_grids: int = flag(1000, 'of a kind', type=positive_int, metavar='N')
     rows: int = flag(6, 'images in the picture', type=positive_int, metavar='N')
     output: Path = flag(Path('output/compare'), metavar='DIR')
 
 
-class RawGradCAM(GradCAM):
-    """Keeps the map before ReLU, scaling to [0, 1] and upsampling, which alone has the logit's unit."""
-    raw: Any = None
-
-    def get_cam_image(self, *args: Any, **kwargs: Any) -> Any:
-        self.raw = super().get_cam_image(*args, **kwargs)
-        return self.raw
-
-
-def create_explainers(model: Any, ig_steps: int) -> dict[str, Explainer]:
-    """Name -> (images, classes) -> heat maps (B, H, W), their parts (B, ...), and what these should add up to (B,)."""
-    def ours(x: torch.Tensor, y: torch.Tensor,
-             against: Any = 'rest') -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        explanation = explain(model, x, y, against)
-        logits = explanation.prediction.logits
-        total = logits.gather(1, y[:, None]).squeeze(1)
-        if against == 'rest':
-            total = total - (logits.sum(dim=1) - total) / (logits.shape[1] - 1)
-        return explanation.pixel_map(explanation.evidence), explanation.evidence, total
-
-    def grad_cam(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        with RawGradCAM(model, target_layers=[model.patch_layers]) as cam:  # its hooks go with it
-            heat = torch.from_numpy(cam(input_tensor=x, targets=[ClassifierOutputTarget(int(k)) for k in y]))
-        return heat, torch.as_tensor(cam.raw), cam.outputs.detach().gather(1, y[:, None]).squeeze(1)
-
-    gradients = IntegratedGradients(model)
-
-    def integrated_gradients(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        parts = gradients.attribute(x, target=y, n_steps=ig_steps, internal_batch_size=len(x)).detach()
+def questions(options: CompareOptions, model: Any, boxed: Any, indices: list[int]) -> Iterator[
+        tuple[Question, torch.Tensor, list[torch.Tensor]]]:
+    """Batches of what is asked, with the logits and the true boxes."""
+    loader: Any = DataLoader(Subset(boxed, indices), options.batch_size, collate_fn=collate_boxes)
+    for start, (x, y, boxes) in zip(range(0, len(indices), options.batch_size), loader):
         with torch.no_grad():
-            logits = model(torch.cat([x, torch.zeros_like(x[:1])]))
-        difference = logits[:-1] - logits[-1]
-        return parts.sum(dim=1), parts, difference.gather(1, y[:, None]).squeeze(1)
-
-    tools: dict[str, Explainer] = {
-        'ours': ours, 'ours, logit alone': partial(ours, against=None), 'Grad-CAM': grad_cam}
-    return tools | ({f'integrated gradients ({ig_steps} steps)': integrated_gradients} if ig_steps else {})
+            logits = model(x).float()
+        target = y if y.dim() == 1 else logits.masked_fill(y < 0.5, -torch.inf).argmax(dim=1)
+        v = direction(logits, target, against_of(options))  # type: ignore[arg-type]
+        yield Question(x, target, v, indices[start:start + len(x)]), logits, boxes
 
 
-def hot_box(heat: torch.Tensor) -> torch.Tensor:
-    """(H, W) heat map to (4,): smallest square around all pixels hotter than THRESHOLD of the hottest one.
-
-    Empty if nothing in the map speaks for the class.
-    """
-    heat = heat.nan_to_num(-torch.inf)
-    y, x = torch.nonzero(heat >= THRESHOLD * heat.max(), as_tuple=True)
-    if not heat.max() > 0:
-        return torch.zeros(4, dtype=torch.long)
-    return square_box(torch.stack([x, y, x + 1, y + 1], dim=1), (heat.shape[0], heat.shape[1]))
+def against_of(options: CompareOptions) -> str | None:
+    """For ``explain``."""
+    return 'rest' if options.scalar == 'lead' and not options.multi_label else None
 
 
-def compare(options: CompareOptions, model: Any, loader: DataLoader) -> tuple[dict[str, dict[str, float]], list]:
-    """Measures of each tool, and (image, boxes, heat maps) of the first images for the picture."""
-    explainers = create_explainers(model, options.ig_steps)
-    located = {name: BoxLocalization() for name in [*explainers, 'ours, α > 0']}
-    collected: dict[str, dict[str, list]] = {
-        name: {k: [] for k in ('pointing', 'deletion', 'insertion', 'completeness', 'ms')} for name in explainers}
-    shown: list = []
-    for turn, (x, y, boxes) in enumerate(tqdm(loader, desc='compare', leave=False, dynamic_ncols=True)):
-        first = explain(model, x, y)
-        correct = first.prediction.logits.argmax(dim=1) == y
-        located['ours, α > 0'].update(first.boxes, boxes, correct)
-        maps = {}
-        for name, explainer in list(explainers.items())[::1 if turn % 2 else -1]:
-            start = time.perf_counter()
-            heat, parts, total = explainer(x, y)
-            seconds = time.perf_counter() - start
-            maps[name] = heat
-            found = collected[name]
-            if len(x) == options.batch_size:
-                found['ms'].append(1000 * seconds / len(x))
-            located[name].update(torch.stack([hot_box(one) for one in heat]), boxes, correct)
-            where = [i for i, truth in enumerate(boxes) if len(truth)]
-            if where:
-                found['pointing'] += (100 * pointing_game(heat[where], [boxes[i] for i in where])).tolist()
-            if options.deletion:
-                scores = patch_scores(heat, first.patch_boxes)
-                deletion, insertion = deletion_insertion(model, x, scores, y, first.patch_boxes)
-                found['deletion'] += deletion.tolist()
-                found['insertion'] += insertion.tolist()
-            found['completeness'] += completeness_error(parts, total).tolist()
-        shown += [(x[i], boxes[i], int(y[i]), {n: maps[n][i] for n in explainers}) for i in range(len(x))]
-        shown = shown[:options.rows]
-    result: dict[str, dict[str, float]] = {}
-    for name, metric in located.items():
-        result[name] = {k: float(v) for k, v in metric.compute().items()} if metric.images else {}
-        if name in collected:
-            errors = collected[name].pop('completeness')
-            result[name] |= {
-                'complete': 100 * statistics.mean(error <= 1e-5 for error in errors),
-                'completeness_median': statistics.median(errors), 'completeness_worst': max(errors)}
-            for measure, values in collected[name].items():
-                if values:
-                    result[name][measure] = statistics.median(values) if measure == 'ms' else statistics.mean(values)
-    return result, shown
+def measure_images(options: CompareOptions, judge: Judge, boxed: Any, indices: list[int], records: Records) -> None:
+    """Ask every tool about every image that has no line yet."""
+    done = {entry['index'] for entry in records.of('image')}
+    left = [i for i in indices if i not in done]
+    bar = tqdm(total=len(indices), initial=len(indices) - len(left), desc='images', unit='image', dynamic_ncols=True,
+               leave=False)
+    for turn, (question, logits, boxes) in enumerate(questions(options, judge.model, boxed, left)):
+        found = judge.images(question, boxes, reverse=bool(turn % 2), timed=len(question.index) == options.batch_size)
+        probabilities = logits.sigmoid() if options.multi_label else logits.softmax(dim=1)
+        chosen = probabilities.gather(1, question.target[:, None]).squeeze(1)
+        records.add([
+            {'kind': 'image', 'index': index, 'target': int(t), 'probability': float(p),
+             'right': int(t) == int(best), 'rows': rows}
+            for index, t, p, best, rows in zip(
+                question.index, question.target, chosen, logits.argmax(dim=1), found)])
+        bar.update(len(question.index))
+    bar.close()
 
 
-def draw(shown: list, data_config: dict[str, Any], labels: list[str], file: Path) -> None:
+def measure_grids(options: CompareOptions, judge: Judge, boxed: Any, n: int, records: Records) -> None:
+    """Ask every tool about every cell of the grids that have no line yet."""
+    images = records.of('image')
+    grids = choose_grids(
+        torch.tensor([entry['probability'] for entry in images]), torch.tensor([entry['target'] for entry in images]),
+        torch.tensor([entry['right'] for entry in images]), n, options.max_grids)
+    done = {entry['index'] for entry in records.of(f'grid {n}')}
+    for number, grid in enumerate(tqdm(grids, desc=f'{n}×{n} grids', unit='grid', dynamic_ncols=True, leave=False)):
+        if number in done:
+            continue
+        members = [images[i] for i in grid]
+        x = torch.stack([boxed[entry['index']][0] for entry in members])
+        target = torch.tensor([entry['target'] for entry in members])
+        rows = grid_entries(judge, x, target, n, number, against_of(options), options.batch_size)
+        records.add([{'kind': f'grid {n}', 'index': number, 'images': [entry['index'] for entry in members],
+                      'rows': rows}])
+
+
+def markdown(options: CompareOptions, records: Records) -> str:
+    """Two tables for the images and for each kind of grids: means, and what ours is ahead, with intervals."""
+    lines = []
+    for kind in ('image', *(f'grid {n}' for n in options.grids)):
+        entries = records.of(kind)
+        table = means_and_differences(entries, OURS)
+        measures = [m for m in MEASURES if any(m in row for row in table.values())]
+        if not entries or not measures:
+            continue
+        what = f'{len(entries):,} images' if kind == 'image' else f'{len(entries)} grids of {kind[5:]}×{kind[5:]}'
+        lines += [f'{what}, what is explained: the {options.scalar}; `{records.header["command"]}`', '']
+        titles = [f'{MEASURES[m][0]} {"↑" if MEASURES[m][1] > 0 else "↓"}' for m in measures]
+        lines += ['| | ' + ' | '.join(titles) + ' |', '|---|' + '--:|' * len(titles)]
+        for row, cells in table.items():
+            shown = [shown_mean(entries, row, m, cells[m][0]) if m in cells else '–' for m in measures]
+            lines.append(f'| {row} | ' + ' | '.join(shown) + ' |')
+        compared = [m for m in measures if m not in ('complete', 'ms')]
+        if compared:
+            lines += ['', 'Ours less theirs, with 95 % intervals; bold where zero lies outside:', '',
+                      '| | ' + ' | '.join(titles[measures.index(m)] for m in compared) + ' |',
+                      '|---|' + '--:|' * len(compared)]
+        for row, cells in table.items() if compared else ():
+            if row != OURS and any(cells[m][1] for m in compared if m in cells):
+                shown = [shown_difference(cells[m][1]) if m in cells else '–' for m in compared]
+                lines.append(f'| {row} | ' + ' | '.join(shown) + ' |')
+        lines.append('')
+    return '\n'.join(lines)
+
+
+def shown_mean(entries: list[dict[str, Any]], row: str, measure: str, mean: Any) -> str:
+    """A mean; of errors and times, which have long tails, the median."""
+    if measure not in ('complete', 'ms'):
+        return f'{mean.mean:.3f}' if mean.n else '–'
+    values = [entry['rows'][row][measure] for entry in entries if entry['rows'].get(row, {}).get(measure) is not None]
+    return f'{statistics.median(values):.2g}' if values else '–'
+
+
+def shown_difference(difference: Any) -> str:
+    """With its interval."""
+    if difference is None or not difference.n:
+        return '–'
+    text = f'{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]'
+    return text if difference.holds_zero else f'**{text}**'
+
+
+def draw(options: CompareOptions, judge: Judge, boxed: Any, indices: list[int], config: dict[str, Any],
+         labels: list[str]) -> None:
     """A row for each image: the image with its boxes, then each tool's heat map over it."""
-    names = list(shown[0][3])
-    figure, axes = panels(len(shown), 1 + len(names), 2.3 * (1 + len(names)), 2.4 * len(shown) + 0.4)
-    for row, (x, boxes, y, maps) in zip(axes, shown):
-        image = images_of(x, data_config)
-        row[0].imshow(image)
-        row[0].set_title(labels[y], fontsize=10, parse_math=False)
-        for ax, name in zip(row[1:], names):
-            show_heat(ax, image, maps[name])
-            if ax in axes[0]:
-                ax.set_title(name, fontsize=10)
-        for ax in row:
-            ax.set(xticks=[], yticks=[])
-            for box in boxes:
-                draw_box(ax, box, ORANGE)
-    figure.supxlabel(
-        'brown: for the label, purple: against it, each map scaled by itself'
-        + ('; orange: true box' if any(len(boxes) for _, boxes, *_ in shown) else ''), fontsize=9)
-    save(figure, file)
-
-
-def markdown(result: dict[str, dict[str, float]], images: int, batch_size: int, command: str) -> str:
-    """The table."""
-    columns = {'localization_ap': 'localisation ↑ (%)', 'pointing': 'pointing ↑ (%)', 'deletion': 'deletion ↓',
-               'insertion': 'insertion ↑', 'complete': 'complete ↑ (%)', 'completeness_median': 'error, median ↓',
-               'completeness_worst': 'error, worst ↓', 'ms': 'ms/image ↓'}
-    columns = {key: title for key, title in columns.items() if any(key in row for row in result.values())}
-    lines = [f'{images:,} images, batch size {batch_size}: `{command}`', '',
-             '| | ' + ' | '.join(columns.values()) + ' |', '|---|' + '--:|' * len(columns)]
-    for name, row in result.items():
-        if row:
-            lines.append(f'| {name} | ' + ' | '.join(f'{row[c]:.3g}' if c in row else '–' for c in columns) + ' |')
-    return '\n'.join(lines) + '\n'
+    shown = indices[:options.rows]
+    names = [*judge.tools]
+    figure, axes = panels(len(shown), 1 + len(names), 2.0 * (1 + len(names)), 2.15 * len(shown) + 0.4)
+    row = 0
+    for question, _, boxes in questions(options, judge.model, boxed, shown):
+        maps = {name: tool(question).heat for name, tool in judge.tools.items()}
+        for i in range(len(question.index)):
+            image = images_of(question.x[i], config)
+            axes[row, 0].imshow(image)
+            axes[row, 0].set_title(labels[int(question.target[i])], fontsize=10, parse_math=False)
+            for ax, name in zip(axes[row, 1:], names):
+                show_heat(ax, image, maps[name][i])
+                if row == 0:
+                    ax.set_title(name, fontsize=9)
+            for ax in axes[row]:
+                ax.set(xticks=[], yticks=[])
+                for box in boxes[i]:
+                    draw_box(ax, box, ORANGE)
+            row += 1
+    figure.supxlabel('brown: for the label, purple: against it, each map scaled by itself'
+                     + ('; orange: true box' if any(len(truth) for truth in boxes) else ''), fontsize=9)
+    save(figure, options.output / 'compare.png')
 
 
 @script
 def main(argv: list[str] | None = None) -> int:
     """Compare; errors in what the user gave are one line on stderr and exit code 2."""
     options = parse(CompareOptions, __doc__, argv)
-    if options.multi_label:
-        raise ValueError('--multi-label: each image must have one label to explain')
-    model, data_config, boxed, labels = open_patch_model(options)
-    order = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
-    loader: Any = DataLoader(Subset(boxed, order), options.batch_size, collate_fn=collate_boxes)
-    result, shown = compare(options, model, loader)
-    options.output.mkdir(parents=True, exist_ok=True)
-    command = command_line(argv)
-    text = markdown(result, len(order), options.batch_size, command)
+    model, config, boxed, labels = open_patch_model(options)
+    tools = create_tools(model, against_of(options), options.ig_steps)
+    if options.tools is not None:
+        tools = {name: tool for name, tool in tools.items() if name == OURS or any(t in name for t in options.tools)}
+    judge = Judge(model, tools, Settings(
+        options.removal, options.blanks, options.steps, options.single_deletion, options.multi_label))
+    indices = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
+    records = Records(options.output / 'images.jsonl', {
+        'command': command_line(argv), 'model': options.name, 'weights': repr(model.patch_weights),
+        'scalar': options.scalar, 'tools': list(tools), 'environment': environment()})
+    measure_images(options, judge, boxed, indices, records)
+    for n in options.grids:
+        measure_grids(options, judge, boxed, n, records)
+    text = markdown(options, records)
     replace_file(options.output / 'compare.md', text.encode())
     write_json(options.output / 'compare.json', {
-        'model': options.name, 'images': len(order), 'batch_size': options.batch_size, 'tools': result,
-        'command': command, **environment()})
-    draw(shown, data_config, labels, options.output / 'compare.png')
-    print(f'{text}\n{options.output}/compare.json, .md, .png')
+        **records.header, 'images': len(records.of('image')), 'accuracy': statistics.mean(
+            entry['right'] for entry in records.of('image')),
+        **{kind: {row: {m: vars(mean) for m, (mean, _) in cells.items()} for row, cells in
+                  means_and_differences(records.of(kind), OURS).items()}
+           for kind in ('image', *(f'grid {n}' for n in options.grids))}})
+    draw(options, judge, boxed, indices, config, labels)
+    print(f'{text}\n{options.output}: images.jsonl, compare.json, .md, .png')
     return 0
 
 

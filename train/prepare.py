@@ -1,17 +1,22 @@
 #!/usr/bin/env python3
-"""Turn the official archives of Tiny ImageNet and COCO into parquet datasets as the Hugging Face Hub stores them.
+"""Turn the official archives of Tiny ImageNet and COCO, and ImageNet photographs with boxes, into parquet datasets as the
+Hugging Face Hub stores them.
 
     python train/prepare.py tiny-imagenet tiny-imagenet-200.zip data/tiny_imagenet
     python train/prepare.py coco FOLDER data/coco2014 --size 64
+    python train/prepare.py imagenet FOLDER data/imagenette_val500 --boxes BOXES.csv
 
 The source of Tiny ImageNet is the zip or the folder that it unpacks to; that of COCO a folder with train2014.zip,
-val2014.zip and annotations_trainval2014.zip, or what they unpack to (2017 works as well). Zips are never unpacked.
+val2014.zip and annotations_trainval2014.zip, or what they unpack to (2017 works as well). Zips are never unpacked. That
+of ImageNet is a folder with one sub-folder for each synset, whatever part of the validation set it holds; labels are the
+1,000 classes. Boxes are a CSV file with the columns path (its last two parts are synset and file), x0, y0, x1, y1.
 Columns: image (the original bytes, or with --size PNG), label (Tiny ImageNet) or labels (COCO), boxes (x0, y0, x1, y1
 in pixels, x1 and y1 exclusive), and for COCO box_labels. Images without a label are left out, as the paper does.
 
 Every parquet file is written under a temporary name and renamed; a second run writes what is missing.
 """
 import argparse
+import csv
 import hashlib
 import io
 import json
@@ -25,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image as PillowImage
+from timm.data import ImageNetInfo
 from tqdm import tqdm
 
 from lib.extras import need
@@ -161,6 +167,30 @@ def coco(path: Path) -> tuple[Features, dict[str, tuple[Source, list[Row]]], tup
     return features, splits, COUNTS.get(('coco', year)) if complete else None
 
 
+def imagenet(path: Path, boxes: Path) -> tuple[Features, dict[str, tuple[Source, list[Row]]], None]:
+    """As ``tiny_imagenet``, of images that have boxes; there is only a validation split."""
+    if not path.is_dir():
+        raise ValueError(f'SOURCE: no such folder: {path}')
+    names = ImageNetInfo('imagenet-1k').label_names()
+    label = {synset: k for k, synset in enumerate(names)}
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    try:
+        with boxes.open(newline='') as file:
+            for line in csv.DictReader(file):
+                place = '/'.join(Path(line['path']).parts[-2:])
+                found[place].append([float(line[c]) for c in ('x0', 'y0', 'x1', 'y1')])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'--boxes: {boxes} is no table with path, x0, y0, x1, y1 ({error!r})') from error
+    unknown = sorted({Path(place).parts[0] for place in found} - set(label))
+    if unknown or not found:
+        raise ValueError(f'--boxes: {boxes} has {unknown[0] + ", which is no synset of ImageNet" if unknown else "no row"}')
+    rows: list[Row] = [{'image': place, 'label': label[Path(place).parts[0]], 'boxes': found[place]}
+                       for place in sorted(found)]
+    features = Features({
+        'image': Image(), 'label': ClassLabel(names=names), 'boxes': Sequence(Sequence(Value('float32'), length=4))})
+    return features, {'validation': (Source(path, ''), rows)}, None
+
+
 def load_row(source: Source, row: Row, size: int | None) -> Row:
     """The row with its image, if ``size`` is given stretched to size × size pixels together with its boxes.
 
@@ -214,8 +244,7 @@ task_categories: [image-classification]
 configs:
 - config_name: default
   data_files:
-  - {{split: train, path: data/train-*}}
-  - {{split: validation, path: data/validation-*}}
+{files}
 ---
 # {title}
 
@@ -223,6 +252,7 @@ configs:
 """
 TERMS = {
     'tiny-imagenet': ('Tiny ImageNet', 'ImageNet terms: non-commercial research and education.'),
+    'imagenet': ('ImageNet validation images with boxes', 'ImageNet terms: non-commercial research and education.'),
     'coco': ('COCO', 'Annotations CC BY 4.0; each image under its own Flickr licence.'),
 }
 
@@ -231,16 +261,20 @@ TERMS = {
 def main(argv: list[str] | None = None) -> int:
     """Prepare; errors in what the user gave are one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('dataset', choices=('tiny-imagenet', 'coco'))
+    parser.add_argument('dataset', choices=('tiny-imagenet', 'coco', 'imagenet'))
     parser.add_argument('source', type=Path, metavar='SOURCE')
     parser.add_argument('out', type=Path, metavar='OUT')
     parser.add_argument('--size', type=int, metavar='N', help='stretch images to N × N (the paper: 64 for COCO)')
+    parser.add_argument('--boxes', type=Path, metavar='CSV', help='imagenet: the boxes')
     parser.add_argument('--shard-size', type=int, default=10_000, metavar='N', help='images in a parquet file')
     args = parser.parse_args(argv)
     for name, value in (('--shard-size', args.shard_size), ('--size', args.size)):
         if value is not None and value < 1:
             raise ValueError(f'{name} must be at least 1, got {value}')
-    features, splits, official = (tiny_imagenet if args.dataset == 'tiny-imagenet' else coco)(args.source)
+    if (args.boxes is not None) != (args.dataset == 'imagenet'):
+        raise ValueError(f'--boxes: {"needed for" if args.boxes is None else "is for"} imagenet')
+    features, splits, official = imagenet(args.source, args.boxes) if args.dataset == 'imagenet' else (
+        tiny_imagenet if args.dataset == 'tiny-imagenet' else coco)(args.source)
     found = tuple(len(rows) for _, rows in splits.values())
     if official and found != official:
         raise ValueError(f'{args.source}: {found[0]} training and {found[1]} validation images with labels, the '
@@ -255,10 +289,11 @@ def main(argv: list[str] | None = None) -> int:
                for split, (source, rows) in splits.items()}
     title, terms = TERMS[args.dataset]
     counts = ', '.join(f'{n:,} {split} images' for split, n in written.items())
-    size = f' --size {args.size}' if args.size else ''
+    flags = (f' --boxes {args.boxes.name}' if args.boxes else '') + (f' --size {args.size}' if args.size else '')
     replace_file(args.out / 'README.md', CARD.format(
         title=title, terms=terms, counts=counts,
-        command=f'python train/prepare.py {args.dataset} {args.source.name} {args.out.name}{size}').encode())
+        files='\n'.join(f'  - {{split: {split}, path: data/{split}-*}}' for split in written),
+        command=f'python train/prepare.py {args.dataset} {args.source.name} {args.out.name}{flags}').encode())
     print(f'{args.out}: {counts}')
     return 0
 

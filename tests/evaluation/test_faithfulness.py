@@ -35,9 +35,9 @@ def test_planted_evidence():
     low, high = (torch.sigmoid(torch.tensor(v)).item() for v in (-10., 10.))
     for order, deletion, insertion in (
             (best, (high + 7 * low) / 8, (low + 7 * high) / 8), (-best, (7 * high + low) / 8, (7 * low + high) / 8)):
-        assert Deletion().measure(planted_model, images, order, target, BOXES).item() == pytest.approx(deletion, abs=1e-6)
-        found = Insertion().measure(planted_model, images, order, target, BOXES)
-        assert found.item() == pytest.approx(insertion, abs=1e-6)
+        for measure, expected in ((Deletion(), deletion), (Insertion(), insertion)):
+            found = measure.measure(planted_model, images, order, target, BOXES)
+            assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_planted_pixel():

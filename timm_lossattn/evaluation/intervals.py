@@ -47,4 +47,5 @@ def mean_interval(values: torch.Tensor) -> Interval:
         return Interval(mean, mean, mean, len(given))
     found = bootstrap(
         (given,), np.mean, n_resamples=RESAMPLES, method='percentile', batch=500, rng=np.random.default_rng(0))
-    return Interval(float(given.mean()), *map(float, found.confidence_interval), n=len(given))
+    low, high = found.confidence_interval
+    return Interval(float(given.mean()), float(low), float(high), len(given))

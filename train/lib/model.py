@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_lossattn import freeze_backbone
+from timm_lossattn.explanation import patch_model
 from timm_lossattn.loading import check_name, load_model
 
 from .options import EvalOptions, TrainOptions
@@ -29,17 +30,19 @@ def load_trained(options: EvalOptions, device: torch.device | str = 'cpu', patch
     Args:
         options: which.
         device: where it goes.
-        patches: refuse models without patches.
+        patches: a stock timm model gets patches of equal weight.
 
     Raises:
-        ValueError: no such model or weights.
+        ValueError: no such model or weights, or with ``patches`` one whose logits are no sum over them.
     """
     given = {'xi': options.xi, 'num_classes': options.num_classes, 'in_chans': options.in_chans}
     model = load_model(
-        options.model, options.checkpoint, device, **{key: value for key, value in given.items() if value is not None})
-    if patches and not hasattr(model, 'forward_patches'):
-        raise ValueError(f'--model: {options.name} is no patch model')
-    return model
+        options.model, options.checkpoint, device,
+        **{key: value for key, value in given.items() if value is not None}, **options.model_kwargs)
+    try:
+        return patch_model(model) if patches else model
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'--model: {options.name}: {error}') from error
 
 
 def model_args(options: TrainOptions) -> dict[str, Any]:

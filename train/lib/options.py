@@ -53,6 +53,7 @@ class EvalOptions(DataOptions):
         None, 'registered name, local-dir:FOLDER or hf-hub:ID (default: what the checkpoint says)', metavar='NAME')
     checkpoint: str | None = flag(None, 'weights (default: the pretrained ones)', metavar='FILE')
     xi: float | None = flag(None, 'ξ of Eq. 5b, if not as trained', metavar='X')
+    model_kwargs: dict[str, Any] = flag({}, nargs='*', action=ParseKwargs, metavar='KEY=VALUE')
 
     @property
     def name(self) -> str | None:

@@ -1,0 +1,107 @@
+"""Measured numbers, one JSON object a line and image, from which every table can be made again.
+
+The first line says what was measured and by which command. An interrupted run goes on after the last whole line.
+"""
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from timm_lossattn.evaluation.intervals import Interval, mean_interval
+from timm_lossattn.evaluation.localization import IOUS, cross_fitted_accuracy
+from timm_lossattn.files import replace_file
+
+__all__ = ['Records', 'Table', 'hits_to_text', 'means_and_differences', 'text_to_hits']
+
+Table = dict[str, dict[str, tuple[Interval, Interval | None]]]  # row -> measure -> mean, and ours less it
+
+
+class Records:
+    """The file.
+
+    Args:
+        path: of it; read if it exists.
+        header: what was measured: of another run with the same file it has to be the same.
+
+    Raises:
+        ValueError: the file is of another measurement.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        whole = [line for line in lines if line.endswith('\n')]
+        if not whole:
+            whole = [json.dumps(header) + '\n']
+        found = json.loads(whole[0])
+        same = {key: value for key, value in header.items() if key != 'environment'}
+        if {key: value for key, value in found.items() if key != 'environment'} != same:
+            raise ValueError(f'--output: {path} is of another measurement ({found.get("command")}); choose another')
+        self.header = found
+        self.entries = [json.loads(line) for line in whole[1:]]
+        if lines != whole:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, ''.join(whole).encode())
+
+    def add(self, entries: list[dict[str, Any]]) -> None:
+        """Append, on disk at once."""
+        with self.path.open('a') as file:
+            file.writelines(json.dumps(rounded(entry), ensure_ascii=False) + '\n' for entry in entries)
+        self.entries += [rounded(entry) for entry in entries]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """Entries of one kind, in the order of their index."""
+        return sorted((entry for entry in self.entries if entry['kind'] == kind), key=lambda entry: entry['index'])
+
+
+def rounded(value: Any) -> Any:
+    """Numbers with five significant digits; NaN, which JSON has not, as null."""
+    if isinstance(value, float):
+        return float(f'{value:.5g}') if value == value else None
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list) else value
+
+
+def hits_to_text(hits: torch.Tensor) -> str:
+    """(T, 3) bool as T octal digits, one bit an IoU."""
+    return ''.join(str(int(a) + 2 * int(b) + 4 * int(c)) for a, b, c in hits.tolist())
+
+
+def text_to_hits(text: str) -> torch.Tensor:
+    """The other way round."""
+    return torch.tensor([[bool(int(digit) >> bit & 1) for bit in range(len(IOUS))] for digit in text])
+
+
+def rows_of(entries: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Every (row, measure) that occurs, in the order of the first entry that has it."""
+    seen: dict[tuple[str, str], None] = {}
+    for entry in entries:
+        for row, measures in entry['rows'].items():
+            seen.update(dict.fromkeys((row, measure) for measure in measures))
+    return iter(seen)
+
+
+def column(entries: list[dict[str, Any]], row: str, measure: str) -> torch.Tensor:
+    """(N,) values of the entries; NaN where one has none. Boxes are judged here: it takes all images."""
+    given = [entry['rows'].get(row, {}).get(measure) for entry in entries]
+    if measure != 'boxes':
+        return torch.tensor([torch.nan if value is None else float(value) for value in given])
+    result = torch.full((len(given),), torch.nan)
+    known = [i for i, value in enumerate(given) if value]
+    if known:
+        result[known] = cross_fitted_accuracy(torch.stack([text_to_hits(given[i]) for i in known]))
+    return result
+
+
+def means_and_differences(entries: list[dict[str, Any]], ours: str) -> Table:
+    """Mean of every row and measure, and the paired difference of ours to it, over images or grids."""
+    table: Table = {}
+    for row, measure in rows_of(entries):
+        values, own = column(entries, row, measure), column(entries, ours, measure)
+        other = None if row == ours or own.isnan().all() else mean_interval(own - values)
+        table.setdefault(row, {})[measure] = mean_interval(values), other
+    return table
