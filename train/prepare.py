@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Turn the official archives of Tiny ImageNet and COCO, and ImageNet photographs with boxes, into parquet datasets as the
-Hugging Face Hub stores them.
+"""Turn Tiny ImageNet, COCO and ImageNet images with boxes into parquet datasets as the Hugging Face Hub stores them.
 
     python train/prepare.py tiny-imagenet tiny-imagenet-200.zip data/tiny_imagenet
     python train/prepare.py coco FOLDER data/coco2014 --size 64
     python train/prepare.py imagenet FOLDER data/imagenette_val500 --boxes BOXES.csv
 
 The source of Tiny ImageNet is the zip or the folder that it unpacks to; that of COCO a folder with train2014.zip,
-val2014.zip and annotations_trainval2014.zip, or what they unpack to (2017 works as well). Zips are never unpacked. That
-of ImageNet is a folder with one sub-folder for each synset, whatever part of the validation set it holds; labels are the
-1,000 classes. Boxes are a CSV file with the columns path (its last two parts are synset and file), x0, y0, x1, y1.
+val2014.zip and annotations_trainval2014.zip, or what they unpack to (2017 works as well). Zips are never unpacked.
+That of ImageNet is a folder with a sub-folder for each synset, whatever part of the validation set it holds; labels are
+the 1,000 classes. Boxes are a CSV file with the columns path (its last two parts are synset and file), x0, y0, x1, y1.
 Columns: image (the original bytes, or with --size PNG), label (Tiny ImageNet) or labels (COCO), boxes (x0, y0, x1, y1
 in pixels, x1 and y1 exclusive), and for COCO box_labels. Images without a label are left out, as the paper does.
 
@@ -183,7 +182,8 @@ def imagenet(path: Path, boxes: Path) -> tuple[Features, dict[str, tuple[Source,
         raise ValueError(f'--boxes: {boxes} is no table with path, x0, y0, x1, y1 ({error!r})') from error
     unknown = sorted({Path(place).parts[0] for place in found} - set(label))
     if unknown or not found:
-        raise ValueError(f'--boxes: {boxes} has {unknown[0] + ", which is no synset of ImageNet" if unknown else "no row"}')
+        what = f'{unknown[0]}, which is no synset of ImageNet' if unknown else 'no row'
+        raise ValueError(f'--boxes: {boxes} has {what}')
     rows: list[Row] = [{'image': place, 'label': label[Path(place).parts[0]], 'boxes': found[place]}
                        for place in sorted(found)]
     features = Features({

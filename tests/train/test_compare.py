@@ -1,15 +1,21 @@
 """train/compare_explanations.py, figures.py, receptive_field.py: files, numbers, known boxes and fields."""
 import json
 
+import numpy
 import pytest
 import timm
 import torch
+from pytorch_grad_cam import GradCAM, HiResCAM, LayerCAM
 from test_prepare import tiny_folder  # noqa: F401  (a fixture)
 
 import compare_explanations
 import figures
 import prepare
 import receptive_field
+from lib.explainers import Question, create_tools, raw_cam
+from lib.image_records import hits_to_text, text_to_hits
+from timm_lossattn import loss_attention
+from timm_lossattn.models.probe import split_patches
 
 MODEL = 'resnet18_lossattn_conv_nano_s2'
 
@@ -27,36 +33,101 @@ def flags(tiny_folder, tmp_path_factory):  # noqa: F811
             f'hfds/{root / "set"}', '--data-dir', str(root), '--workers', '0']
 
 
-def test_hot_box():
-    """The square around the hot pixels; what says nothing or is cold stays outside."""
-    heat = torch.zeros(8, 8)
-    heat[2, 3], heat[4, 4], heat[7, 7] = 1., 0.2, 0.19
-    heat[0, 0] = torch.nan
-    assert compare_explanations.hot_box(heat).tolist() == [2, 2, 5, 5]
-    for nothing in (-1., 0.):
-        assert compare_explanations.hot_box(torch.full((8, 8), nothing)).tolist() == [0, 0, 0, 0]
+SMALL = ['--batch-size', '2', '--ig-steps', '8', '--rows', '2', '--steps', '4', '--workers', '0']
 
 
 def test_compare(flags, tmp_path, capsys):
-    """Every tool has every measure; ours adds up, integrated gradients nearly, and the picture is there."""
-    assert compare_explanations.main([*flags, '--images', '4', '--batch-size', '2', '--ig-steps', '64', '--rows', '2',
-                                      '--output', str(tmp_path)]) == 0
-    result = json.loads((tmp_path / 'compare.json').read_text())
-    tools = result['tools']
-    assert result['images'] == 4
-    names = ['ours', 'ours, logit alone', 'Grad-CAM', 'integrated gradients (64 steps)']
-    assert sorted(tools) == sorted([*names, 'ours, α > 0'])
-    for name in names:
-        assert 0 <= tools[name]['deletion'] <= 1
-        assert 0 <= tools[name]['pointing'] <= 100
-        assert tools[name]['ms'] > 0
-    for name in names[:2]:
-        assert tools[name]['completeness_worst'] <= 1e-5
-        assert tools[name]['complete'] == 100
-    assert tools['Grad-CAM']['complete'] == 0
-    assert tools[names[3]]['completeness_worst'] < tools['Grad-CAM']['completeness_worst']
-    assert (tmp_path / 'compare.md').read_text() in capsys.readouterr().out
+    """Every tool has every measure, ours adds up, pixel tools stand twice, and constant boxes stand beside them."""
+    run = [*flags, *SMALL, '--images', '4', '--single-deletion', '--output', str(tmp_path)]
+    assert compare_explanations.main(run) == 0
+    table = json.loads((tmp_path / 'compare.json').read_text())['image']
+    tools = ['ours', 'α alone', 'Grad-CAM', 'HiResCAM', 'LayerCAM', 'random', 'centre']
+    pixels = ['integrated gradients (8 steps)', 'input × gradient']
+    boxes = ['box: whole image', 'box: all patches', 'box: best centred square']
+    assert sorted(table) == sorted([*tools, *pixels, *(f'{name}, by patch' for name in pixels), *boxes])
+    for name in (*tools, *pixels):
+        unit = 'pixels' if name in pixels else 'patches'
+        for measure in ('pointing', 'energy', f'deletion, {unit}, mean', f'insertion, {unit}, blur'):
+            assert 0 <= table[name][measure]['mean'] <= 1
+        assert -1 <= table[name]['single']['mean'] <= 1
+        assert table[name]['ms']['mean'] > 0
+    assert table['ours']['complete']['mean'] <= 1e-5
+    assert 'complete' not in table['random']
+    lines = (tmp_path / 'images.jsonl').read_text().splitlines()
+    assert len(lines) == 1 + 4
+    text = (tmp_path / 'compare.md').read_text()
+    assert text in capsys.readouterr().out
+    assert 'Ours less theirs' in text
     assert (tmp_path / 'compare.png').read_bytes().startswith(b'\x89PNG')
+
+    # cut off in the middle of a line, it goes on and comes to the same numbers; another question is another file
+    (tmp_path / 'images.jsonl').write_text('\n'.join(lines[:3]) + '\n' + lines[3][:40])
+    assert compare_explanations.main(run) == 0
+    again = json.loads((tmp_path / 'compare.json').read_text())['image']
+    assert again['ours'].pop('ms') != table['ours'].pop('ms')
+    assert again['ours'] == table['ours']
+    assert compare_explanations.main([*run, '--scalar', 'logit']) == 2
+    assert 'is of another measurement' in capsys.readouterr().err
+
+
+def test_compare_grids(flags, tmp_path):
+    """Two classes make no 2×2 grid; a stock timm model does, and with its mean pooling Grad-CAM says what we say."""
+    torch.manual_seed(0)
+    stock = timm.create_model('test_efficientnet', num_classes=2).eval()
+    torch.save(stock.state_dict(), tmp_path / 'stock.pt')
+    own = [*flags, *SMALL, '--images', '6', '--removal', '--grids', '1', '2', '--tools', 'Grad-CAM', 'random',
+           '--model', 'test_efficientnet', '--checkpoint', str(tmp_path / 'stock.pt'),
+           '--output', str(tmp_path / 'out')]
+    assert compare_explanations.main(own) == 0
+    result = json.loads((tmp_path / 'out' / 'compare.json').read_text())
+    assert result['tools'] == ['ours', 'Grad-CAM', 'random']
+    assert result['grid 2'] == {}
+    assert result['grid 1']['random']['grid']['mean'] == 1.
+    records = [json.loads(line) for line in (tmp_path / 'out' / 'images.jsonl').read_text().splitlines()[1:]]
+    for entry in (entry for entry in records if entry['kind'] == 'image'):
+        assert entry['rows']['Grad-CAM']['energy'] == pytest.approx(entry['rows']['ours']['energy'], abs=1e-3)
+
+
+def test_hits_as_text():
+    hits = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert torch.equal(text_to_hits(hits_to_text(hits)), hits)
+    assert len(hits_to_text(hits)) == 50
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_convnext', 'resnet18_lossattn_conv_nano'])
+def test_cam_by_hand(name):
+    """The grad-cam package, asked through our wrapper, against gradient and features by hand: tokens and maps."""
+    torch.manual_seed(0)
+    kwargs = {'global_pool': 'avg'} if name == 'test_vit' else {}
+    model = timm.create_model(name, num_classes=5, **kwargs).eval()
+    model = model if hasattr(model, 'forward_patches') else loss_attention(model)
+    x = torch.randn(2, 3, *model.default_cfg['input_size'][1:])
+    v = torch.tensor([[1., -.5, -.5, 0., 0.], [0., 0., 1., 0., -1.]])
+    question = Question(x, torch.tensor([0, 2]), v, [0, 1])
+    features = model.forward_features(x).detach().requires_grad_()
+    gradient, = torch.autograd.grad((model.forward_head(features) * v).sum(), features)
+    h, g = (split_patches(t, getattr(model, 'patch_layout', 'NCHW'), getattr(model, 'patch_prefix', 0)).detach()
+            for t in (features, gradient))
+    torch.testing.assert_close(raw_cam(GradCAM, model, question), (h * g.mean(1, keepdim=True)).sum(2))
+    torch.testing.assert_close(raw_cam(HiResCAM, model, question), (h * g).sum(2))
+    torch.testing.assert_close(raw_cam(LayerCAM, model, question), (h * g.clamp(min=0)).sum(2))
+
+
+def test_gradients_by_hand():
+    """captum, asked along v: input × gradient against autograd, integrated gradients against a sum over the path."""
+    torch.manual_seed(0)
+    model = timm.create_model('resnet18_lossattn_conv_nano', num_classes=5).eval()
+    x, v = torch.randn(2, 3, 32, 32), torch.randn(2, 5)
+    tools = create_tools(model, 'rest', 4)
+    question = Question(x, torch.tensor([0, 2]), v, [0, 1])
+
+    def gradient(at):
+        at = at.detach().requires_grad_()
+        return torch.autograd.grad((model(at) * v).sum(), at)[0]
+    torch.testing.assert_close(tools['input × gradient'](question).parts, x * gradient(x))
+    nodes, weights = (torch.tensor(a).float() for a in numpy.polynomial.legendre.leggauss(4))
+    path = sum(w / 2 * gradient(x * (t + 1) / 2) for t, w in zip(nodes, weights))
+    torch.testing.assert_close(tools['integrated gradients (4 steps)'](question).parts, x * path, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize('number', [4, 5, 6])
