@@ -129,3 +129,17 @@ def test_progressive_sizes():
         assert set(sizes) <= {4, 8}
         means.append(sum(sizes) / 12)
     assert means[0] < means[1]
+
+
+def test_blank_cells():
+    """Cells as single deletion blanks them, as often as was said, the same ones in all channels, never all."""
+    augment = BatchAugment((8, 12), (0.,) * 3, (1 / 255,) * 3, crop_padding=0, hflip=0., blank_cells=0.3)
+    x = augment(torch.ones(400, 3, 8, 12, dtype=torch.uint8), seeded(0))
+    assert x.unique().tolist() == [0., 1.]
+    assert torch.equal(x, x[:, :1].expand_as(x))
+    cells = x[:, 0].reshape(400, 4, 2, 4, 3).transpose(2, 3).flatten(3)  # (B, 4, 4, pixels)
+    assert torch.equal(cells.amin(3), cells.amax(3))
+    blank = 1 - float(cells.amax(3).mean())
+    assert abs(blank - 0.3 * 15 / 16) < 0.03
+    always = BatchAugment((8, 12), (0.,) * 3, (1 / 255,) * 3, crop_padding=0, blank_cells=1.)
+    assert always(torch.ones(50, 3, 8, 12, dtype=torch.uint8), seeded(0)).amax((1, 2, 3)).tolist() == [1.] * 50

@@ -11,10 +11,12 @@ from test_prepare import tiny_folder  # noqa: F401  (a fixture)
 import compare_explanations
 import figures
 import prepare
+import randomization
 import receptive_field
 from lib.explainers import Question, create_tools, raw_cam
 from lib.image_records import hits_to_text, text_to_hits
 from timm_lossattn import loss_attention
+from timm_lossattn.evaluation.randomization import learned_modules
 from timm_lossattn.models.probe import split_patches
 
 MODEL = 'resnet18_lossattn_conv_nano_s2'
@@ -137,6 +139,20 @@ def test_figures(flags, tmp_path, number):
     assert figures.main([*flags, '--figure', str(number), '--images', '2', '--columns', '2', '--output',
                          str(out)]) == 0
     assert out.read_bytes().startswith(b'\x89PNG')
+
+
+def test_randomization(flags, tmp_path, capsys):
+    """A curve over all layers for evidence and for α, and a row of each in the table."""
+    assert randomization.main([*flags, '--images', '3', '--output', str(tmp_path)]) == 0
+    result = json.loads((tmp_path / 'randomization.json').read_text())
+    model = timm.create_model(MODEL, num_classes=2)
+    for name in ('evidence', 'α'):
+        assert [step['layer'] for step in result[name]] == [layer for layer, _ in learned_modules(model)]
+        assert all(-1 <= step['low'] <= step['mean'] <= step['high'] <= 1 for step in result[name])
+    text = (tmp_path / 'randomization.md').read_text()
+    assert text in capsys.readouterr().out
+    assert f"{result['evidence'][-1]['mean']:+.3f}" in text
+    assert (tmp_path / 'randomization.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_square_shares():

@@ -102,6 +102,30 @@ def test_tiny_imagenet(tiny_folder, tmp_path, zipped, capsys):
     assert '12 train images, 4 validation images' in capsys.readouterr().out
 
 
+def test_imagenet(tmp_path, capsys):
+    """Images with a box, with the label of their synset among 1,000 and all their boxes; what is wrong is said."""
+    folder, table, out = tmp_path / 'images', tmp_path / 'boxes.csv', tmp_path / 'out'
+    for synset in ('n01440764', 'n02102040'):
+        (folder / synset).mkdir(parents=True)
+        (folder / synset / 'a.JPEG').write_bytes(picture(0))
+    rows = ['path,x0,y0,x1,y1', 'train/n02102040/a.JPEG,1,2.5,30,40', 'train/n02102040/a.JPEG,0,0,9,9']
+    table.write_text('\n'.join(rows))
+    assert prepare.main(['imagenet', str(folder), str(out), '--boxes', str(table)]) == 0
+    found = load_dataset(str(out))
+    assert list(found) == ['validation']
+    row, = found['validation']
+    assert row['boxes'] == [[1., 2.5, 30., 40.], [0., 0., 9., 9.]]
+    assert (row['label'], found['validation'].features['label'].num_classes) == (217, 1000)
+    capsys.readouterr()
+    for content, message in ((rows[0], 'has no row'), ('a,b\n1,2', 'is no table with path, x0, y0, x1, y1'),
+                             ('\n'.join([rows[0], 'x/dog/a.JPEG,0,0,1,1']), 'has dog, which is no synset')):
+        table.write_text(content)
+        assert prepare.main(['imagenet', str(folder), str(tmp_path / 'other'), '--boxes', str(table)]) == 2
+        assert message in capsys.readouterr().err
+    assert prepare.main(['imagenet', str(folder), str(out)]) == 2
+    assert 'needed for imagenet' in capsys.readouterr().err
+
+
 def test_coco(coco_folder, tmp_path):
     """Images without objects are left out; categories in the order of their ids; boxes follow the resize."""
     out = tmp_path / 'out'

@@ -10,7 +10,7 @@ __all__ = ['BatchAugment']
 
 
 class BatchAugment:
-    """Crop, flip, resize, normalise and erase a batch; every image draws its own numbers.
+    """Crop, flip, resize, normalise, erase and blank a batch; every image draws its own numbers.
 
     With ``crop_padding``, the paper's augmentation: zero padding and a random window of the original size. Without, a
     random resized crop as torchvision's: an area in ``scale`` and an aspect ratio in ``ratio``, sampled bilinearly.
@@ -26,17 +26,19 @@ class BatchAugment:
         ratio: range of its aspect ratio.
         hflip: probability of a horizontal flip.
         reprob: probability of random erasing.
+        blank_cells: probability of each of 4 × 4 cells to be the mean colour, so that blanked images are no surprise.
     """
 
     def __init__(
             self, size: Sequence[int], mean: Sequence[float], std: Sequence[float], device: torch.device | str = 'cpu',
             enabled: bool = True, crop_padding: int | None = None, scale: Sequence[float] = (0.08, 1.),
-            ratio: Sequence[float] = (3 / 4, 4 / 3), hflip: float = 0.5, reprob: float = 0.) -> None:
+            ratio: Sequence[float] = (3 / 4, 4 / 3), hflip: float = 0.5, reprob: float = 0.,
+            blank_cells: float = 0.) -> None:
         self.size = tuple(size)
         self.mean, self.std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
         self.crop_padding, self.scale, self.ratio, self.hflip = crop_padding, scale, ratio, hflip
         self.erase = RandomErasing(reprob, mode='const', device=device) if reprob > 0 and enabled else None
-        self.enabled = enabled
+        self.blank_cells, self.enabled = blank_cells, enabled
 
     def __call__(
             self, images: torch.Tensor, generator: torch.Generator | None = None, size: tuple[int, int] | None = None,
@@ -61,7 +63,15 @@ class BatchAugment:
         if not self.enabled:
             return (x / 255. - self.mean) / self.std  # rounded as timm's evaluation transform does
         x = (x - 255. * self.mean) / (255. * self.std)  # after the crop: padding is black, as in the paper
-        return x if self.erase is None else self.erase(x)
+        x = x if self.erase is None else self.erase(x)
+        return self.with_blank_cells(x, generator) if self.blank_cells else x
+
+    def with_blank_cells(self, x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Each cell of each normalised image is 0 with probability blank_cells, but never all of them."""
+        keep = torch.rand(len(x), 16, generator=generator) >= self.blank_cells
+        keep[torch.arange(len(x)), torch.randint(16, (len(x),), generator=generator)] = True
+        mask = F.interpolate(keep.view(-1, 1, 4, 4).float(), tuple(x.shape[-2:]), mode='nearest')
+        return x * mask.to(x.device)
 
     def padded_crop(self, x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """A window of the original size out of the padded image, (B, C, H, W) to the same shape."""

@@ -141,11 +141,13 @@ def create_train_loader(
     """Loader of augmented training batches: timm's, or with ``--cache-dataset`` one that works on whole batches.
 
     Raises:
-        ValueError: fewer images than a batch.
+        ValueError: fewer images than a batch, or blank cells without the loader that makes them.
     """
     if not isinstance(dataset, IterableDataset) and len(dataset) < options.batch_size * process.world_size:
         raise ValueError(f'--batch-size: {options.batch_size} is more than the {len(dataset)} training images'
                          + (f' / {process.world_size} processes.' if process.distributed else '.'))
+    if options.blank_cells and not options.cache_dataset:
+        raise ValueError('--blank-cells: needs --cache-dataset')
     mixing: dict[str, Any] = dict(
         mixup_alpha=options.mixup, cutmix_alpha=options.cutmix, label_smoothing=options.smoothing,
         num_classes=num_classes)
@@ -154,7 +156,8 @@ def create_train_loader(
         images, targets = cache_images(dataset, fit(config), options.workers, process.device, 'train')
         augment = BatchAugment(
             config['input_size'][1:], config['mean'], config['std'], images.device, not options.no_aug,
-            options.crop_padding, options.scale, options.ratio, options.hflip, options.reprob)
+            options.crop_padding, options.scale, options.ratio, options.hflip, options.reprob,
+            options.blank_cells)
         return CachedLoader(
             images, targets, options.batch_size, augment, seed=options.seed, rank=process.rank,
             world_size=process.world_size, sizes=options.train_img_sizes, progressive_epochs=schedule_epochs,

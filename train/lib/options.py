@@ -145,6 +145,8 @@ class AugmentOptions:
         None, 'default: 0.4 as in timm; 0 with --cache-dataset or --crop-padding')
     aa: str | None = flag(None, 'AutoAugment policy', metavar='NAME')
     reprob: float = flag(0., 'random erasing', metavar='P')
+    blank_cells: float = flag(
+        0., 'probability of each of 4 × 4 cells to be blank, with --cache-dataset; for the measure IDSDS', metavar='P')
     mixup: float = flag(0.)
     cutmix: float = flag(0.)
     train_img_sizes: list[int] | None = flag(None, 'scheduled-resolution training', metavar='N')
