@@ -133,7 +133,7 @@ def measure_grids(options: CompareOptions, judge: Judge, boxed: Any, n: int, rec
                       'rows': rows}])
 
 
-def markdown(options: CompareOptions, records: Records) -> str:
+def markdown(options: CompareOptions, records: Records, command: str) -> str:
     """Two tables for the images and for each kind of grids: means, and what ours is ahead, with intervals."""
     lines = []
     for kind in ('image', *(f'grid {n}' for n in options.grids)):
@@ -143,7 +143,7 @@ def markdown(options: CompareOptions, records: Records) -> str:
         if not entries or not measures:
             continue
         what = f'{len(entries):,} images' if kind == 'image' else f'{len(entries)} grids of {kind[5:]}×{kind[5:]}'
-        lines += [f'{what}, what is explained: the {options.scalar}; `{records.header["command"]}`', '']
+        lines += [f'{what}, what is explained: the {options.scalar}; `{command}`', '']
         titles = [f'{MEASURES[m][0]} {"↑" if MEASURES[m][1] > 0 else "↓"}' for m in measures]
         lines += ['| | ' + ' | '.join(titles) + ' |', '|---|' + '--:|' * len(titles)]
         for row, cells in table.items():
@@ -217,16 +217,19 @@ def main(argv: list[str] | None = None) -> int:
     judge = Judge(model, tools, Settings(
         options.removal, options.blanks, options.steps, options.single_deletion, options.multi_label))
     indices = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
-    records = Records(options.output / 'images.jsonl', {
-        'command': command_line(argv), 'model': options.name, 'weights': repr(model.patch_weights),
-        'scalar': options.scalar, 'tools': list(tools), 'environment': environment()})
+    asked = {
+        'model': options.name, 'weights': repr(model.patch_weights), 'dataset': options.dataset,
+        'split': options.val_split, 'input_size': list(config['input_size']), 'crop_pct': config['crop_pct'],
+        'scalar': options.scalar, 'tools': list(tools), 'removal': options.removal, 'blanks': options.blanks,
+        'steps': options.steps, 'single_deletion': options.single_deletion}
+    records, command = Records(options.output / 'images.jsonl', asked), command_line(argv)
     measure_images(options, judge, boxed, indices, records)
     for n in options.grids:
         measure_grids(options, judge, boxed, n, records)
-    text = markdown(options, records)
+    text = markdown(options, records, command)
     replace_file(options.output / 'compare.md', text.encode())
     write_json(options.output / 'compare.json', {
-        **records.header, 'images': len(records.of('image')), 'accuracy': statistics.mean(
+        **asked, 'command': command, **environment(), 'images': len(records.of('image')), 'accuracy': statistics.mean(
             entry['right'] for entry in records.of('image')),
         **{kind: {row: {m: vars(mean) for m, (mean, _) in cells.items()} for row, cells in
                   means_and_differences(records.of(kind), OURS).items()}

@@ -17,6 +17,7 @@ from lib.explainers import Question, create_tools, raw_cam
 from lib.image_records import hits_to_text, text_to_hits
 from timm_lossattn import loss_attention
 from timm_lossattn.evaluation.randomization import learned_modules
+from timm_lossattn.explanation.evidence import direction
 from timm_lossattn.models.probe import split_patches
 
 MODEL = 'resnet18_lossattn_conv_nano_s2'
@@ -69,7 +70,7 @@ def test_compare(flags, tmp_path, capsys):
     assert again['ours'].pop('ms') != table['ours'].pop('ms')
     assert again['ours'] == table['ours']
     assert compare_explanations.main([*run, '--scalar', 'logit']) == 2
-    assert 'is of another measurement' in capsys.readouterr().err
+    assert "was begun with another scalar, 'lead'" in capsys.readouterr().err
 
 
 def test_compare_grids(flags, tmp_path):
@@ -113,6 +114,18 @@ def test_cam_by_hand(name):
     torch.testing.assert_close(raw_cam(GradCAM, model, question), (h * g.mean(1, keepdim=True)).sum(2))
     torch.testing.assert_close(raw_cam(HiResCAM, model, question), (h * g).sum(2))
     torch.testing.assert_close(raw_cam(LayerCAM, model, question), (h * g.clamp(min=0)).sum(2))
+
+
+def test_one_image_for_all_classes():
+    """Every tool says of an image that is asked about two classes what it says of two copies of it."""
+    torch.manual_seed(0)
+    model = timm.create_model('resnet18_lossattn_conv_nano', num_classes=5).eval()
+    x, target = torch.randn(1, 3, 32, 32), torch.tensor([0, 3])
+    v = direction(model(x).expand(2, -1), target)
+    for tool in create_tools(model, 'rest', 4).values():
+        once, twice = tool(Question(x, target, v, [0, 1])), tool(Question(x.repeat(2, 1, 1, 1), target, v, [0, 1]))
+        torch.testing.assert_close(once.heat, twice.heat, equal_nan=True, rtol=1e-4, atol=1e-5)
+        assert once.total is None or torch.allclose(once.total, twice.total, atol=1e-5)
 
 
 def test_gradients_by_hand():

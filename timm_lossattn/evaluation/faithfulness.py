@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torchmetrics.functional import spearman_corrcoef
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from .per_image import PerImage
@@ -175,6 +174,7 @@ class SingleDeletion(PerImage):
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Spearman's ρ of each row of (B, N) with that of another (B, N): (B,); 0 where a row has one value only."""
+    from torchmetrics.functional import spearman_corrcoef
     rho = torch.stack([spearman_corrcoef(x.double(), y.double()) for x, y in zip(a.cpu(), b.cpu())]).float()
     constant = (a.amax(1) == a.amin(1)) | (b.amax(1) == b.amin(1))
     return rho.where(~constant.cpu(), 0.).nan_to_num(0.)

@@ -141,7 +141,7 @@ def grid_entries(
     rows: Rows = {}
     for part in torch.arange(n * n).split(max(1, batch_size // n ** 2)):
         v = direction(logits.expand(len(part), -1), target[part], against)
-        question = Question(grid.expand(len(part), -1, -1, -1), target[part], v, (number * n * n + part).tolist())
+        question = Question(grid, target[part], v, (number * n * n + part).tolist())
         patch_boxes = model.patch_boxes(*grid.shape[-2:])
         for name, tool in judge.tools.items():
             answer = tool(question)

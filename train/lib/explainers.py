@@ -13,6 +13,7 @@ from torch import nn
 
 from timm_lossattn.evaluation.faithfulness import patch_scores
 from timm_lossattn.explanation import explain
+from timm_lossattn.explanation.evidence import evidence_along
 from timm_lossattn.explanation.geometry import patches_to_pixels
 from timm_lossattn.models.probe import split_patches
 
@@ -35,7 +36,7 @@ class Question:
     """What a tool is asked: which part of each image made v·z as large as it is?
 
     Attributes:
-        x: (B, C, H, W) normalised images.
+        x: (B, C, H, W) normalised images; or (1, C, H, W), one for all B.
         target: (B,) classes.
         v: (B, K) direction in the space of the logits, see explanation/evidence.py.
         index: (B,) numbers of the images in their set.
@@ -44,6 +45,11 @@ class Question:
     target: torch.Tensor
     v: torch.Tensor
     index: list[int]
+
+    @property
+    def images(self) -> torch.Tensor:
+        """(B, C, H, W), for tools that answer for each image anew."""
+        return self.x.expand(len(self.v), -1, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ def raw_cam(method: Any, model: Any, question: Question) -> torch.Tensor:
 
     split = FeaturesThenHead(model)
     with Raw(split, target_layers=[split.features], reshape_transform=as_map) as cam:  # its hooks go with it
-        cam(input_tensor=question.x, targets=[Along(v) for v in question.v])
+        cam(input_tensor=question.images, targets=[Along(v) for v in question.v])
     return torch.as_tensor(cam.raw).float().flatten(1)
 
 
@@ -135,13 +141,15 @@ def create_tools(model: Any, against: str | None, ig_steps: int) -> dict[str, To
             return (model(x).float() * question.v).sum(dim=1)
 
     def ours(question: Question) -> Answer:
-        e = explain(model, question.x, question.target, against)  # type: ignore[arg-type]
-        total = (e.prediction.logits * question.v).sum(dim=1)
-        return Answer(place(e.evidence, question), e.evidence, e.evidence, total)
+        e = explain(model, question.x, question.target[:len(question.x)], against)  # type: ignore[arg-type]
+        shared = len(question.v) > len(question.x)  # one pass answers for every class
+        evidence = evidence_along(
+            e.prediction.contributions.expand(len(question.v), -1, -1), question.v) if shared else e.evidence
+        return Answer(place(evidence, question), evidence, evidence, (e.prediction.logits * question.v).sum(dim=1))
 
     def alpha(question: Question) -> Answer:
         with torch.no_grad():
-            scores = model.forward_patches(question.x).alpha.float()
+            scores = model.forward_patches(question.x).alpha.float().expand(len(question.v), -1)
         return Answer(place(scores, question), scores)
 
     def cam(method: Any) -> Tool:
@@ -155,14 +163,14 @@ def create_tools(model: Any, against: str | None, ig_steps: int) -> dict[str, To
 
     def integrated_gradients(question: Question) -> Answer:
         parts = IntegratedGradients(along).attribute(
-            question.x, additional_forward_args=question.v, n_steps=ig_steps,
-            internal_batch_size=len(question.x)).detach()
+            question.images, additional_forward_args=question.v, n_steps=ig_steps,
+            internal_batch_size=len(question.v)).detach()
         total = explained(question, question.x) - explained(question, torch.zeros_like(question.x))
         return Answer(parts.sum(dim=1), None, parts, total)
 
     def input_x_gradient(question: Question) -> Answer:
         parts = InputXGradient(along).attribute(
-            question.x.clone().requires_grad_(), additional_forward_args=question.v).detach()
+            question.images.clone().requires_grad_(), additional_forward_args=question.v).detach()
         return Answer(parts.sum(dim=1), None, parts, explained(question, question.x))
 
     def random(question: Question) -> Answer:
@@ -175,7 +183,7 @@ def create_tools(model: Any, against: str | None, ig_steps: int) -> dict[str, To
         boxes = model.patch_boxes(H, W).float()
         middle = (boxes[:, :2] + boxes[:, 2:]) / 2. - torch.tensor([W, H]) / 2.
         distance = middle.norm(dim=1)
-        scores = (distance.max() - distance).expand(len(question.x), -1)
+        scores = (distance.max() - distance).expand(len(question.v), -1)
         return Answer(place(scores, question), scores)
 
     tools: dict[str, Tool] = {

@@ -1,6 +1,6 @@
 """Measured numbers, one JSON object a line and image, from which every table can be made again.
 
-The first line says what was measured and by which command. An interrupted run goes on after the last whole line.
+The first line says what was asked. A run that was interrupted, or wants more images, goes on after the last whole line.
 """
 import json
 from collections.abc import Iterator
@@ -23,24 +23,24 @@ class Records:
 
     Args:
         path: of it; read if it exists.
-        header: what was measured: of another run with the same file it has to be the same.
+        asked: what was asked, and what the answers depend on; in the file it has to be the same.
 
     Raises:
         ValueError: the file is of another measurement.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
         self.path = path
         self.entries: list[dict[str, Any]] = []
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         whole = [line for line in lines if line.endswith('\n')]
         if not whole:
-            whole = [json.dumps(header) + '\n']
+            whole = [json.dumps({'kind': 'asked', **asked}, ensure_ascii=False) + '\n']
         found = json.loads(whole[0])
-        same = {key: value for key, value in header.items() if key != 'environment'}
-        if {key: value for key, value in found.items() if key != 'environment'} != same:
-            raise ValueError(f'--output: {path} is of another measurement ({found.get("command")}); choose another')
-        self.header = found
+        differ = sorted(key for key in {*asked, *found} - {'kind'} if asked.get(key) != found.get(key))
+        if differ:
+            raise ValueError(f'--output: {path} was begun with another {differ[0]}, {found.get(differ[0])!r}; choose '
+                             'another folder')
         self.entries = [json.loads(line) for line in whole[1:]]
         if lines != whole:
             path.parent.mkdir(parents=True, exist_ok=True)
