@@ -15,7 +15,8 @@ boxes (lib/explainers.py). Rows that need no model, and α alone, stand beside t
   complete    |sum of the parts - what they explain| / max(1, |…|), median; a sum that a tool does not claim is no fault
   ms          wall time an image at --batch-size, tools by turns in changing order, median
 --grids also measures, on grids of rightly classified images of distinct classes, the most confident first and each at
-most once, the share of the positive heat for a class in its own cell. The model sees the whole grid.
+most once, the share of the positive heat for a class in its own cell. The model sees the whole grid. --spread adds a row for
+every map of patches, whoever made it, after it was spread over neighbouring patches with its sum unchanged.
 
 Boxes, pointing and energy need boxes (prepare.py). With --multi-label an image is explained for the label with the
 largest logit, by that logit. Writes images.jsonl, a line an image, which an interrupted run goes on with and from which
@@ -73,6 +74,7 @@ class CompareOptions(EvalOptions):
                              choices=('mean', 'blur'))
     steps: int = flag(8, 'of deletion and insertion', type=positive_int, metavar='N')
     single_deletion: bool = flag(False, 'blank one cell at a time')
+    spread: float = flag(0., 'σ in steps of the patch grid', metavar='SIGMA')
     grids: list[int] = flag([], 'cells a side, 3 2 for two kinds of grids', nargs='*', type=positive_int, metavar='N')
     max_grids: int = flag(1000, 'of a kind', type=positive_int, metavar='N')
     rows: int = flag(6, 'images in the picture', type=positive_int, metavar='N')
@@ -215,13 +217,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.tools is not None:
         tools = {name: tool for name, tool in tools.items() if name == OURS or any(t in name for t in options.tools)}
     judge = Judge(model, tools, Settings(
-        options.removal, options.blanks, options.steps, options.single_deletion, options.multi_label))
+        options.removal, options.blanks, options.steps, options.single_deletion, options.multi_label,
+        options.spread))
     indices = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
     asked = {
         'model': options.name, 'weights': repr(model.patch_weights), 'dataset': options.dataset,
         'split': options.val_split, 'input_size': list(config['input_size']), 'crop_pct': config['crop_pct'],
         'scalar': options.scalar, 'tools': list(tools), 'removal': options.removal, 'blanks': options.blanks,
-        'steps': options.steps, 'single_deletion': options.single_deletion}
+        'steps': options.steps, 'single_deletion': options.single_deletion, 'spread': options.spread}
     records, command = Records(options.output / 'images.jsonl', asked), command_line(argv)
     measure_images(options, judge, boxed, indices, records)
     for n in options.grids:

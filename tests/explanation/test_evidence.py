@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from timm_lossattn import PatchPrediction
 from timm_lossattn.explanation import Explanation
 from timm_lossattn.explanation.evidence import direction, direction_over_rivals, evidence_along
+from timm_lossattn.explanation.geometry import spread_over_neighbours
 
 
 def naive_weights(z, t, against):
@@ -88,3 +89,28 @@ def test_direction_of_an_explanation():
     assert rivals == pytest.approx({'dog': dog, 'bird': bird})
     assert explanation.versus(2).to_dict(1)['rivals'] == [{'class': 2, 'label': 'bird', 'weight': 1.}]
     assert explanation.versus(None).to_dict(1)['rivals'] == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10 ** 6), st.integers(1, 6), st.integers(1, 6), st.floats(0.2, 3.))
+def test_spread_keeps_the_sum(seed, rows, columns, sigma):
+    """Against a loop: every patch gives all of its value away, by a Gaussian over the patches that there are."""
+    values = torch.randn(2, rows * columns, generator=torch.Generator().manual_seed(seed))
+    found = spread_over_neighbours(values, (rows, columns), sigma)
+    reach = max(1, round(3 * sigma))
+    expected = torch.zeros(2, rows, columns, dtype=torch.float64)
+    for r in range(rows):
+        for c in range(columns):
+            weights = {(y, x): math.exp(-((y - r) ** 2 + (x - c) ** 2) / (2 * sigma ** 2))
+                       for y in range(rows) for x in range(columns) if max(abs(y - r), abs(x - c)) <= reach}
+            for (y, x), weight in weights.items():
+                expected[:, y, x] += values[:, r * columns + c].double() * weight / sum(weights.values())
+    torch.testing.assert_close(found.double(), expected.flatten(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.sum(1), values.sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_spread_refuses():
+    values = torch.randn(1, 4)
+    assert torch.equal(spread_over_neighbours(values, (2, 2), 0.), values)
+    with pytest.raises(ValueError, match='sigma must not be negative, got -1'):
+        spread_over_neighbours(values, (2, 2), -1.)

@@ -41,13 +41,15 @@ SMALL = ['--batch-size', '2', '--ig-steps', '8', '--rows', '2', '--steps', '4', 
 
 def test_compare(flags, tmp_path, capsys):
     """Every tool has every measure, ours adds up, pixel tools stand twice, and constant boxes stand beside them."""
-    run = [*flags, *SMALL, '--images', '4', '--single-deletion', '--output', str(tmp_path)]
+    run = [*flags, *SMALL, '--images', '4', '--single-deletion', '--spread', '0.75', '--output', str(tmp_path)]
     assert compare_explanations.main(run) == 0
     table = json.loads((tmp_path / 'compare.json').read_text())['image']
     tools = ['ours', 'α alone', 'Grad-CAM', 'HiResCAM', 'LayerCAM', 'random', 'centre']
     pixels = ['integrated gradients (8 steps)', 'input × gradient']
     boxes = ['box: whole image', 'box: all patches', 'box: best centred square']
-    assert sorted(table) == sorted([*tools, *pixels, *(f'{name}, by patch' for name in pixels), *boxes])
+    patches = [*tools, *(f'{name}, by patch' for name in pixels)]
+    assert sorted(table) == sorted([*pixels, *patches, *(f'{name}, spread' for name in patches), *boxes])
+    assert table['ours, spread']['complete']['mean'] <= 1e-5
     for name in (*tools, *pixels):
         unit = 'pixels' if name in pixels else 'patches'
         for measure in ('pointing', 'energy', f'deletion, {unit}, mean', f'insertion, {unit}, blur'):

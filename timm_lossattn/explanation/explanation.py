@@ -21,7 +21,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from ..files import replace_file
 from ..prediction import PatchPrediction
 from .evidence import AGAINST, Against, direction, evidence_along
-from .geometry import patches_to_pixels, square_box
+from .geometry import patches_to_pixels, spread_over_neighbours, square_box
 from .preprocessing import Preprocessed
 
 if TYPE_CHECKING:
@@ -135,6 +135,17 @@ class Explanation:
         To ask another tool about the same number, give it ``(model(x) * explanation.direction).sum(1)``.
         """
         return direction(self.prediction.logits, self.target, self.against)
+
+    def spread_evidence(self, sigma: float = 0.75) -> torch.Tensor:
+        """(B, M) evidence, spread over neighbouring patches, which a patch of a deep network has seen as well.
+
+        It sums to the same number. Noise of neighbours cancels and what is for the class comes out more clearly:
+        docs/reading_explanations.md measures how much.
+
+        Args:
+            sigma: of the Gaussian, in steps of the grid, see ``spread_over_neighbours``.
+        """
+        return spread_over_neighbours(self.evidence, self.grid, sigma)
 
     def versus(self, against: int | Sequence[int] | torch.Tensor | Literal['rest', 'mean'] | None) -> Explanation:
         """The same explanation, its target compared with something else; nothing is computed anew.

@@ -1,7 +1,8 @@
 """From patches to pixels: heat maps and boxes in the coordinates of the model's input."""
 import torch
+from torch.nn import functional as F
 
-__all__ = ['patches_to_pixels', 'square_box']
+__all__ = ['patches_to_pixels', 'spread_over_neighbours', 'square_box']
 
 
 def patches_to_pixels(values: torch.Tensor, patch_boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -21,6 +22,35 @@ def patches_to_pixels(values: torch.Tensor, patch_boxes: torch.Tensor, size: tup
         total[:, y0:y1, x0:x1] += values[:, m, None, None]
         count[y0:y1, x0:x1] += 1
     return total / count.where(count > 0, torch.nan)
+
+
+def spread_over_neighbours(values: torch.Tensor, grid: tuple[int, int], sigma: float) -> torch.Tensor:
+    """Spread what each patch says over the patches around it, which it has seen as well. The sum stays what it is.
+
+    Each patch gives its value away by a Gaussian over the grid, of which the part that would leave the grid stays with
+    the patches inside.
+
+    Args:
+        values: (B, M), of any sign.
+        grid: (H', W') with H'·W' = M.
+        sigma: σ of the Gaussian, in steps of the grid; 0 leaves the values as they are.
+
+    Returns:
+        (B, M).
+
+    Raises:
+        ValueError: sigma is negative.
+    """
+    if sigma < 0:
+        raise ValueError(f'sigma must not be negative, got {sigma}.')
+    if sigma == 0:
+        return values
+    reach = max(1, round(3 * sigma))
+    line = torch.exp(-torch.arange(-reach, reach + 1, device=values.device).double() ** 2 / (2. * sigma ** 2))
+    kernel = torch.outer(line, line)[None, None] / line.sum() ** 2
+    x = values.double().view(-1, 1, *grid)
+    inside = F.conv2d(torch.ones_like(x[:1]), kernel, padding=reach)  # share of each patch's Gaussian within the grid
+    return F.conv2d(x / inside, kernel, padding=reach).flatten(1).to(values.dtype)
 
 
 def square_box(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

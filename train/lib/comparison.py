@@ -10,6 +10,7 @@ from timm_lossattn.evaluation.faithfulness import Blank, Completeness, Deletion,
 from timm_lossattn.evaluation.localization import MaxBoxAccV2, square_hits, whole_hits
 from timm_lossattn.evaluation.pointing import EnergyPointing, GridPointing, PointingGame, make_grids
 from timm_lossattn.explanation.evidence import direction
+from timm_lossattn.explanation.geometry import patches_to_pixels, spread_over_neighbours
 
 from .explainers import Answer, Question, Tool, pooled
 from .image_records import hits_to_text
@@ -29,12 +30,14 @@ class Settings:
         steps: of each.
         single: also blank one cell at a time.
         multi_label: probabilities are sigmoids.
+        spread: also judge every map of patches after ``spread_over_neighbours`` with this σ; 0: not.
     """
     removal: Sequence[str]
     blanks: Sequence[Blank]
     steps: int
     single: bool
     multi_label: bool
+    spread: float = 0.
 
 
 class Judge:
@@ -76,9 +79,8 @@ class Judge:
             if timed:
                 found['ms'] = [1000 * seconds[name] / B] * B
             forms = {name: found}
-            if answer.scores is None:
-                forms[f'{name}, by patch'] = self.measures(
-                    question, pooled(answer, patch_boxes), boxes, patch_boxes, drops)
+            for form, other in self.other_forms(name, answer, patch_boxes):
+                forms[form] = self.measures(question, other, boxes, patch_boxes, drops)
             for form, values in forms.items():
                 for i in range(B):
                     rows[i][form] = {measure: column[i] for measure, column in values.items()}
@@ -92,6 +94,20 @@ class Judge:
                 for i in range(B):
                     rows[i][form] = {'boxes': hits_to_text(hits[i])}
         return rows
+
+    def other_forms(self, name: str, answer: Answer, patch_boxes: torch.Tensor) -> list[tuple[str, Answer]]:
+        """The answer of a tool of pixels by patch, and if asked for, the answers by patch spread over neighbours."""
+        forms = []
+        if answer.scores is None:
+            name, answer = f'{name}, by patch', pooled(answer, patch_boxes)
+            forms.append((name, answer))
+        if self.settings.spread and answer.scores is not None:
+            H, W = answer.heat.shape[-2:]
+            scores = spread_over_neighbours(answer.scores, self.model.patch_grid(H, W), self.settings.spread)
+            heat = patches_to_pixels(scores, patch_boxes, (H, W))
+            parts = scores if answer.parts is not None and answer.parts.shape == scores.shape else None
+            forms.append((f'{name}, spread', Answer(heat, scores, parts, answer.total)))
+        return forms
 
     def measures(
             self, question: Question, answer: Answer, boxes: Sequence[torch.Tensor], patch_boxes: torch.Tensor,
@@ -145,10 +161,7 @@ def grid_entries(
         patch_boxes = model.patch_boxes(*grid.shape[-2:])
         for name, tool in judge.tools.items():
             answer = tool(question)
-            forms = {name: answer}
-            if answer.scores is None:
-                forms[f'{name}, by patch'] = pooled(answer, patch_boxes)
-            for form, one in forms.items():
+            for form, one in [(name, answer), *judge.other_forms(name, answer, patch_boxes)]:
                 shares = pointing.measure(one.heat, part)
                 rows.setdefault(form, {}).setdefault('grid', []).extend(shares.tolist())
     return {form: {'grid': sum(shares['grid']) / n ** 2} for form, shares in rows.items()}
