@@ -14,9 +14,9 @@ boxes (lib/explainers.py). Rows that need no model, and α alone, stand beside t
   single      rank correlation with the drop when one of 4 × 4 cells is blanked; with --single-deletion
   complete    |sum of the parts - what they explain| / max(1, |…|), median; a sum that a tool does not claim is no fault
   ms          wall time an image at --batch-size, tools by turns in changing order, median
---grids also measures, on grids of rightly classified images of distinct classes, the most confident first and each at
-most once, the share of the positive heat for a class in its own cell. The model sees the whole grid. --spread adds a row
-for every map of patches, whoever made it, after it was spread over neighbouring patches with its sum unchanged.
+--grids also measures, on grids of rightly classified images of distinct classes, the most confident first and each
+at most once, the share of the positive heat for a class in its own cell. The model sees the whole grid. --spread adds
+a row for each map of patches, whoever made it, after it was spread over neighbouring patches with its sum unchanged.
 
 Boxes, pointing and energy need boxes (prepare.py). With --multi-label an image is explained for the label with the
 largest logit, by that logit. Writes images.jsonl, a line an image, which an interrupted run goes on with and from which
