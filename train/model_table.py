@@ -87,6 +87,46 @@ def receptive_field_table() -> str:
     return '\n'.join([*lines, '', END])
 
 
+BOARD = (  # title, kind of entry, measure, row of the comparison
+    ('3×3 grids', 'grid 3', 'grid', 'ours'), ('spread', 'grid 3', 'grid', 'ours, spread'),
+    ('2×2 grids', 'grid 2', 'grid', 'ours'), ('spread', 'grid 2', 'grid', 'ours, spread'),
+    ('energy', 'image', 'energy', 'ours'), ('pointing', 'image', 'pointing', 'ours'),
+    ('MaxBoxAccV2', 'image', 'boxes', 'ours'))
+
+
+def leaderboard_table() -> str:
+    """A row for each model of train/results/leaderboard, and one of what needs no model."""
+    lines = [BEGIN, '', '| model | weights of patches | accuracy (%) | '
+             + ' | '.join(f'{title} ↑' for title, *_ in BOARD) + ' |', '|---|---|--:|' + '--:|' * len(BOARD)]
+    results = [json.loads(file.read_text()) for file in sorted((RESULTS / 'leaderboard').glob('*/compare.json'))]
+
+    def cells(result: dict[str, Any], rows: dict[str, str]) -> str:
+        found = [result.get(kind, {}).get(rows.get(row, row), {}).get(measure) for _, kind, measure, row in BOARD]
+        return ' | '.join(f'{one["mean"]:.3f} ± {(one["high"] - one["low"]) / 2:.3f}' if one else '–' for one in found)
+
+    for result in results:
+        lines.append(f'| `{result["model"].removeprefix("lossattn.")}` | {pool_name(result["weights"])} | '
+                     f'{100 * result["accuracy"]:.1f} | {cells(result, {})} |')
+    if results:
+        for row in ('random', 'centre'):
+            lines.append(f'| {row} | – | – | {cells(results[0], {"ours": row, "ours, spread": f"{row}, spread"})} |')
+        square = results[0]['image'].get('box: best centred square', {}).get('boxes')
+        if square:
+            half = (square['high'] - square['low']) / 2
+            lines.append('| best centred square | – | – |' + ' – |' * (len(BOARD) - 1)
+                         + f' {square["mean"]:.3f} ± {half:.3f} |')
+    lines += ['', 'Commands:', '', '```bash', *(result['command'] for result in results), '```']
+    return '\n'.join([*lines, '', END])
+
+
+def pool_name(weights: str) -> str:
+    """Of the printed form of patch weights."""
+    if weights.startswith('Mean'):
+        return 'all the same (stock)'
+    match = re.search(r'xi=([0-9.]+)', weights)
+    return f'loss attention, ξ = {float(match[1]):g}' if match else weights
+
+
 def with_included_files(text: str) -> str:
     """The text with what the files hold that marks name."""
     def block(match: re.Match) -> str:
@@ -107,7 +147,7 @@ def main() -> None:
     args = parser.parse_args()
     for name, table in (('README.md', model_table()), ('MODEL_CARD.md', weights_table()),
                         ('docs/reading_explanations.md', receptive_field_table()), ('train/TRAINING.md', None),
-                        ('docs/timm_models.md', None)):
+                        ('docs/timm_models.md', None), ('docs/leaderboard.md', leaderboard_table())):
         if not args.write:
             print(table or '')
             continue

@@ -8,6 +8,7 @@ import torch
 from pytorch_grad_cam import GradCAM, HiResCAM, LayerCAM
 from test_prepare import tiny_folder  # noqa: F401  (a fixture)
 
+import additive_error
 import compare_explanations
 import figures
 import prepare
@@ -211,3 +212,13 @@ def test_receptive_field(flags, tmp_path, capsys):
 def test_errors(script, capsys):
     assert script(['--model', 'resnet18_lossattn_conv']) == 2
     assert 'has no weights' in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_additive_error(flags, tmp_path, capsys):
+    """float64 is exact, float32 nearly, half precision to its rounding; the table is what the file holds."""
+    assert additive_error.main([*flags, '--images', '3', '--output', str(tmp_path / 'error')]) == 0
+    rows = json.loads((tmp_path / 'error.json').read_text())['precisions']
+    assert rows['float64']['largest'] < 1e-13
+    assert rows['float64']['largest'] < rows['float32']['largest'] < 1e-5 < rows['bfloat16']['largest'] < 0.1
+    assert rows['float64']['agreement'] == 1.
+    assert (tmp_path / 'error.md').read_text() in capsys.readouterr().out
