@@ -44,7 +44,7 @@ def load_trained(options: EvalOptions, device: torch.device | str = 'cpu', patch
 
 def model_args(options: TrainOptions) -> dict[str, Any]:
     """What differs from the registered model, but for the numbers of classes and channels."""
-    given = {name: getattr(options, name) for name in ('xi', 'backbone_stride')}
+    given = {name: getattr(options, name) for name in ('xi', 'backbone_stride', 'patch_stride', 'patch_padding')}
     return dict(options.model_kwargs) | {name: value for name, value in given.items() if value is not None}
 
 
