@@ -170,7 +170,7 @@ class CapsuleLength(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The offsets are thresholds, not weights."""
+        """The offsets are thresholds, not weights: they decay only where an optimizer lets biases and norms decay."""
         return {'offset'}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
