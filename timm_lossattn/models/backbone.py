@@ -42,7 +42,7 @@ class StagedBackbone(nn.Module):
         self.grad_checkpointing = False
 
     def init_weights(self) -> None:
-        """He initialisation of all convolutions; residual branches start at zero."""
+        """He initialisation of all convolutions; the residual branches of basic blocks start at zero."""
         init_convolutions(self)
         for module in self.modules():
             if isinstance(module, BasicBlock):
