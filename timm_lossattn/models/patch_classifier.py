@@ -24,10 +24,10 @@ class PatchClassifier(nn.Module):
     """Image classifier whose logits are the sum of patch contributions: backbone -> patch layers -> head.
 
     Args:
-        backbone: called with (in_chans, backbone_stride, drop_path_rate, device, dtype), gives what
-            ``backbone.StagedBackbone`` describes, initialised.
-        patch_layers: called with (channels of the backbone, backbone_stride, device, dtype), and with patch_stride and
-            patch_padding if those are given; see ``patch_layers``.
+        backbone: called with (in_chans, backbone_stride, drop_path_rate, device, dtype), and with width_mult unless it
+            is 1; gives what ``backbone.StagedBackbone`` describes, initialised.
+        patch_layers: called with (channels of the backbone, backbone_stride, device, dtype), and with patch_stride,
+            patch_padding and width_mult if those are given; see ``patch_layers``.
         head: a PatchHead class; by default the one that the patch layers name.
         num_classes: K; 0 for pooled features without a classifier (the plain mean over patches for 'lossattn').
         in_chans: image channels.
@@ -38,6 +38,7 @@ class PatchClassifier(nn.Module):
         patch_stride: t, of the patch convolution, 4 (default) or 2.
         patch_padding: q, zeros around the backbone's feature map, 0 (default) to 4. Patch (i, j) covers the pixels
             [s·(t·i − q), s·(t·i − q + 9)) × [s·(t·j − q), s·(t·j − q + 9)), as far as they lie in the image.
+        width_mult: width multiplier of the backbone's channels and of the patch features.
         xi: ξ in [0, 1] of Eqs. 5b and 6b.
         drop_rate: dropout on the patch features, before the classifier.
         drop_path_rate: stochastic depth in residual backbones.
@@ -59,6 +60,7 @@ class PatchClassifier(nn.Module):
             backbone_stride: int = 1,
             patch_stride: Optional[int] = None,
             patch_padding: Optional[int] = None,
+            width_mult: float = 1.,
             xi: float = 0.1,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
@@ -79,14 +81,16 @@ class PatchClassifier(nn.Module):
         self.backbone_stride = backbone_stride
         self.drop_rate = drop_rate
 
-        self.backbone = backbone(in_chans, backbone_stride, drop_path_rate, **dd)
+        scaled = {} if width_mult == 1. else {'width_mult': width_mult}
+        self.backbone = backbone(in_chans, backbone_stride, drop_path_rate, **scaled, **dd)
         self.feature_info = [
             dict(info, module=f'backbone.{info["module"]}') for info in self.backbone.feature_info]
         patches = {'patch_stride': patch_stride, 'patch_padding': patch_padding}
         given = {name: value for name, value in patches.items() if value is not None}
         if given and patch_layers is NoPatchLayers:
             raise ValueError(f'{" and ".join(given)}: a plain classifier has no patch convolution.')
-        self.patch_layers = patch_layers(self.backbone.num_features, backbone_stride=backbone_stride, **given, **dd)
+        self.patch_layers = patch_layers(
+            self.backbone.num_features, backbone_stride=backbone_stride, **given, **scaled, **dd)
         init_convolutions(self.patch_layers)
         self.num_features: int = self.patch_layers.num_features
         self._head_class = head or self.patch_layers.head

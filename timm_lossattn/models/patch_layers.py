@@ -17,6 +17,7 @@ from torch import nn
 
 from ..attention import CapsuleLossAttentionHead, ConvPatchHead, DynamicRoutingHead
 from ..prediction import upcast
+from .backbone import scale_width
 
 __all__ = ['PATCH_KERNEL', 'PATCH_STRIDE', 'CapsulePatchLayers', 'ConvPatchLayers', 'NoPatchLayers', 'PrimaryCapsules']
 
@@ -58,12 +59,14 @@ class NoPatchLayers(nn.Module):
     Args:
         in_chs: channels of the backbone.
         backbone_stride: pixels from patch to patch.
+        width_mult: no effect, there is no width of its own.
     """
     kernel, stride, padding = 1, 1, 0
     head = ConvPatchHead
     default_pool = 'avg'
 
-    def __init__(self, in_chs: int, backbone_stride: int = 1, device=None, dtype=None) -> None:
+    def __init__(
+            self, in_chs: int, backbone_stride: int = 1, width_mult: float = 1., device=None, dtype=None) -> None:
         super().__init__()
         self.capsules = 0
         self.num_features = in_chs
@@ -82,6 +85,7 @@ class ConvPatchLayers(nn.Module):
         backbone_stride: for the error message on images that are too small.
         patch_stride: of the 9×9 convolution, 4 or 2.
         patch_padding: zeros around the feature map, 0 to 4.
+        width_mult: of ``width``.
     """
     kernel = PATCH_KERNEL
     head = ConvPatchHead
@@ -94,11 +98,13 @@ class ConvPatchLayers(nn.Module):
             backbone_stride: int = 1,
             patch_stride: int = PATCH_STRIDE,
             patch_padding: int = 0,
+            width_mult: float = 1.,
             device=None,
             dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        width = scale_width(width, width_mult)
         self.backbone_stride = backbone_stride
         self.stride, self.padding = patch_stride, patch_padding
         self.num_features = width
@@ -125,6 +131,7 @@ class PrimaryCapsules(nn.Module):
         backbone_stride: for the error message on images that are too small.
         patch_stride: of the 9×9 convolution, 4 or 2.
         patch_padding: zeros around the feature map, 0 to 4.
+        width_mult: of ``capsule_dim``.
     """
     kernel = PATCH_KERNEL
     head = DynamicRoutingHead
@@ -138,6 +145,7 @@ class PrimaryCapsules(nn.Module):
             backbone_stride: int = 1,
             patch_stride: int = PATCH_STRIDE,
             patch_padding: int = 0,
+            width_mult: float = 1.,
             device=None,
             dtype=None,
     ) -> None:
@@ -145,7 +153,7 @@ class PrimaryCapsules(nn.Module):
         self.backbone_stride = backbone_stride
         self.stride, self.padding = patch_stride, patch_padding
         self.capsules = capsules
-        self.num_features = capsules * capsule_dim
+        self.num_features = capsules * scale_width(capsule_dim, width_mult)
         self.conv = patch_convolution(
             in_chs, self.num_features, patch_stride, patch_padding, device=device, dtype=dtype)
 
@@ -191,6 +199,7 @@ class CapsulePatchLayers(nn.Module):
         backbone_stride: for the error message on images that are too small.
         patch_stride: of the 9×9 convolution, 4 or 2.
         patch_padding: zeros around the feature map, 0 to 4.
+        width_mult: of the dimensions of all capsules, not of their numbers.
     """
     kernel = PATCH_KERNEL
     head = CapsuleLossAttentionHead
@@ -204,15 +213,17 @@ class CapsulePatchLayers(nn.Module):
             backbone_stride: int = 1,
             patch_stride: int = PATCH_STRIDE,
             patch_padding: int = 0,
+            width_mult: float = 1.,
             device=None,
             dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.capsules = secondary[0]
-        self.num_features = secondary[0] * secondary[1]
+        self.num_features = secondary[0] * scale_width(secondary[1], width_mult)
         self.stride, self.padding = patch_stride, patch_padding
-        self.primary = PrimaryCapsules(in_chs, *primary, backbone_stride, patch_stride, patch_padding, **dd)
+        self.primary = PrimaryCapsules(
+            in_chs, *primary, backbone_stride, patch_stride, patch_padding, width_mult, **dd)
         self.length = CapsuleLength(primary[0], **dd)
         self.secondary = ConvNormAct(primary[0], self.num_features, 1, bias=True, **dd)
 
