@@ -4,6 +4,7 @@
     python train/reproduce.py --table 2 --rows 'resnet18_*' --columns CIFAR-10 --runs 4 --output output/reproduce
     python train/reproduce.py --figure 7 --runs 1
     python train/reproduce.py --table 4 --runs 0          # the table of what has been run so far
+    python train/reproduce.py --table 2 --nano --runs 3 --columns CIFAR-10 -- --epochs 8    # at an eighth of the widths
 
 Each run is train.py in a process of its own, with the paper's recipe for its model (adam for mean pooling and routing,
 sgd for the rest) or --recipe; what stands after ``--`` goes to train.py as it is. Runs that are finished are not run
@@ -27,15 +28,19 @@ import timm
 import yaml
 
 import timm_lossattn  # noqa: F401  (registers the models)
-from lib.paper import Cells, Job, RunOptions, all_cells, pictures, sweep_cells, table_cells
+from lib.paper import NANO, Cells, Job, RunOptions, all_cells, pictures, sweep_cells, table_cells
 from lib.paper_report import draw_sweeps, draw_table, header, markdown
 from lib.script import script
 from timm_lossattn.files import replace_file
 
 HERE = Path(__file__).parent
 CHECKPOINTS = {'last': 'last.pth.tar', 'best': 'model_best.pth.tar'}
-LEGEND = ("Each cell: ours, mean ± standard deviation (n runs) / the paper's number; percent where the column names no "
-          'unit. Ours is the last epoch; the paper does not say which epoch its numbers are of.')
+CELLS = ('Each cell: ours, mean ± standard deviation (n runs){}; percent where the column names no unit. Ours '
+         'is the last epoch')
+LEGEND = CELLS.format(" / the paper's number") + '; the paper does not say which epoch its numbers are of.'
+NANO_LEGEND = CELLS.format('') + (
+    '. All models at an eighth of their widths, Tiny ImageNet with ten of its classes: not the networks of the paper, '
+    'whose numbers are left out.')
 
 
 def run_script(script: str, flags: list[str]) -> None:
@@ -100,14 +105,20 @@ def measure(job: Job, seed: int, name: str, options: RunOptions, epoch: str = 'l
     return json.loads(file.read_text()).get(name)
 
 
-def parameters(model: str) -> float:
+def parameters(model: str, options: RunOptions) -> float:
     """Millions of parameters, with ten classes as in the paper's Table 2."""
-    return sum(p.numel() for p in timm.create_model(model, num_classes=10, device='meta').parameters()) / 1e6
+    created = timm.create_model(model, num_classes=10, width_mult=NANO if options.nano else 1., device='meta')
+    return sum(p.numel() for p in created.parameters()) / 1e6
 
 
 def chosen(name: str, patterns: list[str]) -> bool:
     """Whether one of the patterns fits."""
     return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def notes(entry: dict[str, Any], options: RunOptions) -> list[str]:
+    """How a table or a figure is to be read."""
+    return [NANO_LEGEND if options.nano else LEGEND, *([entry['note']] if 'note' in entry else [])]
 
 
 def first_error(calls: Iterable[Callable[[], Any]]) -> ValueError | None:
@@ -153,10 +164,10 @@ def reproduce_table(
     for row, columns in cells.items():
         for cell in columns.values():
             if cell is not None and cell.measure == 'parameters' and 'model' in table['rows'][row]:
-                cell.values = [parameters(table['rows'][row]['model'])]
+                cell.values = [parameters(table['rows'][row]['model'], options)]
     failure = failure or first_error([lambda: fill(cells, args.runs, options)])
     draw_table(title, cells, file.with_suffix('.png'))
-    return header(title, argv, LEGEND, *([table['note']] if 'note' in table else [])) + markdown(cells), failure
+    return header(title, argv, *notes(table, options)) + markdown(cells), failure
 
 
 def reproduce_sweeps(
@@ -176,7 +187,7 @@ def reproduce_sweeps(
     draw_sweeps(title, sweeps, symbols, file.with_suffix('.png'))
     rows: Cells = {f'{names[key]} = {value}': columns for key, cells in sweeps.items()
                    for value, columns in cells.items()}
-    return header(title, argv, LEGEND, figure['note']) + markdown(rows), failure
+    return header(title, argv, *notes(figure, options)) + markdown(rows), failure
 
 
 def reproduce_pictures(
@@ -211,22 +222,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--runs', type=int, default=4, metavar='N', help='seeds 0 to N − 1 (default: 4, as the paper)')
     parser.add_argument('--recipe', choices=('sgd', 'adam', 'fast', 'smoke'),
                         help="default: the paper's for each model (Table 1 is about recipes and keeps its own)")
+    parser.add_argument('--nano', action='store_true',
+                        help='every model at an eighth of its widths, Tiny ImageNet with ten of its classes')
     parser.add_argument('--output', default='output/reproduce', metavar='DIR')
     args = parser.parse_args(own)
-    options = RunOptions(args.output, args.recipe, tuple(train_flags))
+    options = RunOptions(args.output, args.recipe, tuple(train_flags), args.nano)
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
+    kind, number = ('table', args.table) if args.table else ('figure', args.figure)
+    entry = (tables if args.table else figures)[number]
+    file = out / f'{kind}{number}{"-nano" if args.nano else ""}'
+    name = f'{kind.capitalize()} {number}' if number[0].isdigit() else number
+    title = f'{name}{", nano" if args.nano else ""}: {entry["title"]}'
     if args.table:
-        file, entry = out / f'table{args.table}', tables[args.table]
-        title = f'{"Table " if args.table[0].isdigit() else ""}{args.table}: {entry["title"]}'
         text, failure = reproduce_table(title, entry, args, options, file, argv)
+    elif 'sweeps' in entry:
+        text, failure = reproduce_sweeps(title, entry, args, options, file, argv)
     else:
-        file, entry = out / f'figure{args.figure}', figures[args.figure]
-        title = f'Figure {args.figure}: {entry["title"]}'
-        if 'sweeps' in entry:
-            text, failure = reproduce_sweeps(title, entry, args, options, file, argv)
-        else:
-            text, failure = reproduce_pictures(title, entry, args.figure, args, options, file, argv)
+        text, failure = reproduce_pictures(title, entry, number, args, options, file, argv)
     replace_file(file.with_suffix('.md'), text.encode())
     print(f'{text}\n{file.with_suffix(".md")}')
     if failure is not None:

@@ -197,6 +197,45 @@ def test_one_picture(folder, tmp_path, capfd):
     assert [cells['picture'] for cells in rows.values()].count('not run') == 3
 
 
+def test_nano_jobs():
+    """Narrow models, ten classes, no numbers of the paper, and no rows that the paper quotes; folders of their own."""
+    options, full = paper.RunOptions('out', nano=True), paper.RunOptions('out')
+    for number, table in KNOWN['tables'].items():
+        cells = paper.table_cells(table, options)
+        assert list(cells) == [name for name, row in table['rows'].items() if 'model' in row]
+        for row, columns in paper.table_cells(table, full).items():
+            for column, cell in columns.items():
+                small = cells.get(row, {}).get(column)
+                if cell is None or cell.job is None:
+                    assert small is None or small.job is None
+                    continue
+                assert small.paper is None
+                assert small.job.folder(0, options) != cell.job.folder(0, full)
+                assert ('width_mult', '0.125') in small.job.flags
+                assert small.job.dataset == ('tiny_imagenet_mini' if number in (4, 6, '6-mini') else cell.job.dataset)
+                assert (small.job.model, small.job.recipe) == (cell.job.model, cell.job.recipe)
+
+
+def test_nano_run(folder, tmp_path, capfd):
+    """What is trained is narrow, is measured as it was trained, and the table says what it is."""
+    out = tmp_path / 'out'
+    assert reproduce.main([
+        '--table', '2', '--nano', '--recipe', 'fast', '--rows', 'vgg11_bn_cifar', '--columns', 'CIFAR-100',
+        '--runs', '2', '--output', str(out), *data(folder, tmp_path), '--epochs', '1', '--target-key', 'label']) == 0, \
+        capfd.readouterr().err
+    text = (out / 'table2-nano.md').read_text()
+    rows = printed_rows(text)
+    assert 'All models at an eighth of their widths' in text
+    assert "the paper's number" not in text
+    assert '(n = 2)' in rows['vgg11_bn_cifar']['CIFAR-100']
+    assert rows['resnet18_lossattn_conv']['parameters'] == '0.51'
+    assert not any(' / ' in cell for cells in rows.values() for cell in cells.values())
+    for file in out.glob('*/result.json'):
+        result = json.loads(file.read_text())
+        assert result['parameters'] == sum(p.numel() for p in timm.create_model(
+            'vgg11_bn_cifar', num_classes=2, width_mult=1 / 8, device='meta').parameters())
+
+
 def test_failed_run_is_reported(tmp_path, capfd):
     """The table is written all the same; exit code 2."""
     assert reproduce.main(['--figure', '7', '--rows', 'ResNet18, ξ = 1', '--runs', '1', '--output', str(tmp_path), '--',

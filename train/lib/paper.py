@@ -9,19 +9,37 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-__all__ = ['ADAM', 'Cell', 'Cells', 'Job', 'RunOptions', 'all_cells', 'pictures', 'recipe_of', 'sweep_cells',
+__all__ = ['ADAM', 'NANO', 'Cell', 'Cells', 'Job', 'RunOptions', 'all_cells', 'pictures', 'recipe_of', 'sweep_cells',
            'table_cells']
 
+NANO = 1 / 8  # of the widths
+NANO_DATASETS = {'tiny_imagenet': 'tiny_imagenet_mini'}
 ADAM = ('*_meanpool_*', '*_routing_*')  # the paper trains these with Adam
 CHOSEN_BY = ('top1', 'map_voc11', 'map_public_code')  # measures of which a best epoch is reported beside the last
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How runs are made: their folder, the recipe if not the paper's, and what goes to train.py as it is."""
+    """How runs are made.
+
+    Attributes:
+        output: their folder.
+        recipe: if not the paper's.
+        train_flags: what goes to train.py as it is.
+        nano: an eighth of the widths, and ten classes of Tiny ImageNet; no numbers of the paper stand beside those.
+    """
     output: str
     recipe: str | None = None
     train_flags: tuple[str, ...] = ()
+    nano: bool = False
+
+    def job(self, model: str, dataset: str, recipe: str | None = None, flags: Mapping[str, Any] | None = None) -> 'Job':
+        """What is run for a model on a dataset, by a recipe of the table or else the one of these options."""
+        flags = dict(flags or {})
+        if self.nano:
+            flags['width_mult'] = NANO
+            dataset = NANO_DATASETS.get(dataset, dataset)
+        return Job(model, dataset, recipe or recipe_of(model, self.recipe), as_flags(flags))
 
 
 @dataclass(frozen=True)
@@ -99,16 +117,19 @@ def table_cells(table: Mapping[str, Any], options: RunOptions) -> Cells:
     printed = [name for name, spec in columns.items() if 'paper_of' not in spec]  # where the paper has numbers
     cells: Cells = {}
     for name, row in table['rows'].items():
+        if options.nano and 'model' not in row:
+            continue
         numbers = dict(zip(printed, row['paper'] or [None] * len(printed)))
         cells[name] = {}
         for column, spec in columns.items():
             paper = numbers[spec.get('paper_of', column)]
             job = None
             if 'model' in row and 'dataset' in spec:
-                job = Job(row['model'] + spec.get('model_suffix', ''), spec['dataset'],
-                          row.get('recipe') or recipe_of(row['model'], options.recipe), as_flags(row.get('flags', {})))
+                job = options.job(row['model'] + spec.get('model_suffix', ''), spec['dataset'], row.get('recipe'),
+                                  row.get('flags'))
             empty = row['paper'] and paper is None
-            cells[name][column] = None if empty else Cell(job, spec['measure'], paper, spec.get('unit', '%'))
+            cells[name][column] = None if empty else Cell(
+                job, spec['measure'], None if options.nano else paper, spec.get('unit', '%'))
     return cells
 
 
@@ -117,8 +138,7 @@ def sweep_cells(figure: Mapping[str, Any], options: RunOptions) -> dict[tuple[st
     return {
         (flag, curve): {
             str(value): {
-                name: Cell(Job(model, figure['dataset'], recipe_of(model, options.recipe),
-                               as_flags({**sweep['fixed'], flag: value})), measure, None)
+                name: Cell(options.job(model, figure['dataset'], flags={**sweep['fixed'], flag: value}), measure, None)
                 for name, measure in figure['measures'].items()}
             for value in sweep['values']}
         for flag, sweep in figure['sweeps'].items() for curve, model in figure['curves'].items()}
@@ -126,8 +146,7 @@ def sweep_cells(figure: Mapping[str, Any], options: RunOptions) -> dict[tuple[st
 
 def pictures(figure: Mapping[str, Any], options: RunOptions) -> dict[str, Job]:
     """Row -> the job whose model draws it, of a figure of images."""
-    return {name: Job(row['model'], row['dataset'], recipe_of(row['model'], options.recipe))
-            for name, row in figure['rows'].items()}
+    return {name: options.job(row['model'], row['dataset']) for name, row in figure['rows'].items()}
 
 
 def all_cells(cells: Cells) -> Iterator[Cell]:
