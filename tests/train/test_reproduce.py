@@ -197,6 +197,31 @@ def test_one_picture(folder, tmp_path, capfd):
     assert [cells['picture'] for cells in rows.values()].count('not run') == 3
 
 
+def test_best_epoch_is_validated_from_its_checkpoint(tmp_path, monkeypatch):
+    """A measure that train.py does not take: the last and the best checkpoint each get a validation, once."""
+    options, job = paper.RunOptions(str(tmp_path)), paper.Job('resnet18_cifar', 'coco', 'sgd')
+    folder = job.folder(0, options)
+    (folder / 'hub').mkdir(parents=True)
+    args = dict.fromkeys((
+        'dataset', 'data_dir', 'val_split', 'input_key', 'target_key', 'num_classes', 'xi', 'workers'))
+    (folder / 'result.json').write_text(json.dumps({
+        'args': {**args, 'dataset': 'hfds/coco', 'multi_label': True}, 'last': {'map': 1.}, 'best': {'map': 2.},
+        'data_config': {'input_size': [3, 64, 64], 'mean': [0.5] * 3, 'std': [0.25] * 3}}))
+    calls = []
+
+    def validated(script, flags):
+        calls.append(flags)
+        best = flags[flags.index('--checkpoint') + 1].endswith('model_best.pth.tar')
+        Path(flags[flags.index('--results-file') + 1]).write_text(json.dumps({'map_voc11': 4. if best else 3.}))
+
+    monkeypatch.setattr(reproduce, 'run_script', validated)
+    for _ in range(2):
+        assert [reproduce.measure(job, 0, name, options, epoch) for name in ('map', 'map_voc11')
+                for epoch in ('last', 'best')] == [1., 2., 3., 4.]
+    assert len(calls) == 2
+    assert all('--multi-label' in flags and flags[flags.index('--dataset') + 1] == 'hfds/coco' for flags in calls)
+
+
 def test_nano_jobs():
     """Narrow models, ten classes, no numbers of the paper, and no rows that the paper quotes; folders of their own."""
     options, full = paper.RunOptions('out', nano=True), paper.RunOptions('out')
