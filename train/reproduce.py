@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,7 @@ def run_jobs(jobs: Iterable[Job], runs: int, options: RunOptions) -> ValueError 
     wanted = list(dict.fromkeys(jobs))
     if not wanted:
         raise ValueError('--rows and --columns: no cell matches')
-    return first_error(lambda job=job, seed=seed: train(job, seed, options)  # type: ignore[misc]
-                       for seed in range(runs) for job in wanted)
+    return first_error(partial(train, job, seed, options) for seed in range(runs) for job in wanted)
 
 
 def reproduce_table(
@@ -165,9 +165,9 @@ def reproduce_table(
         for cell in columns.values():
             if cell is not None and cell.measure == 'parameters' and 'model' in table['rows'][row]:
                 cell.values = [parameters(table['rows'][row]['model'], options)]
-    failure = failure or first_error([lambda: fill(cells, args.runs, options)])
+    unread = first_error([partial(fill, cells, args.runs, options)])
     draw_table(title, cells, file.with_suffix('.png'))
-    return header(title, argv, *notes(table, options)) + markdown(cells), failure
+    return header(title, argv, *notes(table, options)) + markdown(cells), failure or unread
 
 
 def reproduce_sweeps(
@@ -182,28 +182,33 @@ def reproduce_sweeps(
                         for column, cell in columns.items()
                         if cell is not None and cell.job is not None and chosen(column, args.columns)),
                        args.runs, options)
-    failure = failure or first_error(lambda cells=cells: fill(cells, args.runs, options)  # type: ignore[misc]
-                                     for cells in sweeps.values())
+    unread = first_error(partial(fill, cells, args.runs, options) for cells in sweeps.values())
     draw_sweeps(title, sweeps, symbols, file.with_suffix('.png'))
     rows: Cells = {f'{names[key]} = {value}': columns for key, cells in sweeps.items()
                    for value, columns in cells.items()}
-    return header(title, argv, *notes(figure, options)) + markdown(rows), failure
+    return header(title, argv, *notes(figure, options)) + markdown(rows), failure or unread
+
+
+def draw_picture(number: str, run: Path, file: Path) -> None:
+    """Figure 4, 5 or 6 from the model of a finished run."""
+    run_script('figures.py', ['--figure', number, '--model', f'local-dir:{run / "hub"}', '--output', str(file),
+                              *data_flags(run)])
 
 
 def reproduce_pictures(
         title: str, figure: dict[str, Any], number: str, args: argparse.Namespace, options: RunOptions, file: Path,
         argv: list[str]) -> tuple[str, ValueError | None]:
     """Train what a figure of images needs, and have it drawn; which pictures there are, and the first error."""
-    jobs = {name: job for name, job in pictures(figure, options).items() if chosen(name, args.rows)}
-    failure = run_jobs(jobs.values(), min(args.runs, 1), options)
+    jobs = pictures(figure, options)
+    failure = run_jobs((job for name, job in jobs.items() if chosen(name, args.rows)), min(args.runs, 1), options)
+    files = {name: file.with_name(f'{file.name}-{job.folder(0, options).name}.png') for name, job in jobs.items()}
+    undrawn = first_error(
+        partial(draw_picture, number, job.folder(0, options), files[name]) for name, job in jobs.items()
+        if (job.folder(0, options) / 'hub').is_dir() and not files[name].is_file())
     lines = ['| | picture |', '|---|---|']
-    for name, job in pictures(figure, options).items():
-        picture, folder = file.with_name(f'{file.name}-{job.model}-{job.dataset}.png'), job.folder(0, options)
-        if not picture.is_file() and (folder / 'hub').is_dir():
-            failure = failure or first_error([lambda f=folder, p=picture: run_script('figures.py', [  # type: ignore[misc]
-                '--figure', number, '--model', f'local-dir:{f / "hub"}', '--output', str(p), *data_flags(f)])])
-        lines.append(f'| {name} | {f"![{name}]({picture.name})" if picture.is_file() else "not run"} |')
-    return header(title, argv) + '\n'.join(lines) + '\n', failure
+    lines += [f'| {name} | {f"![{name}]({picture.name})" if picture.is_file() else "not run"} |'
+              for name, picture in files.items()]
+    return header(title, argv) + '\n'.join(lines) + '\n', failure or undrawn
 
 
 @script

@@ -158,7 +158,7 @@ def data(folder, tmp_path):
             'validation', '--num-classes', '2', '--batch-size', '8', '--workers', '0', '--device', 'cpu']
 
 
-def test_one_row(folder, tmp_path, capfd):
+def test_one_row(folder, tmp_path, capfd, monkeypatch):
     """The row that was asked for is run once; the others say that they were not; a second call runs nothing."""
     command = ['--table', '2', '--rows', 'resnet18_cifar', '--columns', 'CIFAR-10', '--runs', '1', '--output',
                str(tmp_path / 'out'), *data(folder, tmp_path), '--epochs', '2']
@@ -182,6 +182,15 @@ def test_one_row(folder, tmp_path, capfd):
     assert reproduce.measure(job, 0, 'epoch_seconds', options) == pytest.approx(sum(seconds) / 2)
     assert reproduce.measure(job, 1, 'top1', options) is None
 
+    def fail(script, flags):
+        raise ValueError(f'{script} is out of order')
+
+    monkeypatch.setattr(reproduce, 'run_script', fail)  # the second seed fails, and the first is shown all the same
+    command[command.index('--runs') + 1] = '2'
+    assert reproduce.main(command) == 2
+    assert 'out of order' in capfd.readouterr().err
+    assert printed_rows((tmp_path / 'out' / 'table2.md').read_text())['resnet18_cifar'] == rows['resnet18_cifar']
+
 
 def test_one_picture(folder, tmp_path, capfd):
     """The model is trained and figures.py draws from it; the other rows say that they were not run."""
@@ -190,10 +199,10 @@ def test_one_picture(folder, tmp_path, capfd):
         '--figure', '4', '--rows', 'ResNet18, convolutional, Tiny ImageNet', '--runs', '4', '--output', str(out),
         *data(folder, tmp_path), '--epochs', '1', '--input-size', '3', '24', '24']) == 0, capfd.readouterr().err
     rows = printed_rows((out / 'figure4.md').read_text())
-    picture = 'figure4-resnet18_lossattn_conv_s2-tiny_imagenet.png'
+    (run,) = (file.parent.name for file in out.glob('*/result.json'))
+    picture = f'figure4-{run}.png'
     assert next(iter(rows.values()))['picture'] == f'![ResNet18, convolutional, Tiny ImageNet]({picture})'
     assert (out / picture).read_bytes().startswith(b'\x89PNG')
-    assert len(list(out.glob('*/result.json'))) == 1
     assert [cells['picture'] for cells in rows.values()].count('not run') == 3
 
 
