@@ -51,7 +51,8 @@ from lib.options import DataOptions  # noqa: E402
 
 MAX_BYTES = 70_000_000  # of a file in the repository
 MAX_PACKAGE = 15_000_000  # of all weights in the package: the wheel stays under 20 MB
-MODEL_ARGS = ('num_classes', 'in_chans', 'xi', 'backbone_stride')  # flags of a run that the model is created with
+# flags of a run that the model is created with
+MODEL_ARGS = ('num_classes', 'in_chans', 'xi', 'backbone_stride', 'patch_stride', 'patch_padding', 'width_mult')
 
 
 @dataclass(frozen=True)

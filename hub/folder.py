@@ -31,7 +31,7 @@ WEIGHTS = Path(__file__).resolve().parent / 'weights'
 CIFAR_EXAMPLE = Path(__file__).parent / 'space' / 'examples' / 'cifar10_test_00001_ship.png'
 MAX_BYTES = 50 * 10 ** 9  # the Hub's limit for one file
 SAME = (*PREPROCESSING, 'label_names')  # of a pretrained_cfg
-SAME_ATTRIBUTES = ('num_classes', 'xi', 'backbone_stride', 'global_pool')  # of a model
+SAME_ATTRIBUTES = ('num_classes', 'xi', 'backbone_stride', 'patch_stride', 'patch_padding', 'global_pool')  # of a model
 
 
 def list_bundles() -> list[str]:

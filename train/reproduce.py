@@ -1,106 +1,47 @@
 #!/usr/bin/env python3
-"""Run rows of the paper's tables, or a sweep of Figure 7, and set our numbers beside the paper's.
+"""Run rows of the paper's tables, or one of its figures, and set our numbers beside the paper's.
 
     python train/reproduce.py --table 2 --rows 'resnet18_*' --columns CIFAR-10 --runs 4 --output output/reproduce
-    python train/reproduce.py --sweep xi
+    python train/reproduce.py --figure 7 --runs 1
     python train/reproduce.py --table 4 --runs 0          # the table of what has been run so far
+    python train/reproduce.py --table 2 --nano --runs 3 --columns CIFAR-10 -- --epochs 8    # at an eighth of the widths
 
 Each run is train.py in a process of its own, with the paper's recipe for its model (adam for mean pooling and routing,
 sgd for the rest) or --recipe; what stands after ``--`` goes to train.py as it is. Runs that are finished are not run
-again, one that was interrupted goes on, and tables share runs. Writes <output>/table2.md and table2.png: mean ±
-standard deviation over seeds 0, 1, ... of the last epoch's model (no choice of an epoch by test accuracy), and n.
+again, one that was interrupted goes on, and tables and figures share runs. Writes <output>/table2.md and table2.png:
+mean ± standard deviation over seeds 0, 1, ... of the last epoch's model (no choice of an epoch by test accuracy), and
+n; for accuracies and mAP beside it that of the epoch with the best test accuracy. A figure of images (4, 5, 6) is drawn
+by figures.py from the run of seed 0.
 """
 import argparse
-import hashlib
 import json
-import re
 import shlex
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 
-from lib.plots import panels, save
+import timm_lossattn  # noqa: F401  (registers the models)
+from lib.paper import NANO, Cells, Job, RunOptions, all_cells, pictures, sweep_cells, table_cells
+from lib.paper_report import draw_sweeps, draw_table, header, markdown
 from lib.script import script
 from timm_lossattn.files import replace_file
 
 HERE = Path(__file__).parent
-ADAM = ('*_meanpool_*', '*_routing_*')  # the paper trains these with Adam
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How runs are made: their folder, the recipe if not the paper's, and what goes to train.py as it is."""
-    output: str
-    recipe: str | None = None
-    train_flags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model on one dataset with one recipe; runs differ in their seed."""
-    model: str
-    dataset: str
-    recipe: str
-    flags: tuple[tuple[str, str], ...] = ()
-
-    def folder(self, seed: int, options: RunOptions) -> Path:
-        """The run's; equal jobs of different tables share it, other flags for train.py never do."""
-        parts = [self.model, self.dataset, self.recipe, *(f'{k}={v}' for k, v in self.flags), f'seed{seed}']
-        if options.train_flags:
-            parts.append(hashlib.sha256(shlex.join(options.train_flags).encode()).hexdigest()[:8])
-        return Path(options.output) / re.sub(r'[^\w.=-]+', '_', '-'.join(parts))
-
-
-@dataclass
-class Cell:
-    """One number of a table."""
-    job: Job
-    measure: str
-    paper: float | None
-    values: list[float] = field(default_factory=list)
-
-    def text(self) -> str:
-        """For Markdown."""
-        if not self.values:
-            ours = 'not run'
-        elif len(self.values) == 1:
-            ours = f'{self.values[0]:.2f} (n = 1)'
-        else:
-            ours = f'{statistics.mean(self.values):.2f} ± {statistics.stdev(self.values):.2f} (n = {len(self.values)})'
-        return ours if self.paper is None else f'{ours} / {self.paper:.2f}'
-
-
-def recipe_of(model: str, chosen: str | None) -> str:
-    """The recipe asked for, or the paper's for this model."""
-    return chosen or ('adam' if any(fnmatch(model, pattern) for pattern in ADAM) else 'sgd')
-
-
-def table_cells(table: dict[str, Any], options: RunOptions) -> dict[str, dict[str, Cell | None]]:
-    """Row -> column -> cell; None where the paper's row has no number."""
-    cells: dict[str, dict[str, Cell | None]] = {}
-    for name, row in table['rows'].items():
-        cells[name] = {}
-        numbers = row['paper'] or [None] * len(table['columns'])
-        for (column, spec), paper in zip(table['columns'].items(), numbers):
-            job = Job(row['model'] + spec.get('model_suffix', ''), spec['dataset'],
-                      row.get('recipe') or recipe_of(row['model'], options.recipe),
-                      tuple((k, str(v)) for k, v in row.get('flags', {}).items()))
-            cells[name][column] = None if row['paper'] and paper is None else Cell(job, spec['measure'], paper)
-    return cells
-
-
-def sweep_cells(sweep: dict[str, Any], options: RunOptions) -> dict[str, dict[str, Cell | None]]:
-    """Row for each value of the sweep."""
-    flags = tuple((k, str(v)) for k, v in sweep['fixed'].items())
-    return {str(value): {sweep['measure']: Cell(
-        Job(sweep['model'], sweep['dataset'], recipe_of(sweep['model'], options.recipe),
-            (*flags, (sweep['flag'], str(value)))), sweep['measure'], None)} for value in sweep['values']}
+CHECKPOINTS = {'last': 'last.pth.tar', 'best': 'model_best.pth.tar'}
+CELLS = ('Each cell: ours, mean ± standard deviation (n runs){}; percent where the column names no unit. Ours '
+         'is the last epoch')
+LEGEND = CELLS.format(" / the paper's number") + '; the paper does not say which epoch its numbers are of.'
+NANO_LEGEND = CELLS.format('') + (
+    '. All models at an eighth of their widths, Tiny ImageNet with ten of its classes: not the networks of the paper, '
+    'whose numbers are left out.')
 
 
 def run_script(script: str, flags: list[str]) -> None:
@@ -127,67 +68,147 @@ def train(job: Job, seed: int, options: RunOptions) -> None:
         options.output, '--experiment', folder.name, '--resume', 'auto', *flags, *options.train_flags])
 
 
-def measure(job: Job, seed: int, name: str, options: RunOptions) -> float | None:
-    """A measure of a finished run: from its result.json, or else from validate.py; None if the run is not finished."""
+def data_flags(folder: Path) -> list[str]:
+    """Flags of a run's validation data, for validate.py and figures.py."""
+    result = json.loads((folder / 'result.json').read_text())
+    a, config = result['args'], result['data_config']
+    flags: list[str] = []
+    for flag in ('dataset', 'data_dir', 'val_split', 'input_key', 'target_key', 'num_classes', 'xi', 'workers'):
+        if a[flag] is not None:
+            flags += [f'--{flag.replace("_", "-")}', str(a[flag])]
+    for flag in ('input_size', 'mean', 'std'):
+        flags += [f'--{flag.replace("_", "-")}', *map(str, config[flag])]
+    return [*flags, *(['--multi-label'] if a['multi_label'] else [])]
+
+
+def measure(job: Job, seed: int, name: str, options: RunOptions, epoch: str = 'last') -> float | None:
+    """A measure of a finished run: from its result.json, or else from validate.py; None if the run is not finished.
+
+    Args:
+        job: what was run.
+        seed: of the run.
+        name: of the measure; 'epoch_seconds' is the median over epochs of training and evaluation.
+        options: of the run.
+        epoch: 'last', or 'best' for the one with the best test accuracy.
+    """
     folder = job.folder(seed, options)
     if not (folder / 'hub').is_dir():
         return None
     result = json.loads((folder / 'result.json').read_text())
-    if name in result['last']:
-        return result['last'][name]
-    file = folder / 'validation.json'
+    if name == 'epoch_seconds':
+        return statistics.median(entry['seconds'] for entry in result['epochs'])
+    if name in result[epoch]:
+        return result[epoch][name]
+    file = folder / ('validation.json' if epoch == 'last' else f'validation_{epoch}.json')
     if not file.is_file():
-        a, config = result['args'], result['data_config']
-        flags = ['--model', job.model, '--checkpoint', str(folder / 'last.pth.tar'), '--results-file', str(file)]
-        for flag in ('dataset', 'data_dir', 'val_split', 'input_key', 'target_key', 'num_classes', 'xi', 'workers'):
-            if a[flag] is not None:
-                flags += [f'--{flag.replace("_", "-")}', str(a[flag])]
-        for flag in ('input_size', 'mean', 'std'):
-            flags += [f'--{flag.replace("_", "-")}', *map(str, config[flag])]
-        run_script('validate.py', [*flags, *(['--multi-label'] if a['multi_label'] else [])])
+        run_script('validate.py', ['--model', job.model, '--checkpoint', str(folder / CHECKPOINTS[epoch]),
+                                   '--results-file', str(file), *data_flags(folder)])
     return json.loads(file.read_text()).get(name)
 
 
-def markdown(title: str, cells: dict[str, dict[str, Cell | None]], argv: list[str]) -> str:
-    """The table: ours / paper in every cell."""
-    columns = list(next(iter(cells.values())))
-    lines = [f'# {title}', '', "Each cell: ours, mean ± standard deviation (n runs) / the paper's number; percent.", '',
-             f'`{shlex.join(["python", "train/reproduce.py", *argv])}`', '',
-             '| | ' + ' | '.join(columns) + ' |', '|---|' + '---|' * len(columns)]
-    lines += [f'| {name} | ' + ' | '.join('–' if cell is None else cell.text() for cell in row.values()) + ' |'
-              for name, row in cells.items()]
-    return '\n'.join(lines) + '\n'
+def parameters(model: str, options: RunOptions) -> float:
+    """Millions of parameters, with ten classes as in the paper's Table 2."""
+    created = timm.create_model(model, num_classes=10, width_mult=NANO if options.nano else 1., device='meta')
+    return sum(p.numel() for p in created.parameters()) / 1e6
 
 
-def draw(title: str, cells: dict[str, dict[str, Cell | None]], file: Path, sweep: str | None) -> None:
-    """Ours beside the paper's, a panel for each column; a sweep as a curve over its values."""
-    columns = list(next(iter(cells.values())))
-    rows = list(cells)
-    height = 3.5 if sweep else 1.6 + 0.3 * len(rows)
-    figure, (row_of_axes,) = panels(
-        1, len(columns), 5 if sweep else 3 + 2.6 * len(columns), height, sharey=not sweep)
-    for axes, column in zip(row_of_axes, columns):
-        shown = [(i, cells[row][column]) for i, row in enumerate(rows)]
-        ours = [(i, cell) for i, cell in shown if cell is not None and cell.values]
-        mean = [statistics.mean(cell.values) for _, cell in ours]
-        error = [statistics.stdev(cell.values) if len(cell.values) > 1 else 0. for _, cell in ours]
-        if sweep:
-            axes.errorbar([i for i, _ in ours], mean, yerr=error, marker='o', color='#0072B2', capsize=3)
-            axes.set_xticks(range(len(rows)), rows)
-            axes.set(xlabel=sweep, ylabel=f'{column} (%)')
-        else:
-            paper = [(i, cell.paper) for i, cell in shown if cell is not None and cell.paper is not None]
-            if paper:
-                axes.plot([p for _, p in paper], [i for i, _ in paper], 'D', mfc='none', color='#D55E00', label='paper')
-            axes.errorbar(mean, [i for i, _ in ours], xerr=error, fmt='o', color='#0072B2', capsize=3, label='ours')
-            axes.set_yticks(range(len(rows)), rows)
-            axes.set(xlabel=f'{column} (%)', ylim=(len(rows) - 0.5, -0.5))
-        axes.grid(alpha=0.3)
-    if not sweep:
-        handles, labels = row_of_axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False)
-    figure.suptitle(title)
-    save(figure, file, dpi=120)
+def chosen(name: str, patterns: list[str]) -> bool:
+    """Whether one of the patterns fits."""
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def notes(entry: dict[str, Any], options: RunOptions) -> list[str]:
+    """How a table or a figure is to be read."""
+    return [NANO_LEGEND if options.nano else LEGEND, *([entry['note']] if 'note' in entry else [])]
+
+
+def first_error(calls: Iterable[Callable[[], Any]]) -> ValueError | None:
+    """Make all calls; the first error, if there is one: the rest is run, and shown, all the same."""
+    failure = None
+    for call in calls:
+        try:
+            call()
+        except ValueError as error:
+            failure = failure or error
+    return failure
+
+
+def fill(cells: Cells, runs: int, options: RunOptions) -> None:
+    """Take the numbers of all runs that are finished."""
+    for cell in all_cells(cells):
+        if cell.job is None:
+            continue
+        for epoch, values in (('last', cell.values), ('best', cell.best)):
+            if epoch == 'last' or cell.chosen:
+                found = [measure(cell.job, seed, cell.measure, options, epoch) for seed in range(max(runs, 4))]
+                values += [value for value in found if value is not None]
+
+
+def run_jobs(jobs: Iterable[Job], runs: int, options: RunOptions) -> ValueError | None:
+    """Train what is not finished, seed by seed; the first error."""
+    wanted = list(dict.fromkeys(jobs))
+    if not wanted:
+        raise ValueError('--rows and --columns: no cell matches')
+    return first_error(partial(train, job, seed, options) for seed in range(runs) for job in wanted)
+
+
+def reproduce_table(
+        title: str, table: dict[str, Any], args: argparse.Namespace, options: RunOptions, file: Path,
+        argv: list[str]) -> tuple[str, ValueError | None]:
+    """Run, fill and draw a table; its text and the first error."""
+    cells = table_cells(table, options)
+    failure = run_jobs((cell.job for row, columns in cells.items() if chosen(row, args.rows)
+                        for column, cell in columns.items()
+                        if cell is not None and cell.job is not None and chosen(column, args.columns)),
+                       args.runs, options)
+    for row, columns in cells.items():
+        for cell in columns.values():
+            if cell is not None and cell.measure == 'parameters' and 'model' in table['rows'][row]:
+                cell.values = [parameters(table['rows'][row]['model'], options)]
+    unread = first_error([partial(fill, cells, args.runs, options)])
+    draw_table(title, cells, file.with_suffix('.png'))
+    return header(title, argv, *notes(table, options)) + markdown(cells), failure or unread
+
+
+def reproduce_sweeps(
+        title: str, figure: dict[str, Any], args: argparse.Namespace, options: RunOptions, file: Path,
+        argv: list[str]) -> tuple[str, ValueError | None]:
+    """Run, fill and draw a figure of curves; its numbers as text and the first error."""
+    sweeps = sweep_cells(figure, options)
+    symbols = {flag: sweep['symbol'] for flag, sweep in figure['sweeps'].items()}
+    names = {key: f'{key[1]}, {symbols[key[0]]}' for key in sweeps}
+    failure = run_jobs((cell.job for key, cells in sweeps.items() for value, columns in cells.items()
+                        if chosen(f'{names[key]} = {value}', args.rows)
+                        for column, cell in columns.items()
+                        if cell is not None and cell.job is not None and chosen(column, args.columns)),
+                       args.runs, options)
+    unread = first_error(partial(fill, cells, args.runs, options) for cells in sweeps.values())
+    draw_sweeps(title, sweeps, symbols, file.with_suffix('.png'))
+    rows: Cells = {f'{names[key]} = {value}': columns for key, cells in sweeps.items()
+                   for value, columns in cells.items()}
+    return header(title, argv, *notes(figure, options)) + markdown(rows), failure or unread
+
+
+def draw_picture(number: str, run: Path, file: Path) -> None:
+    """Figure 4, 5 or 6 from the model of a finished run."""
+    run_script('figures.py', ['--figure', number, '--model', f'local-dir:{run / "hub"}', '--output', str(file),
+                              *data_flags(run)])
+
+
+def reproduce_pictures(
+        title: str, figure: dict[str, Any], number: str, args: argparse.Namespace, options: RunOptions, file: Path,
+        argv: list[str]) -> tuple[str, ValueError | None]:
+    """Train what a figure of images needs, and have it drawn; which pictures there are, and the first error."""
+    jobs = pictures(figure, options)
+    failure = run_jobs((job for name, job in jobs.items() if chosen(name, args.rows)), min(args.runs, 1), options)
+    files = {name: file.with_name(f'{file.name}-{job.folder(0, options).name}.png') for name, job in jobs.items()}
+    undrawn = first_error(
+        partial(draw_picture, number, job.folder(0, options), files[name]) for name, job in jobs.items()
+        if (job.folder(0, options) / 'hub').is_dir() and not files[name].is_file())
+    lines = ['| | picture |', '|---|---|']
+    lines += [f'| {name} | {f"![{name}]({picture.name})" if picture.is_file() else "not run"} |'
+              for name, picture in files.items()]
+    return header(title, argv) + '\n'.join(lines) + '\n', failure or undrawn
 
 
 @script
@@ -196,55 +217,36 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     own, train_flags = (argv[:argv.index('--')], argv[argv.index('--') + 1:]) if '--' in argv else (argv, [])
     known = yaml.safe_load((HERE / 'paper_tables.yaml').read_text())
+    tables, figures = ({str(key): value for key, value in known[kind].items()} for kind in ('tables', 'figures'))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('--table', choices=[str(number) for number in known['tables']])
-    what.add_argument('--sweep', choices=sorted(known['sweeps']), help='of Figure 7')
+    what.add_argument('--table', choices=list(tables))
+    what.add_argument('--figure', choices=list(figures))
     parser.add_argument('--rows', nargs='+', default=['*'], metavar='PATTERN', help='rows to run (default: all)')
     parser.add_argument('--columns', nargs='+', default=['*'], metavar='PATTERN', help='columns to run (default: all)')
     parser.add_argument('--runs', type=int, default=4, metavar='N', help='seeds 0 to N − 1 (default: 4, as the paper)')
-    parser.add_argument('--recipe', choices=('sgd', 'adam', 'fast'),
+    parser.add_argument('--recipe', choices=('sgd', 'adam', 'fast', 'smoke'),
                         help="default: the paper's for each model (Table 1 is about recipes and keeps its own)")
+    parser.add_argument('--nano', action='store_true',
+                        help='every model at an eighth of its widths, Tiny ImageNet with ten of its classes')
     parser.add_argument('--output', default='output/reproduce', metavar='DIR')
     args = parser.parse_args(own)
-    options = RunOptions(args.output, args.recipe, tuple(train_flags))
-    if args.table:
-        table = {str(number): table for number, table in known['tables'].items()}[args.table]
-        title, name = f'Table {args.table}: {table["title"]}', f'table{args.table}'
-        cells = table_cells(table, options)
-    else:
-        sweep = known['sweeps'][args.sweep]
-        title, name = f'Figure 7: {args.sweep} with {sweep["model"]} on {sweep["dataset"]}', f'figure7_{args.sweep}'
-        cells = sweep_cells(sweep, options)
-
-    def chosen(name: str, patterns: list[str]) -> bool:
-        return any(fnmatch(name, pattern) for pattern in patterns)
-
-    wanted = [cell.job for row, columns in cells.items() if chosen(row, args.rows)
-              for column, cell in columns.items() if cell is not None and chosen(column, args.columns)]
-    if not wanted:
-        raise ValueError(f'no cell matches --rows {args.rows} and --columns {args.columns}')
-    failure: ValueError | None = None
-    for seed in range(args.runs):
-        for job in dict.fromkeys(wanted):
-            try:
-                train(job, seed, options)
-            except ValueError as error:  # the other rows are run, and what has been run is shown, all the same
-                failure = failure or error
-    try:
-        for columns in cells.values():
-            for cell in columns.values():
-                if cell is not None:
-                    found = [measure(cell.job, seed, cell.measure, options) for seed in range(max(args.runs, 4))]
-                    cell.values = [value for value in found if value is not None]
-    except ValueError as error:
-        failure = failure or error
+    options = RunOptions(args.output, args.recipe, tuple(train_flags), args.nano)
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
-    text = markdown(title, cells, argv)
-    replace_file(out / f'{name}.md', text.encode())
-    draw(title, cells, out / f'{name}.png', args.sweep)
-    print(f'{text}\n{out / name}.md, .png')
+    kind, number = ('table', args.table) if args.table else ('figure', args.figure)
+    entry = (tables if args.table else figures)[number]
+    file = out / f'{kind}{number}{"-nano" if args.nano else ""}'
+    name = f'{kind.capitalize()} {number}' if number[0].isdigit() else number
+    title = f'{name}{", nano" if args.nano else ""}: {entry["title"]}'
+    if args.table:
+        text, failure = reproduce_table(title, entry, args, options, file, argv)
+    elif 'sweeps' in entry:
+        text, failure = reproduce_sweeps(title, entry, args, options, file, argv)
+    else:
+        text, failure = reproduce_pictures(title, entry, number, args, options, file, argv)
+    replace_file(file.with_suffix('.md'), text.encode())
+    print(f'{text}\n{file.with_suffix(".md")}')
     if failure is not None:
         raise failure
     return 0

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from timm_lossattn.evaluation.metrics import (
     BoxLocalization,
     PatchLocalization,
+    PublicCodeMeanAveragePrecision,
     VOCMeanAveragePrecision,
     box_iou,
     patches_in_boxes,
@@ -143,6 +144,37 @@ def test_voc_by_hand():
     assert float(metric.compute()) == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.booleans()), min_size=1, max_size=25),
+       st.integers(3, 12))
+def test_public_code_average_precision(rows, columns):
+    """A loop over recall bins that reads each bin's precision in the bin below, and a sum over all columns."""
+    scores, *positives = zip(*rows)
+    total = 0.
+    for positive in (p for p in positives if any(p)):
+        bins = [0.] * 11  # best precision at recall of this bin or more
+        for t in set(scores):
+            above = [is_positive for score, is_positive in zip(scores, positive) if score >= t]
+            for level in range(11):
+                if 10 * sum(above) >= level * sum(positive):
+                    bins[level] = max(bins[level], sum(above) / len(above))
+        total += sum(bins[max(level - 1, 0)] for level in range(11)) / 11
+    target = torch.tensor([*positives, [False] * len(rows)]).T
+    metric, voc = PublicCodeMeanAveragePrecision(columns), VOCMeanAveragePrecision()
+    for one in (metric, voc):
+        one.update(torch.tensor([scores] * 3).T.float(), target)
+    assert float(metric.compute()) == pytest.approx(100 * total / columns)
+    classes = sum(map(any, positives))
+    assert float(metric.compute()) * columns >= float(voc.compute()) * classes - 1e-4  # no AP is lower for it
+
+
+def test_public_code_by_hand():
+    """Ranking + − + again: 7 levels of precision 1 and 4 of 2/3, in one of 91 columns."""
+    metric = PublicCodeMeanAveragePrecision()
+    metric.update(torch.tensor([[3.], [2.], [1.]]), torch.tensor([[1], [0], [1]]))
+    assert float(metric.compute()) == pytest.approx(100 * (7 + 4 * 2 / 3) / 11 / 91)
+
+
 def test_voc_against_peer():
     """An image is a detection of every class with one and the same box: the VOC 2007 measure of a detection library.
 
@@ -173,3 +205,9 @@ def test_errors():
         BoxLocalization().update(GRID[:2], boxes, target == target)
     with pytest.raises(ValueError, match=r'must be \(B, K\)'):
         VOCMeanAveragePrecision().update(torch.zeros(3, 2), torch.zeros(3))
+    with pytest.raises(ValueError, match='columns must be at least 1, got 0'):
+        PublicCodeMeanAveragePrecision(0)
+    metric = PublicCodeMeanAveragePrecision(2)
+    metric.update(torch.zeros(1, 3), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match='number of classes, 3, got 2'):
+        metric.compute()

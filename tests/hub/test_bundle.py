@@ -122,7 +122,8 @@ def test_refusals(run, place, capsys, monkeypatch):
     expect(capsys, f'{NANO}.mine is not registered', run, f'{NANO}.mine')
     expect(capsys, 'no such file', run, NAME, '--checkpoint', 'other.pth.tar')
     for key, value, text in (
-            ('xi', 0.5, 'in xi'), ('backbone_stride', 2, 'in backbone_stride'), ('num_classes', 11, 'does not fit'),
+            ('xi', 0.5, 'in xi'), ('backbone_stride', 2, 'in backbone_stride'), ('patch_stride', 2, 'in patch_stride'),
+            ('num_classes', 11, 'does not fit'),
             ('label_names', list('abcdefghij'), 'in label_names'), ('model_kwargs', {'xi': 0.}, 'in xi'),
             ('multi_label', True, 'multi-label')):
         copy = run.with_name(f'{key}{len(list(run.parent.iterdir()))}')

@@ -169,6 +169,36 @@ def test_classifier_on_a_pruned_backbone():
     assert model.patch_boxes(32, 32)[1].tolist() == [2, 0, 4, 2]
 
 
+@pytest.mark.parametrize('name', [
+    'resnet18_lossattn_conv', 'resnet18_lossattn_caps', 'resnet18_lossattn_conv_s2', 'vgg11_bn_lossattn_conv',
+    'vgg11_bn_lossattn_caps'])
+def test_width_multiplier_gives_the_nano_models(name):
+    """An eighth of the widths has the parameters of the registered small model, name by name and shape by shape."""
+    base, _, _ = name.partition('_s2')
+    small = timm.create_model(f'{base}_nano{"_s2" if "_s2" in name else ""}', device='meta', num_classes=10)
+    scaled = timm.create_model(name, device='meta', num_classes=10, width_mult=1 / 8)
+    assert {k: v.shape for k, v in scaled.state_dict().items()} == {k: v.shape for k, v in small.state_dict().items()}
+    assert (scaled.num_features, scaled.feature_info) == (small.num_features, small.feature_info)
+
+
+@pytest.mark.parametrize('name', [
+    'resnet18_cifar', 'resnet50_cifar', 'resnet50_lossattn_conv', 'resnet18_gatedattn_conv', 'resnet18_routing_caps',
+    'googlenet_cifar', 'googlenet_lossattn_conv', 'vgg11_bn_cifar', 'vgg16_bn_cifar', 'vgg11_bn_routing_caps'])
+def test_width_multiplier(name):
+    """Every kind of model of the paper exists at any width; a full one is the registered one; it trains."""
+    def count(**kwargs):
+        return sum(p.numel() for p in timm.create_model(name, device='meta', **kwargs).parameters())
+
+    assert count(width_mult=1) == count()
+    assert count(width_mult=1 / 8) < count() / 20
+    model = timm.create_model(name, width_mult=1 / 16).train()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    for bad in (0, -1., float('nan')):
+        with pytest.raises(ValueError, match='width_mult must be positive'):
+            timm.create_model(name, width_mult=bad)
+
+
 def test_headless_is_the_mean():
     model = nano(num_classes=0).eval()
     x = torch.randn(2, 3, 32, 32)

@@ -79,28 +79,86 @@ def test_length_in_float16_does_not_overflow():
     assert out.item() == 600
 
 
+@pytest.mark.parametrize(('t', 'q'), [(4, 0), (2, 0), (4, 4), (2, 4), (2, 1)])
 @pytest.mark.parametrize('layers', [
-    lambda: ConvPatchLayers(2, width=4),
-    lambda: ConvPatchLayers(6, width=4),
-    lambda: CapsulePatchLayers(2, PRIMARY, SECONDARY),
-    lambda: PrimaryCapsules(2, *PRIMARY),
+    lambda **kwargs: ConvPatchLayers(2, width=4, **kwargs),
+    lambda **kwargs: ConvPatchLayers(6, width=4, **kwargs),
+    lambda **kwargs: CapsulePatchLayers(2, PRIMARY, SECONDARY, **kwargs),
+    lambda **kwargs: PrimaryCapsules(2, *PRIMARY, **kwargs),
 ], ids=['conv', 'conv_reduced', 'caps', 'primarycaps'])
-def test_a_patch_sees_its_window_only(layers):
-    """Patch (i, j) depends on the feature-map window [4i, 4i + 9) × [4j, 4j + 9), on all of it and on nothing else."""
+def test_a_patch_sees_its_window_only(layers, t, q):
+    """Patch (i, j) depends on the window [ti − q, ti − q + 9) × [tj − q, tj − q + 9) of the feature map and on no more.
+
+    On all of the window, as far as it lies in the map; for stride t and padding q.
+    """
     torch.manual_seed(0)
-    layers = randomize(layers()).double().eval()
+    layers = randomize(layers(patch_stride=t, patch_padding=q)).double().eval()
     for module in layers.modules():
         if isinstance(module, torch.nn.ReLU):
             module.forward = lambda x: F.leaky_relu(x, 0.5)  # let every channel pass a gradient
     in_chs = 6 if isinstance(getattr(layers, 'reduce', None), torch.nn.Module) and hasattr(layers.reduce, 'conv') else 2
     x = torch.randn(1, in_chs, 14, 18, dtype=torch.float64, requires_grad=True)
     out = layers(x)
-    assert out.shape == (1, layers.num_features, 2, 3)
-    for i, j in ((0, 0), (1, 2), (0, 1)):
+    rows, cols = (len(range(-q, n + q - 8, t)) for n in (14, 18))  # windows that fit
+    assert out.shape == (1, layers.num_features, rows, cols)
+    for i, j in ((0, 0), (1, 2), (0, 1), (rows - 1, cols - 1)):
         grad = torch.autograd.grad(out[0, :, i, j].sum(), x, retain_graph=True)[0]
         expected = torch.zeros(14, 18, dtype=torch.bool)
-        expected[4 * i:4 * i + 9, 4 * j:4 * j + 9] = True
+        expected[max(t * i - q, 0):t * i - q + 9, max(t * j - q, 0):t * j - q + 9] = True
         assert torch.equal(grad[0].abs().sum(0) > 0, expected)
+
+
+@pytest.mark.parametrize('name', [
+    'resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano', 'vgg11_bn_lossattn_conv_nano'])
+@pytest.mark.parametrize(('s', 't', 'q', 'size'), [
+    (1, 2, 0, (32, 32)), (2, 2, 0, (64, 50)), (4, 2, 0, (64, 64)), (8, 4, 4, (64, 64)), (8, 2, 4, (64, 64)),
+    (8, 2, 1, (57, 70)), (2, 4, 3, (33, 47))])
+def test_boxes_and_grid(name, s, t, q, size):
+    """Against a loop over the windows of the padded feature map, whose positions are counted one by one."""
+    model = timm.create_model(name, backbone_stride=s, patch_stride=t, patch_padding=q).eval()
+    height, width = size
+
+    def spans(length):
+        """First and last pixel + 1 of each window along a side."""
+        positions = [None] * q + [(s * i, min(s * i + s, length)) for i in range(-(-length // s))] + [None] * q
+        found = []
+        for start in range(0, len(positions), t):
+            window = positions[start:start + 9]
+            if len(window) == 9:
+                inside = [pixels for pixels in window if pixels is not None]
+                found.append((inside[0][0], inside[-1][1]))
+        return found
+
+    want = [[x0, y0, x1, y1] for y0, y1 in spans(height) for x0, x1 in spans(width)]
+    assert model.patch_grid(height, width) == (len(spans(height)), len(spans(width)))
+    assert model.patch_boxes(height, width).tolist() == want
+    with torch.inference_mode():
+        assert model.forward_patches(torch.zeros(1, 3, height, width)).alpha.shape == (1, len(want))
+
+
+def test_patch_arguments():
+    """The default is the registered model; the same weights fit every stride; what is not allowed says what is."""
+    name = 'resnet18_lossattn_conv_nano'
+    model = timm.create_model(name)
+    assert (model.patch_stride, model.patch_padding) == (4, 0)
+    other = timm.create_model(name, patch_stride=2, patch_padding=4)
+    assert other.load_state_dict(model.state_dict()).missing_keys == []
+    assert (other.patch_stride, other.patch_padding) == (2, 4)
+    for bad in ({'patch_stride': 3}, {'patch_stride': 0}, {'patch_padding': 5}, {'patch_padding': -1}):
+        (argument, value), = bad.items()
+        with pytest.raises(ValueError, match=rf'{argument} must.*got {value}'):
+            timm.create_model(name, **bad)
+    with pytest.raises(ValueError, match='patch_stride: a plain classifier has no patch convolution'):
+        timm.create_model('resnet18_cifar', device='meta', patch_stride=2)
+    with pytest.raises(ValueError, match=r'8x8 feature map\. patch_padding=4 takes any'):
+        timm.create_model(name, backbone_stride=8)(torch.zeros(1, 3, 64, 64))
+
+
+def test_routing_with_another_patch_stride():
+    """Its transformations belong to positions: as many as patches."""
+    model = timm.create_model(
+        'resnet18_routing_caps_s2', device='meta', img_size=64, backbone_stride=8, patch_stride=2, patch_padding=4)
+    assert model(torch.zeros(2, 3, 64, 64, device='meta')).shape == (2, 200)
 
 
 @pytest.mark.parametrize('stride', [1, 2, 4, 8])

@@ -12,6 +12,7 @@ from test_train import QUICK
 import prepare
 import train as train_script
 import validate as validate_script
+from lib import evaluate
 
 WORDS = {'n01443537': 'goldfish, Carassius auratus', 'n02056570': 'king penguin'}
 
@@ -175,8 +176,9 @@ def test_bad_sources(make, message, tiny_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('dataset', ['tiny-imagenet', 'coco'])
-def test_train_and_validate(dataset, tiny_folder, coco_folder, tmp_path, capsys):
-    """prepare → train → validate, single and multi-label, with the patch measures."""
+def test_train_and_validate(dataset, tiny_folder, coco_folder, tmp_path, capsys, monkeypatch):
+    """prepare → train → validate, single and multi-label, with the patch measures; both mAPs of COCO's classes."""
+    monkeypatch.setattr(evaluate, 'COCO_CLASSES', (2,))  # as many as this one has
     out, runs = tmp_path / 'set', tmp_path / 'runs'
     multi = dataset == 'coco'
     assert prepare.main([dataset, str(coco_folder if multi else tiny_folder), str(out), '--size', '64']) == 0
@@ -185,7 +187,7 @@ def test_train_and_validate(dataset, tiny_folder, coco_folder, tmp_path, capsys)
     quick = [f for f in QUICK if f not in ('--val-split', 'val')]
     assert train_script.main([*quick, *common, '--model', 'resnet18_lossattn_conv_nano_s2', '--epochs', '1',
                               '--output', str(runs), '--experiment', 'x', '--crop-padding', '4', '--scale', '1', '1',
-                              *([] if multi else ['--cache-dataset'])][:]) == 0
+                              *([] if multi else ['--cache-dataset'])]) == 0
     result = json.loads((runs / 'x' / 'result.json').read_text())
     assert result['metric'] == ('map' if multi else 'top1')
     file = tmp_path / 'validation.json'
@@ -193,8 +195,10 @@ def test_train_and_validate(dataset, tiny_folder, coco_folder, tmp_path, capsys)
                                  str(file)]) == 0
     measured = json.loads(file.read_text())
     names = {'patch_precision', 'patch_recall', 'patch_f', 'localization_ap', 'top1_localization', 'images', 'command'}
-    assert names | ({'map', 'map_voc11'} if multi else {'top1'}) <= set(measured)
+    assert names | ({'map', 'map_voc11', 'map_public_code'} if multi else {'top1'}) <= set(measured)
     assert measured['images'] == (3 if multi else 4)
+    if multi:  # two classes in 91 columns
+        assert 2 / 91 * measured['map_voc11'] - 1e-6 <= measured['map_public_code'] <= 100 * 2 / 91
     assert 'patch_f' in capsys.readouterr().out
     assert measured[result['metric']] == pytest.approx(result['best'][result['metric']], abs=1e-3)
 

@@ -10,57 +10,274 @@ import yaml
 import benchmark
 import reproduce
 import timm_lossattn  # noqa: F401  (registers the models)
+from lib import paper, paper_report
 
-TABLES = yaml.safe_load((Path(reproduce.__file__).parent / 'paper_tables.yaml').read_text())
-RECIPES = yaml.safe_load((Path(reproduce.__file__).parent / 'recipes.yaml').read_text())
+HERE = Path(reproduce.__file__).parent
+KNOWN = yaml.safe_load((HERE / 'paper_tables.yaml').read_text())
+RECIPES = yaml.safe_load((HERE / 'recipes.yaml').read_text())
+PAPER = yaml.safe_load((Path(__file__).parents[1] / 'data' / 'paper_results.yaml').read_text())
 
 
-@pytest.mark.parametrize('number', TABLES['tables'])
+@pytest.mark.parametrize('number', KNOWN['tables'])
 def test_tables_name_models_and_datasets(number):
     """Every row is a model of the zoo, every column a dataset of the recipes, with one number for each."""
-    table = TABLES['tables'][number]
+    table = KNOWN['tables'][number]
+    printed = {name: spec for name, spec in table['columns'].items() if 'paper_of' not in spec}
+    for spec in table['columns'].values():
+        assert spec['measure'] == 'parameters' or spec['dataset'] in RECIPES['datasets']
+        assert spec.get('paper_of', next(iter(printed))) in printed
     for row in table['rows'].values():
-        assert row['paper'] is None or len(row['paper']) == len(table['columns'])
-        for spec, value in zip(table['columns'].values(), row['paper'] or [0.] * len(table['columns'])):
-            assert spec['dataset'] in RECIPES['datasets']
-            assert value is None or timm.is_model(row['model'] + spec.get('model_suffix', ''))
+        assert row['paper'] is None or len(row['paper']) == len(printed)
+        for spec, value in zip(printed.values(), row['paper'] or [0.] * len(printed)):
+            assert value is None or 'model' not in row or timm.is_model(row['model'] + spec.get('model_suffix', ''))
+
+
+@pytest.mark.parametrize('number', KNOWN['figures'])
+def test_figures_name_models_and_datasets(number):
+    figure = KNOWN['figures'][number]
+    rows = figure.get('rows') or {
+        name: {'model': model, 'dataset': figure['dataset']} for name, model in figure['curves'].items()}
+    for row in rows.values():
+        assert timm.is_model(row['model'])
+        assert row['dataset'] in RECIPES['datasets']
+
+
+def numbers(*values):
+    return tuple(value for value in values if value is not None)
+
+
+def paper_rows(table):
+    """The paper's rows, with their numbers alone, from the list of facts."""
+    if table == '1':
+        return [numbers(*(cell.get(column) for column in ('cifar10', 'cifar100', 'coco_map')))
+                for cells in PAPER['table_1_optimizers'].values() for cell in cells.values()]
+    if table == '6':
+        return [numbers(*row) for rows in PAPER['table_6_ablation_tiny_imagenet'].values() for row in rows.values()]
+    if table == 'imagenet32':
+        return [(value,) for value in PAPER['imagenet_32x32_top1'].values()]
+    (rows,) = (rows for name, rows in PAPER.items() if name.startswith(f'table_{table}_'))
+    rows = dict(rows)
+    quoted = rows.pop('earlier_capsule_nets', {})
+    params = PAPER['params_million'] if table == '2' else {}
+    return [numbers(params.get(name), *row) for name, row in rows.items()] + [numbers(*row) for row in quoted.values()]
+
+
+def printed_rows(text):
+    """Name -> column -> text of the cell, of a table in Markdown."""
+    lines = [[part.strip() for part in line.strip('|\n').split('|')] for line in text.splitlines() if line[:2] == '| ']
+    return {name: dict(zip(lines[0][1:], cells)) for name, *cells in lines[1:]}
+
+
+@pytest.mark.parametrize('table', ['1', '2', '3', '4', '5', '6', 'imagenet32'])
+def test_every_number_of_the_paper_is_printed(table, tmp_path, capsys):
+    """Row by row, as often as the paper has it; a number stands again only in the other mAP of the same results."""
+    assert reproduce.main(['--table', table, '--runs', '0', '--output', str(tmp_path)]) == 0
+    found = []
+    for row in printed_rows((tmp_path / f'table{table}.md').read_text()).values():
+        cells = {column: text.partition(' / ')[2] for column, text in row.items()}
+        for column, text in cells.items():
+            if 'public code' in column and 'best' not in column:
+                assert text == next(other for name, other in cells.items() if '11-point' in name)
+        found.append(numbers(*(float(text) for column, text in cells.items() if text and 'public' not in column)))
+    assert sorted(found) == sorted(paper_rows(table))
+    assert f'table{table}.md' in capsys.readouterr().out
+
+
+def test_table_7_is_complete(tmp_path):
+    """Three strides of the backbone by two of the patch convolution, each a model with patches on 64×64 images."""
+    assert reproduce.main(['--table', '7', '--runs', '0', '--output', str(tmp_path)]) == 0
+    text = (tmp_path / 'table7.md').read_text()
+    rows = printed_rows(text)
+    assert list(next(iter(rows.values()))) == ['accuracy', 'accuracy, best test epoch', 'an epoch']
+    grids = []
+    for row in KNOWN['tables'][7]['rows'].values():
+        model = timm.create_model(row['model'].replace('conv', 'conv_nano'), **row['flags'])
+        grids.append((model.backbone_stride, model.patch_stride, *model.patch_grid(64, 64)))
+    assert grids == [(2, 4, 6, 6), (2, 2, 12, 12), (4, 4, 2, 2), (4, 2, 4, 4), (8, 4, 2, 2), (8, 2, 4, 4)]
+    assert len(rows) == 6
+
+
+def test_runs_are_shared():
+    """The middle of both sweeps of Figure 7 is one run, and one of Table 6, whatever the order of the flags."""
+    options = paper.RunOptions('out')
+    middle = {job for (flag, curve), cells in paper.sweep_cells(KNOWN['figures'][7], options).items()
+              if curve == 'ResNet18' for cell in cells['0.1'].values() for job in [cell.job]}
+    table = paper.table_cells(KNOWN['tables'][6], options)
+    assert middle == {table['resnet18_lossattn_conv_s2, γ_max = 0.1, ξ = 0.1']['accuracy'].job}
+
+
+def test_figure_7_has_eight_panels(tmp_path, monkeypatch, capsys):
+    """Four measures over γ_max in [0, 5] and over ξ in [0, 1]; a curve for each model in each."""
+    drawn = []
+    monkeypatch.setattr(paper_report, 'save', lambda figure, file, dpi: drawn.append((figure, file)))
+    known = {'top1': 1., 'localization_ap': 2., 'patch_precision': 3., 'patch_recall': 4.}
+
+    def measured(job, seed, name, options, epoch='last'):
+        flags = dict(job.flags)
+        position = float(flags['gamma_max']) + 10 * float(flags['xi'])
+        return known[name] + position + 100 * job.model.startswith('resnet') if seed == 0 else None
+
+    monkeypatch.setattr(reproduce, 'measure', measured)
+    assert reproduce.main(['--figure', '7', '--runs', '0', '--output', str(tmp_path)]) == 0
+    ((figure, file),) = drawn
+    assert file == tmp_path / 'figure7.png'
+    assert len(figure.axes) == 8
+    for axes, (symbol, measure) in zip(figure.axes, ((s, m) for s in ('γ_max', 'ξ') for m in known)):
+        values = [0, 0.01, 0.1, 0.5, 1, 2, 5] if symbol == 'γ_max' else [0, 0.1, 0.2, 0.4, 0.6, 0.8, 1]
+        assert axes.get_xlabel() == symbol
+        assert [float(label.get_text()) for label in axes.get_xticklabels()] == values
+        for container, extra in zip(axes.containers, (0, 100)):
+            want = [known[measure] + extra + (v + 1 if symbol == 'γ_max' else 0.1 + 10 * v) for v in values]
+            assert container.lines[0].get_ydata() == pytest.approx(want)
+        assert len(axes.containers) == 2
+    rows = printed_rows((tmp_path / 'figure7.md').read_text())
+    assert len(rows) == 28
+    assert rows['ResNet18, ξ = 0.4']['patch recall'] == '108.10 (n = 1)'
+
+
+@pytest.mark.parametrize('figure', ['4', '5', '6'])
+def test_pictures_without_runs(figure, tmp_path):
+    """Every row of the figure says that it was not run."""
+    assert reproduce.main(['--figure', figure, '--runs', '0', '--output', str(tmp_path)]) == 0
+    rows = printed_rows((tmp_path / f'figure{figure}.md').read_text())
+    assert [cells['picture'] for cells in rows.values()] == ['not run'] * 4
 
 
 @pytest.mark.parametrize(('model', 'recipe'), [
     ('resnet18_meanpool_conv', 'adam'), ('vgg11_bn_routing_caps_s2', 'adam'), ('resnet18_attn_conv', 'sgd'),
     ('resnet18_lossattn_caps', 'sgd'), ('vgg16_bn_cifar', 'sgd')])
 def test_recipe_of_the_paper(model, recipe):
-    assert reproduce.recipe_of(model, None) == recipe
-    assert reproduce.recipe_of(model, 'fast') == 'fast'
+    assert paper.recipe_of(model, None) == recipe
+    assert paper.recipe_of(model, 'fast') == 'fast'
 
 
-def test_one_row(folder, tmp_path, capfd):
+def data(folder, tmp_path):
+    """Flags of train.py: two classes, one epoch."""
+    os.environ['OMP_NUM_THREADS'] = '1'
+    return ['--', '--dataset', f'hfds/{folder}', '--data-dir', str(tmp_path), '--input-key', 'image', '--val-split',
+            'validation', '--num-classes', '2', '--batch-size', '8', '--workers', '0', '--device', 'cpu']
+
+
+def test_one_row(folder, tmp_path, capfd, monkeypatch):
     """The row that was asked for is run once; the others say that they were not; a second call runs nothing."""
     command = ['--table', '2', '--rows', 'resnet18_cifar', '--columns', 'CIFAR-10', '--runs', '1', '--output',
-               str(tmp_path / 'out'), '--', '--dataset', f'hfds/{folder}', '--data-dir', str(tmp_path), '--input-key',
-               'image', '--val-split', 'validation', '--num-classes', '2', '--epochs', '1', '--batch-size', '8',
-               '--workers', '0', '--device', 'cpu']
-    os.environ['OMP_NUM_THREADS'] = '1'
+               str(tmp_path / 'out'), *data(folder, tmp_path), '--epochs', '2']
     assert reproduce.main(command) == 0, capfd.readouterr().err
-    table = (tmp_path / 'out' / 'table2.md').read_text()
-    (result,) = (tmp_path / 'out').glob('resnet18_cifar-cifar10-sgd-seed0-*/result.json')  # a mark of the other flags
-    top1 = json.loads(result.read_text())['last']['top1']
-    rows = {line.split('|')[1].strip(): line for line in table.splitlines() if line.startswith('| ')}
-    assert rows['resnet18_cifar'] == \
-        f'| resnet18_cifar | {top1:.2f} (n = 1) / 94.76 | not run / 76.61 | not run / 96.98 |'
-    assert rows['vgg11_bn_lossattn_conv'].count('not run') == 3
+    (file,) = (tmp_path / 'out').glob('resnet18_cifar-cifar10-sgd-seed0-*/result.json')  # a mark of the other flags
+    result = json.loads(file.read_text())
+    last, best = result['epochs'][-1]['eval']['top1'], max(epoch['eval']['top1'] for epoch in result['epochs'])
+    rows = printed_rows((tmp_path / 'out' / 'table2.md').read_text())
+    assert rows['resnet18_cifar'] == {
+        'parameters': '11.17 / 11.17', 'CIFAR-10': f'{last:.2f} (n = 1) / 94.76',
+        'CIFAR-10, best test epoch': f'{best:.2f} (n = 1)', 'CIFAR-100': 'not run / 76.61',
+        'CIFAR-100, best test epoch': 'not run', 'SVHN': 'not run / 96.98', 'SVHN, best test epoch': 'not run'}
+    assert list(rows['vgg11_bn_lossattn_conv'].values()).count('not run') == 3
     assert (tmp_path / 'out' / 'table2.png').read_bytes().startswith(b'\x89PNG')
-    before = result.stat().st_mtime_ns
+    before = file.stat().st_mtime_ns
     assert reproduce.main(command) == 0
-    assert result.stat().st_mtime_ns == before
+    assert file.stat().st_mtime_ns == before
+    job = paper.Job('resnet18_cifar', 'cifar10', 'sgd')
+    options = paper.RunOptions(str(tmp_path / 'out'), None, tuple(command[command.index('--') + 1:]))
+    seconds = [epoch['seconds'] for epoch in result['epochs']]
+    assert reproduce.measure(job, 0, 'epoch_seconds', options) == pytest.approx(sum(seconds) / 2)
+    assert reproduce.measure(job, 1, 'top1', options) is None
+
+    def fail(script, flags):
+        raise ValueError(f'{script} is out of order')
+
+    monkeypatch.setattr(reproduce, 'run_script', fail)  # the second seed fails, and the first is shown all the same
+    command[command.index('--runs') + 1] = '2'
+    assert reproduce.main(command) == 2
+    assert 'out of order' in capfd.readouterr().err
+    assert printed_rows((tmp_path / 'out' / 'table2.md').read_text())['resnet18_cifar'] == rows['resnet18_cifar']
+
+
+def test_one_picture(folder, tmp_path, capfd):
+    """The model is trained and figures.py draws from it; the other rows say that they were not run."""
+    out = tmp_path / 'out'
+    assert reproduce.main([
+        '--figure', '4', '--rows', 'ResNet18, convolutional, Tiny ImageNet', '--runs', '4', '--output', str(out),
+        *data(folder, tmp_path), '--epochs', '1', '--input-size', '3', '24', '24']) == 0, capfd.readouterr().err
+    rows = printed_rows((out / 'figure4.md').read_text())
+    (run,) = (file.parent.name for file in out.glob('*/result.json'))
+    picture = f'figure4-{run}.png'
+    assert next(iter(rows.values()))['picture'] == f'![ResNet18, convolutional, Tiny ImageNet]({picture})'
+    assert (out / picture).read_bytes().startswith(b'\x89PNG')
+    assert [cells['picture'] for cells in rows.values()].count('not run') == 3
+
+
+def test_best_epoch_is_validated_from_its_checkpoint(tmp_path, monkeypatch):
+    """A measure that train.py does not take: the last and the best checkpoint each get a validation, once."""
+    options, job = paper.RunOptions(str(tmp_path)), paper.Job('resnet18_cifar', 'coco', 'sgd')
+    folder = job.folder(0, options)
+    (folder / 'hub').mkdir(parents=True)
+    args = dict.fromkeys((
+        'dataset', 'data_dir', 'val_split', 'input_key', 'target_key', 'num_classes', 'xi', 'workers'))
+    (folder / 'result.json').write_text(json.dumps({
+        'args': {**args, 'dataset': 'hfds/coco', 'multi_label': True}, 'last': {'map': 1.}, 'best': {'map': 2.},
+        'data_config': {'input_size': [3, 64, 64], 'mean': [0.5] * 3, 'std': [0.25] * 3}}))
+    calls = []
+
+    def validated(script, flags):
+        calls.append(flags)
+        best = flags[flags.index('--checkpoint') + 1].endswith('model_best.pth.tar')
+        Path(flags[flags.index('--results-file') + 1]).write_text(json.dumps({'map_voc11': 4. if best else 3.}))
+
+    monkeypatch.setattr(reproduce, 'run_script', validated)
+    for _ in range(2):
+        assert [reproduce.measure(job, 0, name, options, epoch) for name in ('map', 'map_voc11')
+                for epoch in ('last', 'best')] == [1., 2., 3., 4.]
+    assert len(calls) == 2
+    assert all('--multi-label' in flags and flags[flags.index('--dataset') + 1] == 'hfds/coco' for flags in calls)
+
+
+def test_nano_jobs():
+    """Narrow models, ten classes, no numbers of the paper, and no rows that the paper quotes; folders of their own."""
+    options, full = paper.RunOptions('out', nano=True), paper.RunOptions('out')
+    for number, table in KNOWN['tables'].items():
+        cells = paper.table_cells(table, options)
+        assert list(cells) == [name for name, row in table['rows'].items() if 'model' in row]
+        for row, columns in paper.table_cells(table, full).items():
+            for column, cell in columns.items():
+                small = cells.get(row, {}).get(column)
+                if cell is None or cell.job is None:
+                    assert small is None or small.job is None
+                    continue
+                assert small.paper is None
+                assert small.job.folder(0, options) != cell.job.folder(0, full)
+                assert ('width_mult', '0.125') in small.job.flags
+                assert small.job.dataset == ('tiny_imagenet_mini' if number in (4, 6, '6-mini') else cell.job.dataset)
+                assert (small.job.model, small.job.recipe) == (cell.job.model, cell.job.recipe)
+
+
+def test_nano_run(folder, tmp_path, capfd):
+    """What is trained is narrow, is measured as it was trained, and the table says what it is."""
+    out = tmp_path / 'out'
+    assert reproduce.main([
+        '--table', '2', '--nano', '--recipe', 'fast', '--rows', 'vgg11_bn_cifar', '--columns', 'CIFAR-100',
+        '--runs', '2', '--output', str(out), *data(folder, tmp_path), '--epochs', '1', '--target-key', 'label']) == 0, \
+        capfd.readouterr().err
+    text = (out / 'table2-nano.md').read_text()
+    rows = printed_rows(text)
+    assert 'All models at an eighth of their widths' in text
+    assert "the paper's number" not in text
+    assert '(n = 2)' in rows['vgg11_bn_cifar']['CIFAR-100']
+    assert rows['resnet18_lossattn_conv']['parameters'] == '0.51'
+    assert not any(' / ' in cell for cells in rows.values() for cell in cells.values())
+    for file in out.glob('*/result.json'):
+        result = json.loads(file.read_text())
+        assert result['parameters'] == sum(p.numel() for p in timm.create_model(
+            'vgg11_bn_cifar', num_classes=2, width_mult=1 / 8, device='meta').parameters())
 
 
 def test_failed_run_is_reported(tmp_path, capfd):
     """The table is written all the same; exit code 2."""
-    assert reproduce.main(['--sweep', 'xi', '--runs', '1', '--output', str(tmp_path), '--', '--data-dir',
-                           '/no/such/folder', '--dataset', '', '--device', 'cpu']) == 2
+    assert reproduce.main(['--figure', '7', '--rows', 'ResNet18, ξ = 1', '--runs', '1', '--output', str(tmp_path), '--',
+                           '--data-dir', '/no/such/folder', '--dataset', '', '--device', 'cpu']) == 2
     assert 'train.py ended with exit code 2' in capfd.readouterr().err
-    assert (tmp_path / 'figure7_xi.md').read_text().count('not run') == 7
+    assert (tmp_path / 'figure7.md').read_text().count('not run') == 28 * 5
+    assert reproduce.main(['--table', '2', '--rows', 'nothing', '--output', str(tmp_path)]) == 2
+    assert 'no cell matches' in capfd.readouterr().err
 
 
 def test_benchmark(tmp_path):

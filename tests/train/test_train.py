@@ -85,7 +85,8 @@ def test_explain_reads_how_the_checkpoint_was_built(run, tmp_path):
 def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
     """From the checkpoint alone and from hub/: arguments of the model, channels, labels, preprocessing."""
     done = train('--data-dir', folder, *QUICK, '--epochs', '1', '--output', tmp_path, '--experiment', 'x',
-                 '--xi', '0.5', '--backbone-stride', '2', '--model-kwargs', 'global_pool=attn',
+                 '--xi', '0.5', '--backbone-stride', '2', '--patch-stride', '2', '--patch-padding', '1',
+                 '--model-kwargs', 'global_pool=attn',
                  '--input-size', '1', '40', '36', '--crop-mode', 'squash')
     assert done.returncode == 0, done.stderr
     checkpoint = torch.load(tmp_path / 'x' / 'last.pth.tar', weights_only=True)  # plain data, no classes
@@ -95,6 +96,7 @@ def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
     for model in (load_model(checkpoint=tmp_path / 'x' / 'model_best.pth.tar'),
                   load_model(f'local-dir:{tmp_path / "x" / "hub"}')):
         assert (model.xi, model.backbone_stride, model.global_pool, model.in_chans) == (0.5, 2, 'attn', 1)
+        assert (model.patch_stride, model.patch_padding) == (2, 1)
         config = input_config(model)
         assert (tuple(config['input_size']), config['crop_mode']) == ((1, 40, 36), 'squash')
         assert list(model.pretrained_cfg['label_names']) == ['left', 'right']

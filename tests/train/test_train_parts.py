@@ -25,7 +25,7 @@ from kill_and_resume import identical, kill_and_resume, state
 from lib import build, checkpoint, command
 from lib.engine import train_one_epoch
 from lib.evaluate import evaluate_task
-from lib.model import create_model, renamed_backbone
+from lib.model import create_model, model_args, renamed_backbone
 from lib.process import Process
 from lib.schedule import GaussianRampupScheduler
 
@@ -383,3 +383,14 @@ def test_compare_runs(finished, tmp_path, capsys):
     top1 = json.loads((finished / 'result.json').read_text())['last']['top1']
     assert f'run: top1 {top1:.2f} after 2 epochs' in capsys.readouterr().out
     assert compare_runs.main([str(tmp_path / 'none'), '--out', str(out)]) == 2
+
+
+def test_routing_takes_the_input_size():
+    """Its weights belong to positions: the model is made for the size of the run's images, as its checkpoint says."""
+    options = command.parse_args(['--model', 'resnet18_routing_caps', '--input-size', '3', '16', '20', '--width-mult',
+                                  '0.125', '--num-classes', '3', '--device', 'cpu'])
+    model = create_model(options, Process.start('cpu'))
+    assert model(torch.zeros(2, 3, 16, 20)).shape == (2, 3)
+    assert model_args(options) == {'width_mult': 0.125, 'img_size': [16, 20]}
+    plain = command.parse_args(['--model', 'resnet18_lossattn_conv', '--input-size', '3', '16', '20'])
+    assert model_args(plain) == {}

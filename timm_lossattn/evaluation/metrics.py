@@ -15,7 +15,12 @@ except ImportError:
     raise ImportError(
         "timm_lossattn.evaluation.metrics needs torchmetrics: pip install 'timm-lossattn[train]'") from None
 
-__all__ = ['BoxLocalization', 'PatchLocalization', 'VOCMeanAveragePrecision', 'box_iou', 'patches_in_boxes']
+__all__ = [
+    'BoxLocalization', 'PatchLocalization', 'PublicCodeMeanAveragePrecision', 'VOCMeanAveragePrecision', 'box_iou',
+    'patches_in_boxes',
+]
+
+RECALL_LEVELS = tuple(r / 10 for r in range(11))  # of VOC 2007
 
 
 def box_intersection(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -214,12 +219,51 @@ class VOCMeanAveragePrecision(Metric):
         return 100 * ap[~ap.isnan()].mean() if (~ap.isnan()).any() else torch.tensor(0.)
 
 
-def voc_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """11-point AP of each class.
+class PublicCodeMeanAveragePrecision(VOCMeanAveragePrecision):
+    """The mAP that the paper's public code computes for COCO: to compare with its numbers, not a measure of VOC 2007.
+
+        AP_k = 1/11 · Σ_{r ∈ {0, 0, 0.1, …, 0.9}} max precision at recall ≥ r;    mAP = Σ_k AP_k / columns
+
+    Each of the 11 recall levels reads its precision one level low: that of recall 0 counts twice, that of recall 1
+    never, and no AP is lower for it. The mean goes over one column for each id up to 91, of which COCO uses 80: the
+    unused ones count as 0, which takes 80/91 of the mean over classes.
+
+    Args:
+        columns: what the sum over classes is divided by.
+
+    Raises:
+        ValueError: columns is not positive.
+    """
+
+    def __init__(self, columns: int = 91, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if columns < 1:
+            raise ValueError(f'columns must be at least 1, got {columns}.')
+        self.columns = columns
+
+    def compute(self) -> torch.Tensor:
+        """Percent; a class without positives counts as 0.
+
+        Raises:
+            ValueError: more classes than columns.
+        """
+        if not self.scores:
+            return torch.tensor(0.)
+        scores, targets = dim_zero_cat(self.scores), dim_zero_cat(self.targets)
+        if scores.shape[1] > self.columns:
+            raise ValueError(f'columns must be at least the number of classes, {scores.shape[1]}, got {self.columns}.')
+        ap = voc_average_precision(scores, targets, (RECALL_LEVELS[0], *RECALL_LEVELS[:-1]))
+        return 100 * ap.nan_to_num(0.).sum() / self.columns
+
+
+def voc_average_precision(
+        scores: torch.Tensor, targets: torch.Tensor, levels: Sequence[float] = RECALL_LEVELS) -> torch.Tensor:
+    """Interpolated AP of each class.
 
     Args:
         scores: (N, K).
         targets: (N, K) bool.
+        levels: recalls to average the precision over.
 
     Returns:
         (K,) float64 in [0, 1]; NaN for classes without positives.
@@ -234,6 +278,6 @@ def voc_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> torch.
     total = hits[-1]
     precision = torch.where(last_of_ties, hits / rank, torch.zeros_like(hits))
     recall = hits / total
-    points = [torch.where(recall >= r / 10 - 1e-9, precision, torch.zeros_like(precision)).amax(dim=0)
-              for r in range(11)]
+    points = [torch.where(recall >= level - 1e-9, precision, torch.zeros_like(precision)).amax(dim=0)
+              for level in levels]
     return torch.where(total > 0, torch.stack(points).mean(dim=0), torch.nan)

@@ -9,7 +9,23 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock
 from torch import nn
 
-__all__ = ['StagedBackbone', 'init_convolutions']
+__all__ = ['StagedBackbone', 'init_convolutions', 'scale_width', 'scale_widths']
+
+
+def scale_width(width: int, width_mult: float) -> int:
+    """Channels times the width multiplier, rounded, at least 1.
+
+    Raises:
+        ValueError: width_mult is not positive.
+    """
+    if not width_mult > 0:
+        raise ValueError(f'width_mult must be positive, got {width_mult!r}.')
+    return max(1, round(width * width_mult))
+
+
+def scale_widths(widths: tuple[int, ...], width_mult: float) -> tuple[int, ...]:
+    """``scale_width`` of each."""
+    return tuple(scale_width(width, width_mult) for width in widths)
 
 
 def init_convolutions(module: nn.Module) -> None:
@@ -42,7 +58,7 @@ class StagedBackbone(nn.Module):
         self.grad_checkpointing = False
 
     def init_weights(self) -> None:
-        """He initialisation of all convolutions; residual branches start at zero."""
+        """He initialisation of all convolutions; the residual branches of basic blocks start at zero."""
         init_convolutions(self)
         for module in self.modules():
             if isinstance(module, BasicBlock):

@@ -10,7 +10,7 @@ from timm.layers import ConvNormAct
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .backbone import StagedBackbone
+from .backbone import StagedBackbone, scale_width
 from .entrypoints import create_patch_classifier, patch_model_cfg
 from .patch_classifier import PatchClassifier
 from .patch_layers import NoPatchLayers
@@ -57,21 +57,28 @@ _STAGES: tuple[tuple[tuple[int, tuple[int, int], tuple[int, int], int], ...], ..
 )
 
 
+def scale_pair(widths: tuple[int, int], width_mult: float) -> tuple[int, int]:
+    """``scale_width`` of both."""
+    return scale_width(widths[0], width_mult), scale_width(widths[1], width_mult)
+
+
 class GoogLeNetBackbone(StagedBackbone):
-    """Inception stages: (B, in_chans, H, W) -> (B, 1024, ceil(H/s), ceil(W/s)).
+    """Inception stages: (B, in_chans, H, W) -> (B, num_features, ceil(H/s), ceil(W/s)); 1024 features.
 
     Args:
         in_chans: image channels.
         backbone_stride: s; 1 has no pooling between stages. There is no strided convolution to put a stride in, so 2
             and 4 put back the original max-pooling before the second, and before the second and third stage.
         drop_path_rate: there are no residual branches to drop; must be 0.
+        width_mult: width multiplier of all channels.
 
     Raises:
         ValueError: backbone_stride is 8, or drop_path_rate is not 0.
     """
 
     def __init__(
-            self, in_chans: int, backbone_stride: int, drop_path_rate: float, device=None, dtype=None) -> None:
+            self, in_chans: int, backbone_stride: int, drop_path_rate: float, width_mult: float = 1., device=None,
+            dtype=None) -> None:
         super().__init__()
         if backbone_stride > 4:
             raise ValueError(f'backbone_stride must be 1, 2 or 4 for GoogLeNet, which has three stages, '
@@ -79,17 +86,19 @@ class GoogLeNetBackbone(StagedBackbone):
         if drop_path_rate:
             raise ValueError(f'drop_path_rate must be 0 for GoogLeNet, which has no residual branches, '
                              f'got {drop_path_rate}.')
-        self.stem = ConvNormAct(in_chans, 192, 3, bias=True, device=device, dtype=dtype)
+        chs, reduction = scale_width(192, width_mult), 1
+        self.stem = ConvNormAct(in_chans, chs, 3, bias=True, device=device, dtype=dtype)
         self.feature_info: list[dict[str, Any]] = []
-        chs, reduction = 192, 1
         stages = []
         for i, blocks in enumerate(_STAGES):
             layers: list[nn.Module] = []
             if i > 0 and reduction < backbone_stride:
                 layers.append(nn.MaxPool2d(3, stride=2, padding=1))
                 reduction *= 2
-            for block in blocks:
-                inception = InceptionBlock(chs, *block, device=device, dtype=dtype)
+            for branch1, branch3, branch5, branch_pool in blocks:
+                inception = InceptionBlock(
+                    chs, scale_width(branch1, width_mult), scale_pair(branch3, width_mult),
+                    scale_pair(branch5, width_mult), scale_width(branch_pool, width_mult), device=device, dtype=dtype)
                 layers.append(inception)
                 chs = inception.out_chs
             stages.append(nn.Sequential(*layers))

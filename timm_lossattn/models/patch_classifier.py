@@ -24,16 +24,21 @@ class PatchClassifier(nn.Module):
     """Image classifier whose logits are the sum of patch contributions: backbone -> patch layers -> head.
 
     Args:
-        backbone: called with (in_chans, backbone_stride, drop_path_rate, device, dtype), gives what
-            ``backbone.StagedBackbone`` describes, initialised.
-        patch_layers: called with (channels of the backbone, backbone_stride, device, dtype); see ``patch_layers``.
+        backbone: called with (in_chans, backbone_stride, drop_path_rate, device, dtype), and with width_mult unless it
+            is 1; gives what ``backbone.StagedBackbone`` describes, initialised.
+        patch_layers: called with (channels of the backbone, backbone_stride, device, dtype), and with patch_stride,
+            patch_padding and width_mult if those are given; see ``patch_layers``.
         head: a PatchHead class; by default the one that the patch layers name.
         num_classes: K; 0 for pooled features without a classifier (the plain mean over patches for 'lossattn').
         in_chans: image channels.
         global_pool: how the head weighs patches: 'lossattn', 'avg', 'attn', 'gatedattn' for convolutional features and
             plain classifiers, 'lossattn' for capsules, 'routing' for primary capsules; '' leaves the features unpooled.
             By default that of the patch layers, or of a head that is given.
-        backbone_stride: s, one of 1, 2, 4, 8; patch (i, j) covers pixels [4·s·i, 4·s·i + 9·s) × [4·s·j, 4·s·j + 9·s).
+        backbone_stride: s, one of 1, 2, 4, 8.
+        patch_stride: t, of the patch convolution, 4 (default) or 2.
+        patch_padding: q, zeros around the backbone's feature map, 0 (default) to 4. Patch (i, j) covers the pixels
+            [s·(t·i − q), s·(t·i − q + 9)) × [s·(t·j − q), s·(t·j − q + 9)), as far as they lie in the image.
+        width_mult: width multiplier of the backbone's channels and of the patch features.
         xi: ξ in [0, 1] of Eqs. 5b and 6b.
         drop_rate: dropout on the patch features, before the classifier.
         drop_path_rate: stochastic depth in residual backbones.
@@ -53,6 +58,9 @@ class PatchClassifier(nn.Module):
             in_chans: int = 3,
             global_pool: Optional[str] = None,
             backbone_stride: int = 1,
+            patch_stride: Optional[int] = None,
+            patch_padding: Optional[int] = None,
+            width_mult: float = 1.,
             xi: float = 0.1,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
@@ -73,10 +81,16 @@ class PatchClassifier(nn.Module):
         self.backbone_stride = backbone_stride
         self.drop_rate = drop_rate
 
-        self.backbone = backbone(in_chans, backbone_stride, drop_path_rate, **dd)
+        scaled = {} if width_mult == 1. else {'width_mult': width_mult}
+        self.backbone = backbone(in_chans, backbone_stride, drop_path_rate, **scaled, **dd)
         self.feature_info = [
             dict(info, module=f'backbone.{info["module"]}') for info in self.backbone.feature_info]
-        self.patch_layers = patch_layers(self.backbone.num_features, backbone_stride=backbone_stride, **dd)
+        patches = {'patch_stride': patch_stride, 'patch_padding': patch_padding}
+        given = {name: value for name, value in patches.items() if value is not None}
+        if given and patch_layers is NoPatchLayers:
+            raise ValueError(f'{" and ".join(given)}: a plain classifier has no patch convolution.')
+        self.patch_layers = patch_layers(
+            self.backbone.num_features, backbone_stride=backbone_stride, **given, **scaled, **dd)
         init_convolutions(self.patch_layers)
         self.num_features: int = self.patch_layers.num_features
         self._head_class = head or self.patch_layers.head
@@ -95,7 +109,7 @@ class PatchClassifier(nn.Module):
             self.patch_layers, grid, num_classes=num_classes, pool_type=global_pool, xi=xi, drop_rate=self.drop_rate,
             device=device, dtype=dtype)
 
-    __jit_unused_properties__ = ('patch_weights', 'xi')
+    __jit_unused_properties__ = ('patch_weights', 'xi', 'patch_stride', 'patch_padding')
     __jit_ignored_attributes__ = ('_grids',)
 
     @property
@@ -107,6 +121,16 @@ class PatchClassifier(nn.Module):
     def xi(self) -> float:
         """ξ of Eqs. 5b and 6b."""
         return self.head.attn.xi
+
+    @property
+    def patch_stride(self) -> int:
+        """Positions of the backbone's feature map from patch to patch."""
+        return self.patch_layers.stride
+
+    @property
+    def patch_padding(self) -> int:
+        """Zeros around the backbone's feature map."""
+        return self.patch_layers.padding
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -269,10 +293,15 @@ class PatchClassifier(nn.Module):
 
     @torch.jit.ignore
     def patch_boxes(self, height: int, width: int) -> torch.Tensor:
-        """Nominal pixels of each patch, (M, 4) as x0, y0, x1, y1 (exclusive), for an input of height × width pixels."""
+        """Nominal pixels of each patch, (M, 4) as x0, y0, x1, y1 (exclusive), for an input of height × width pixels.
+
+        Zeros that pad the feature map are no pixels: a patch that begins or ends among them is cut at the border.
+        """
         rows, cols = self.patch_grid(height, width)
-        step, size = (n * self.backbone_stride for n in (self.patch_layers.stride, self.patch_layers.kernel))
-        y, x = torch.meshgrid(torch.arange(rows) * step, torch.arange(cols) * step, indexing='ij')
-        boxes = torch.stack((x, y, x + size, y + size), dim=-1).reshape(-1, 4)
+        step, size, before = (
+            n * self.backbone_stride for n in (self.patch_stride, self.patch_layers.kernel, self.patch_padding))
+        y, x = torch.meshgrid(
+            torch.arange(rows) * step - before, torch.arange(cols) * step - before, indexing='ij')
+        boxes = torch.stack((x, y, x + size, y + size), dim=-1).reshape(-1, 4).clamp(min=0)
         # feature maps are rounded up to whole positions, so the last patch may reach up to s − 1 pixels outside
         return boxes.minimum(torch.tensor([width, height, width, height]))

@@ -12,7 +12,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 from torch import nn
 
-from .backbone import StagedBackbone
+from .backbone import StagedBackbone, scale_widths
 from .entrypoints import (
     NANO_CAPS,
     NANO_CONV,
@@ -77,6 +77,7 @@ class ResNetBackbone(StagedBackbone):
         block: BasicBlock or Bottleneck3x3.
         depths: blocks in each stage.
         widths: planes of each stage.
+        width_mult: of the widths.
     """
 
     def __init__(
@@ -87,11 +88,13 @@ class ResNetBackbone(StagedBackbone):
             block: Any = BasicBlock,
             depths: tuple[int, ...] = (2, 2, 2, 2),
             widths: tuple[int, ...] = (64, 128, 256, 512),
+            width_mult: float = 1.,
             device=None,
             dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        widths = scale_widths(widths, width_mult)
         self.stem = ConvNormAct(in_chans, widths[0], 3, **dd)
         self.feature_info: list[dict[str, Any]] = []
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)

@@ -6,12 +6,12 @@ every max-pooling layer; where an image is larger, a stride stands in the last c
 from functools import partial
 from typing import Any
 
-from timm.layers import ConvNormAct
+from timm.layers import ClassifierHead, ConvNormAct
 from timm.models import VGG, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vgg import ConvMlp
 from torch import nn
 
-from .backbone import StagedBackbone
+from .backbone import StagedBackbone, scale_width, scale_widths
 from .entrypoints import NANO_CAPS, NANO_CONV, create_patch_classifier, patch_model_cfg
 from .patch_classifier import PatchClassifier
 from .patch_layers import CapsulePatchLayers, PrimaryCapsules
@@ -30,6 +30,7 @@ class VGGBackbone(StagedBackbone):
         drop_path_rate: VGG has no residual branches to drop; must be 0.
         depths: convolutions in each of the five stages; the first of all is the stem.
         widths: channels of each stage.
+        width_mult: of the widths.
 
     Raises:
         ValueError: drop_path_rate is not 0.
@@ -42,6 +43,7 @@ class VGGBackbone(StagedBackbone):
             drop_path_rate: float,
             depths: tuple[int, ...] = (1, 1, 2, 2, 2),
             widths: tuple[int, ...] = (64, 128, 256, 512, 512),
+            width_mult: float = 1.,
             device=None,
             dtype=None,
     ) -> None:
@@ -49,6 +51,7 @@ class VGGBackbone(StagedBackbone):
         super().__init__()
         if drop_path_rate:
             raise ValueError(f'drop_path_rate must be 0 for VGG, which has no residual branches, got {drop_path_rate}.')
+        widths = scale_widths(widths, width_mult)
         self.stem = ConvNormAct(in_chans, widths[0], 3, bias=True, **dd)
         self.feature_info: list[dict[str, Any]] = []
         chs, reduction = widths[0], 1
@@ -72,16 +75,24 @@ class VGGCifar(VGG):
     Args:
         cfg: timm's layer list.
         drop_rate: dropout in the classifier.
+        width_mult: width multiplier of all layers.
         kwargs: the other arguments of timm's VGG.
     """
 
-    def __init__(self, cfg: list[Any], drop_rate: float = 0., device=None, dtype=None, **kwargs: Any) -> None:
+    def __init__(
+            self, cfg: list[Any], drop_rate: float = 0., width_mult: float = 1., device=None, dtype=None,
+            **kwargs: Any) -> None:
+        dd = {'device': device, 'dtype': dtype}
         super().__init__(
-            cfg, drop_rate=drop_rate, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d, device=device, dtype=dtype,
-            **kwargs)
+            [width if width == 'M' else scale_width(width, width_mult) for width in cfg], drop_rate=drop_rate,
+            mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d, **dd, **kwargs)
         # timm's has a 7×7 kernel for 224×224 images: 103 M parameters that nothing here would use
-        self.pre_logits = ConvMlp(
-            self.num_features, 4096, kernel_size=1, drop_rate=drop_rate, device=device, dtype=dtype)
+        hidden = scale_width(4096, width_mult)
+        self.pre_logits = ConvMlp(self.num_features, hidden, kernel_size=1, drop_rate=drop_rate, **dd)
+        if hidden != self.head_hidden_size:
+            pool = kwargs.get('global_pool', 'avg')
+            self.head = ClassifierHead(hidden, self.num_classes, pool_type=pool, drop_rate=drop_rate, **dd)
+            self.head_hidden_size = hidden
         self._initialize_weights()
 
 

@@ -64,9 +64,17 @@ def resolve_lr(options: TrainOptions, world_size: int) -> TrainOptions:
 
 
 def create_optimizer(options: TrainOptions, task: TrainingTask) -> torch.optim.Optimizer:
-    """timm's optimizer over the task's trainable parameters."""
+    """timm's optimizer over the task's trainable parameters.
+
+    ``filter_bias_and_bn=False`` lets all of them decay, also what the model would exempt (the thresholds of Eq. 11):
+    the paper's recipe knows no exemption.
+    """
     module: Any = task.get_trainable_module()
-    return create_optimizer_v2(module, **optimizer_kwargs(cfg=options), **options.opt_kwargs)
+    kwargs = optimizer_kwargs(cfg=options) | options.opt_kwargs
+    exempt: set[str] = getattr(module, 'no_weight_decay', set)()
+    if exempt and not kwargs.get('filter_bias_and_bn', True) and options.layer_decay is None:
+        kwargs['param_group_fn'] = lambda model: [{'params': [p for p in model.parameters() if p.requires_grad]}]
+    return create_optimizer_v2(module, **kwargs)
 
 
 def create_scheduler(

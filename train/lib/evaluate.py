@@ -4,8 +4,9 @@
     >>> evaluate_dataset(model, data)          # {'loss', 'top1', 'top5', 'images', 'images_per_second'}
 """
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from .options import DataOptions
 from .process import Process
 
 __all__ = ['evaluate', 'evaluate_dataset', 'evaluate_task']
+
+COCO_CLASSES = (80, 91)  # without and with the ids that no image has
 
 
 class BoxMeasures:
@@ -55,7 +58,7 @@ class BoxMeasures:
 def evaluate(
         model: Any, loader: Iterable, evaluator: Any, device: torch.device, autocast: Callable[[], Any] = nullcontext,
         channels_last: bool = False, distributed: bool = False, boxes: BoxMeasures | None = None,
-        voc: Any = None) -> dict[str, float]:
+        precisions: Mapping[str, Any] = MappingProxyType({})) -> dict[str, float]:
     """Measures of a model over all batches.
 
     Args:
@@ -67,7 +70,7 @@ def evaluate(
         channels_last: layout of the images.
         distributed: sum over all processes.
         boxes: what to measure besides.
-        voc: VOCMeanAveragePrecision, what to measure besides.
+        precisions: mean average precisions to measure besides, by their names: torchmetrics of logits and targets.
     """
     model.eval()
     for x, y, *found in loader:
@@ -77,11 +80,10 @@ def evaluate(
         with autocast():
             logits = model(x) if boxes is None else boxes.update(x, y, *found)
         evaluator.update(logits.to(evaluator.device), y.to(evaluator.device))
-        if voc is not None:
-            voc.update(logits, y)
+        for metric in precisions.values():
+            metric.update(logits, y)
     result = dict(evaluator.compute(distributed=distributed))
-    if voc is not None:
-        result['map_voc11'] = float(voc.compute())
+    result |= {name: float(metric.compute()) for name, metric in precisions.items()}
     return result if boxes is None else result | boxes.compute()
 
 
@@ -121,10 +123,12 @@ def evaluate_dataset(model: Any, data: DataOptions, device: torch.device | str =
         collate_fn=collate_boxes) if boxed else create_eval_loader(data, process, dataset, config)
     task = (MultiLabelClassificationTask if data.multi_label else ClassificationTask)(
         model, nn.Identity(), verbose=False, device=process.device)
-    voc = None
+    precisions: dict[str, Any] = {}
     if data.multi_label:
-        from timm_lossattn.evaluation.metrics import VOCMeanAveragePrecision
-        voc = VOCMeanAveragePrecision()
+        from timm_lossattn.evaluation.metrics import PublicCodeMeanAveragePrecision, VOCMeanAveragePrecision
+        precisions['map_voc11'] = VOCMeanAveragePrecision()
+        if model.num_classes in COCO_CLASSES:  # it has COCO's number of columns
+            precisions['map_public_code'] = PublicCodeMeanAveragePrecision()
     images = 0
 
     def counted() -> Iterable:
@@ -135,5 +139,6 @@ def evaluate_dataset(model: Any, data: DataOptions, device: torch.device | str =
 
     start = time.perf_counter()
     result = evaluate(
-        model, counted(), task.create_evaluator(), process.device, boxes=BoxMeasures(model) if boxed else None, voc=voc)
+        model, counted(), task.create_evaluator(), process.device, boxes=BoxMeasures(model) if boxed else None,
+        precisions=precisions)
     return result | {'images': images, 'images_per_second': images / (time.perf_counter() - start)}

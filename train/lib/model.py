@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_lossattn import freeze_backbone
 from timm_lossattn.explanation import patch_model
-from timm_lossattn.loading import check_name, load_model
+from timm_lossattn.loading import check_name, list_patch_models, load_model
 
 from .options import EvalOptions, TrainOptions
 from .process import Process
@@ -47,7 +47,12 @@ def load_trained(options: EvalOptions, device: torch.device | str = 'cpu', patch
 
 def model_args(options: TrainOptions) -> dict[str, Any]:
     """What differs from the registered model, but for the numbers of classes and channels."""
-    given = {name: getattr(options, name) for name in ('xi', 'backbone_stride')}
+    given = {name: getattr(options, name) for name in (
+        'xi', 'backbone_stride', 'patch_stride', 'patch_padding', 'width_mult')}
+    if options.input_size and options.model.split('.')[0] in list_patch_models():
+        cfg = timm.get_pretrained_cfg(options.model)
+        if cfg is not None and cfg.fixed_input_size and list(cfg.input_size) != options.input_size:
+            given['img_size'] = options.input_size[1:]  # dynamic routing has weights for every position
     return dict(options.model_kwargs) | {name: value for name, value in given.items() if value is not None}
 
 

@@ -82,6 +82,10 @@ class ModelOptions:
     winograd: bool = flag(False, 'faster 3×3 convolutions on the CPU in float32; best with --channels-last')
     torchcompile: str | None = flag(None, nargs='?', const='inductor', metavar='BACKEND')
     backbone_stride: int | None = flag(None, '1, 2, 4 or 8', choices=(1, 2, 4, 8), metavar='S')
+    patch_stride: int | None = flag(None, 'of the patch convolution: 4 (default) or 2', choices=(2, 4), metavar='S')
+    patch_padding: int | None = flag(
+        None, "zeros around the backbone's feature map, up to 4 (default: 0)", choices=(0, 1, 2, 3, 4), metavar='N')
+    width_mult: float | None = flag(None, "multiplier of all widths, of this package's own models", metavar='X')
     model_kwargs: dict[str, Any] = flag({}, nargs='*', action=ParseKwargs, metavar='KEY=VALUE')
 
 

@@ -1,0 +1,49 @@
+"""What recipes.yaml leads to: which parameters decay, what is mirrored, how a schedule begins."""
+import pytest
+
+import timm_lossattn  # noqa: F401  (registers the models)
+from lib import build, command
+from lib.data import padded_crop
+from lib.model import create_model
+from lib.process import Process
+
+
+def decays(recipe):
+    """Weight decay by parameter of the small capsule model."""
+    options = command.parse_args(['--recipe', recipe, '--model', 'resnet18_lossattn_caps_nano', '--device', 'cpu'])
+    model = create_model(options, Process.start('cpu'))
+    task = build.create_task(options, model, 10, Process.start('cpu').device)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)]: group['weight_decay'] for group in build.create_optimizer(options, task).param_groups
+            for parameter in group['params']}
+
+
+@pytest.mark.parametrize(('recipe', 'weights', 'others'), [
+    ('sgd/cifar10', 5e-4, 5e-4), ('fast/cifar10', 5e-4, 0.), ('adam/cifar10', 0., 0.)])
+def test_thresholds_decay_as_biases_do(recipe, weights, others):
+    """The offsets of Eq. 11 are treated as biases: the paper's recipe lets all parameters decay, ours weights alone."""
+    found = decays(recipe)
+    assert found['patch_layers.primary.conv.conv.weight'] == weights
+    assert found['head.fc.weight'] == weights
+    for name in ('patch_layers.length.offset', 'patch_layers.primary.conv.bn.weight', 'head.fc.bias'):
+        assert found[name] == others, name
+
+
+@pytest.mark.parametrize('recipe', ['sgd', 'adam', 'fast'])
+@pytest.mark.parametrize(('dataset', 'share'), [('cifar10', 0.5), ('cifar100', 0.5), ('svhn', 0.), ('coco', 0.5)])
+def test_digits_are_not_mirrored(recipe, dataset, share):
+    assert command.parse_args(['--recipe', f'{recipe}/{dataset}', '--device', 'cpu']).hflip == share
+
+
+def test_svhn_images_keep_their_sides():
+    """Through the transform itself: an image whose left half is white never has it on the right."""
+    from PIL import Image
+    image = Image.new('RGB', (32, 32))
+    image.paste((255, 255, 255), (0, 0, 16, 32))
+    options = command.parse_args(['--recipe', 'sgd/svhn', '--device', 'cpu'])
+    config = {'input_size': (3, 32, 32), 'interpolation': 'bicubic', 'crop_pct': 1.0, 'crop_mode': 'center',
+              'mean': (0.,) * 3, 'std': (1.,) * 3}
+    transform = padded_crop(options, config)
+    for _ in range(20):
+        x = transform(image).float()
+        assert x[..., :16].sum() > x[..., 16:].sum()
