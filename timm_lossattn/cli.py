@@ -15,7 +15,9 @@ from rich.text import Text
 from .evaluation.check import check_model
 from .explanation import class_labels, explain, open_image, patch_model, preprocess
 from .export import FORMATS, OUTPUTS, check_target, export_model
-from .loading import list_patch_models, load_model
+from .loading import backbone_name, list_patch_models, load_model
+from .models.lossattn import refuse_early
+from .models.probe import NoPatchSum
 from .script_runner import run_script
 
 __all__ = ['main']
@@ -39,10 +41,13 @@ def unique_stems(paths: Sequence[Path]) -> list[str]:
 
 def load_patch_model(name: str | None, checkpoint: str | None, device: str) -> Any:
     """``load_model``, by default the small model that ships; a stock timm model gets patches of equal weight."""
-    model = load_model(name or (None if checkpoint else DEFAULT_MODEL), checkpoint, device)
+    name = name or (None if checkpoint else DEFAULT_MODEL)
     try:
-        return patch_model(model)
-    except (TypeError, ValueError) as error:
+        if name and not checkpoint and timm.is_model(backbone_name(name)):
+            refuse_early(backbone_name(name), {})  # before anything is downloaded
+        loaded = load_model(name, checkpoint, device)
+        return patch_model(loaded)
+    except (NoPatchSum, TypeError) as error:
         raise ValueError(f'model: {name or checkpoint}: {error}') from error
 
 
@@ -159,20 +164,23 @@ def run_check(args: argparse.Namespace, console: Console) -> int:
     rows = {
         'kind': {'A': 'A: the head is affine', 'B': 'B: the head normalises the pooled vector; 1/σ is held',
                  'C': 'C: the head has activations; the gates of the whole image are held',
-                 'D': 'D: the logits are no sum over patches'}[found.kind],
+                 'D': 'D: the logits are no sum over patches', 'error': 'unknown: an error'}[found.kind],
         'parameters': f'{found.parameters_million:.2f} million'}
-    if found.kind == 'D':
-        rows['why'] = found.reason
+    if found.kind in ('D', 'error'):
+        rows['why' if found.kind == 'D' else 'error'] = found.reason
     else:
         rows |= {'features': found.layout, 'patches': found.grid,
                  'max |Σ contributions − logits|': f'{found.additive_error:.1e} of the largest logit',
                  'max |pool="avg" − stock|': f'{found.stock_error:.1e} of the largest logit',
-                 'state dict': 'that of the stock model' if found.strict else 'another one'}
+                 'state dict': 'that of the stock model' if found.strict else 'another one',
+                 'receptive field': f'{100 * (found.own_share or 0.):.0f} % of the influence on the middle patch comes '
+                                    f'from its box, 95 % from a square of {found.side_95} pixels'
+                                    + ('' if args.pretrained else ' (with random weights)')}
     rows |= {'weights': 'pretrained' if args.pretrained else 'random', 'seconds': f'{found.seconds:.1f}'}
     for name, value in rows.items():
         table.add_row(name, Text(value))
     console.print(table)
-    return 1 if found.kind == 'D' else 0
+    return 1 if found.kind in ('D', 'error') else 0
 
 
 def existing_file(path: str) -> Path:
