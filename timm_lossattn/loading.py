@@ -79,6 +79,8 @@ def read_checkpoint(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
                 content = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
                 config = content.get(MODEL_CONFIG) or {} if isinstance(content, dict) else {}
             return timm.models.load_state_dict(str(file)), config
+    except IndexError as error:  # "pop from empty list": of a file that is no pickle
+        raise ValueError(f'checkpoint: {file} is no checkpoint: neither .safetensors nor of torch.save.') from error
     except Exception as error:  # a broken file raises whatever its reader raises
         raise ValueError(f'checkpoint: cannot read {file}: {one_line(error)}') from error
 
