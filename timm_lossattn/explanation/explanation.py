@@ -158,7 +158,7 @@ class Explanation:
         B, K = self.prediction.logits.shape
         if against is None or (isinstance(against, str) and against in AGAINST):
             return replace(self, against=cast(Against, against))
-        classes = classes_of("against, if not 'rest', 'mean' or None,", against, B, K, self.labels)
+        classes = classes_of('against', against, B, K, self.labels)
         if bool((classes == self.target).any()):
             raise ValueError('against must differ from the target, which is the predicted class unless it is '
                              f'given; got {classes.tolist()} for {self.target.tolist()}.')
