@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Train 20 steps in one process or, under torchrun, in several, on the same global batches; save the weights.
+"""Train 20 steps in one process or, under torchrun, in several, on the same global batches; save the weights and the
+gradients of the first step.
 
-    python tests/ddp_steps.py one.pt
+    python tests/ddp_steps.py one.pt [lossattn.test_resnet]
     torchrun --nproc-per-node 2 tests/ddp_steps.py two.pt
 
 Batch norm has fixed statistics: PyTorch computes those of the global batch on GPUs only.
@@ -24,28 +25,32 @@ from timm_lossattn import LossAttentionTask
 STEPS, GLOBAL_BATCH = 20, 16
 
 
-def main(file: str) -> None:
+def main(file: str, name: str = 'resnet18_lossattn_conv_nano') -> None:
     _, rank, world_size = world_info_from_env()
     if world_size > 1:
         dist.init_process_group('gloo')
     torch.manual_seed(0)
-    model = freeze_batch_norm_2d(timm.create_model('resnet18_lossattn_conv_nano', num_classes=4))
-    images = torch.randint(256, (GLOBAL_BATCH * STEPS, 3, 12, 12), dtype=torch.uint8)
+    model = freeze_batch_norm_2d(timm.create_model(name, num_classes=4))
+    size = (12, 12) if name == 'resnet18_lossattn_conv_nano' else (64, 64)
+    images = torch.randint(256, (GLOBAL_BATCH * STEPS, 3, *size), dtype=torch.uint8)
     targets = torch.randint(4, (len(images),))
     task = LossAttentionTask(model, gamma_max=0.1, rampup_epochs=0)
     if world_size > 1:
         task.prepare_distributed()
-    augment = BatchAugment((12, 12), (0.5,) * 3, (0.25,) * 3, enabled=False)
+    augment = BatchAugment(size, (0.5,) * 3, (0.25,) * 3, enabled=False)
     loader = CachedLoader(images, targets, GLOBAL_BATCH // world_size, augment, rank=rank, world_size=world_size)
     optimizer = torch.optim.SGD(task.parameters(), lr=0.001, momentum=0.9)  # larger: rounding grows chaotically
     assert len(loader) == STEPS
+    gradients = {}
     for x, y in loader:
         task.train()
         task(x, y)['loss'].backward()
+        gradients = gradients or {
+            f'gradient of {n}': p.grad.clone() for n, p in task.get_eval_model().named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
     if rank == 0:
-        torch.save(task.get_eval_model().state_dict(), file)
+        torch.save({**task.get_eval_model().state_dict(), **gradients}, file)
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -56,6 +56,12 @@ def written(tmp_path):
     return sorted(os.listdir(tmp_path / 'out')) if (tmp_path / 'out').exists() else []
 
 
+def the_json(tmp_path):
+    """Of the only explanation, whatever was asked."""
+    [file] = (tmp_path / 'out').glob('*.json')
+    return json.loads(file.read_text())
+
+
 def error_line(capsys):
     """The one line on stderr; nothing on stdout."""
     out, err = capsys.readouterr()
@@ -91,7 +97,8 @@ def test_explain_numbers(run, models, tmp_path, capsys, name):
 
     assert numbers['target'] == {'class': best, 'label': numbers['labels'][best]}
     assert numbers['against'] == 'rest'
-    lead = logits[best] - logits[torch.arange(10) != best].mean()
+    rivals = logits[torch.arange(10) != best]
+    lead = logits[best] - (rivals.softmax(0) * rivals).sum()
     assert sum(map(sum, numbers['evidence'])) == pytest.approx(float(lead), abs=1e-4)
     top = numbers['top5']
     assert [t['class'] for t in top] == logits.topk(5).indices.tolist()
@@ -170,7 +177,7 @@ def test_unique_stems():
 def test_target(run, tmp_path, target, index):
     """A class by name and by index."""
     assert run(CAT, '--target', target) == 0
-    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
+    numbers = the_json(tmp_path)
     assert numbers['target'] == {'class': index, 'label': numbers['labels'][index]}
 
 
@@ -180,16 +187,42 @@ def test_target_name_before_index(run, tmp_path, monkeypatch):
         monkeypatch.setattr(
             sys.modules[f'timm_lossattn.{module}'], 'class_labels', lambda model, classes: ['9', '8', '7', *'abcdefg'])
     assert run(CAT, '--target', '7') == 0
-    assert json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())['target'] == {'class': 2, 'label': '7'}
+    assert the_json(tmp_path)['target'] == {'class': 2, 'label': '7'}
 
 
 def test_against(run, tmp_path):
     """Why not another class: evidence that sums to the difference of the logits."""
     assert run(CAT, '--target', 'cat', '--against', 'truck') == 0
-    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
+    numbers = the_json(tmp_path)
     assert numbers['against'] == {'class': 9, 'label': 'truck'}
     difference = numbers['logits'][3] - numbers['logits'][9]
     assert sum(map(sum, numbers['evidence'])) == pytest.approx(difference, abs=1e-4)
+
+
+def test_questions_have_files_of_their_own(run, models, tmp_path, capsys):
+    """A second question to an image keeps the first answer, and the line says lead and shares of patches."""
+    assert run(CAT) == 0
+    assert run(CAT, '--target', 'CAT', '--against', 'Dog') == 0
+    assert written(tmp_path) == sorted(
+        f'{CAT.stem}{asked}.{end}' for asked in ('', '.cat-vs-dog') for end in ('json', 'png'))
+    evidence = torch.tensor(json.loads((tmp_path / 'out' / f'{CAT.stem}.cat-vs-dog.json').read_text())['evidence'])
+    said = f'cat: lead over dog {float(evidence.sum()):+.2f}; {100 * float((evidence > 0).float().mean()):.0f} % of the'
+    assert said in capsys.readouterr().out
+
+
+def test_folder_of_images(run, tmp_path, capsys):
+    """All images in it, and nothing else; a folder without any is an error."""
+    folder = tmp_path / 'photos'
+    folder.mkdir()
+    for name, source in (('b.png', CAT), ('a.PNG', SHIP)):
+        (folder / name).write_bytes(source.read_bytes())
+    (folder / 'notes.txt').write_text('not an image')
+    assert run(folder) == 0
+    assert written(tmp_path) == ['a.json', 'a.png', 'b.json', 'b.png']
+    capsys.readouterr()
+    (tmp_path / 'empty').mkdir()
+    assert run(tmp_path / 'empty') == 2
+    assert 'no images in the folder' in error_line(capsys)
 
 
 def test_against_itself(run, models, tmp_path, capsys):
@@ -236,7 +269,8 @@ def test_bad_model(tmp_path, capsys, model, what):
     assert written(tmp_path) == []
 
 
-@pytest.mark.parametrize('kind', ['missing', 'directory', 'empty.pth', 'text.safetensors', 'other model.safetensors'])
+@pytest.mark.parametrize('kind', [
+    'missing', 'directory', 'empty.pth', 'text.safetensors', 'picture.png', 'other model.safetensors'])
 def test_bad_checkpoint(models, tmp_path, capsys, kind):
     """One line that names the file, for all that is no checkpoint of the model."""
     path = tmp_path / kind
@@ -246,6 +280,8 @@ def test_bad_checkpoint(models, tmp_path, capsys, kind):
         path.touch()
     elif kind == 'text.safetensors':
         path.write_text('not a checkpoint')
+    elif kind == 'picture.png':
+        path.write_bytes(CAT.read_bytes())
     elif kind.startswith('other'):
         path.write_bytes(Path(models[CAPS][1]).read_bytes())
     assert main(['explain', str(CAT), '--model', NANO, '--checkpoint', str(path), '--out', str(tmp_path / 'out')]) == 2

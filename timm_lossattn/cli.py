@@ -1,21 +1,25 @@
 """The command line: ``timm-lossattn explain``, ``check``, ``export``, ``list`` and ``run``."""
 import argparse
+import re
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .evaluation.check import check_model
-from .explanation import class_labels, explain, open_image, patch_model, preprocess
+from .explanation import Explanation, class_labels, explain, open_image, patch_model, preprocess
+from .explanation.classes import class_named
 from .export import FORMATS, OUTPUTS, check_target, export_model
-from .loading import list_patch_models, load_model
+from .loading import backbone_name, list_patch_models, load_model
+from .models.lossattn import refuse_early
+from .models.probe import NoPatchSum
 from .script_runner import run_script
 
 __all__ = ['main']
@@ -39,11 +43,21 @@ def unique_stems(paths: Sequence[Path]) -> list[str]:
 
 def load_patch_model(name: str | None, checkpoint: str | None, device: str) -> Any:
     """``load_model``, by default the small model that ships; a stock timm model gets patches of equal weight."""
-    model = load_model(name or (None if checkpoint else DEFAULT_MODEL), checkpoint, device)
+    name = name or (None if checkpoint else DEFAULT_MODEL)
     try:
-        return patch_model(model)
-    except (TypeError, ValueError) as error:
+        if name and not checkpoint and timm.is_model(backbone_name(name)):
+            refuse_early(backbone_name(name), {})  # before anything is downloaded
+        loaded = load_model(name, checkpoint, device)
+        return patch_model(loaded)
+    except (NoPatchSum, TypeError) as error:
         raise ValueError(f'model: {name or checkpoint}: {error}') from error
+
+
+def named(model: Any) -> str:
+    """The name of a model; of loss attention in another one, with that one."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    name = cfg.get('architecture') or DEFAULT_MODEL
+    return f'{name}.{cfg["tag"]}' if name == 'lossattn' and cfg.get('tag') else name
 
 
 def print_error(console: Console, error: Exception) -> None:
@@ -60,13 +74,51 @@ def class_index(flag: str, value: str | None, labels: Sequence[str]) -> list[int
     """
     if value is None:
         return None
-    if value in labels:
-        return [list(labels).index(value)]
-    if value.isdecimal() and int(value) < len(labels):
+    if value not in labels and value.isdecimal() and int(value) < len(labels):
         return [int(value)]
-    close = list(labels) if len(labels) <= 20 else get_close_matches(value, labels, 5, 0.5)
-    choose = f'choose one of {close}' if close else f'choose one of {len(labels)} names'
-    raise ValueError(f'{flag}: no class {value!r}; {choose} or an index.')
+    try:
+        return [class_named(value, labels)]
+    except ValueError as error:
+        raise ValueError(f'{flag}: {error}') from None
+
+
+def images_in(paths: Sequence[str]) -> list[Path]:
+    """The files, and of a folder all files in it that Pillow knows by their ending, in the order of their names.
+
+    Raises:
+        ValueError: a folder has none.
+    """
+    endings = Image.registered_extensions()
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in endings)
+            if not inside:
+                raise ValueError(f'IMAGE: there are no images in the folder {path}.')
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+def question(target: str | None, against: str | None) -> str:
+    """What is asked, for the name of a file: '' for the usual question."""
+    plain = (re.sub(r'[^\w-]+', '_', word)[:40] for word in
+             ([target] if target else []) + ([f'vs-{against}'] if against else []))
+    asked = '-'.join(plain)
+    return f'.{asked}' if asked else ''
+
+
+def answer(explanation: Explanation) -> str:
+    """The lead of what is explained over what it is compared with, and how many patches speak for it, in words."""
+    evidence, labels = explanation.evidence[0], explanation.labels
+    over = explanation.against
+    what = {'rest': ' over its rivals', 'mean': ' over the mean of the others'}.get(str(over), '') if (
+        over is None or isinstance(over, str)) else f' over {labels[int(over)]}'
+    lead, speaks = float(evidence.sum()), 100 * float((evidence > 0).float().mean())
+    name = 'lead' if over is not None else 'logit'
+    return (f'{labels[int(explanation.target)]}: {name}{what} {lead:+.2f}; {speaks:.0f} % of the patches speak for it, '
+            f'{100 * float((evidence < 0).float().mean()):.0f} % against')
 
 
 def run_explain(args: argparse.Namespace, console: Console) -> int:
@@ -84,9 +136,10 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
         console.print(f'model: {DEFAULT_MODEL}, which knows the ten classes of CIFAR-10; for photographs --model '
                       'lossattn.NAME with any timm model', soft_wrap=True)
     failed = 0
-    model_name = args.model or model.pretrained_cfg.get('architecture') or DEFAULT_MODEL
-    paths = [Path(p) for p in args.images]
-    stems = unique_stems(paths)
+    model_name = args.model or named(model)
+    paths = images_in(args.images)
+    asked = question(*(labels[k[0]] if k else None for k in (target, against)))
+    stems = [stem + asked for stem in unique_stems(paths)]
     taken = {p.resolve() for p in paths} & {(out / f'{s}{end}').resolve() for s in stems for end in ('.png', '.json')}
     if taken:
         raise ValueError(f'--out: {out} would overwrite an input, {min(taken)}; choose another folder.')
@@ -107,7 +160,7 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
                          image=str(path), model=model_name, checkpoint=args.checkpoint)
         probability, best = explanation.probabilities[0].max(dim=0)
         line = f'{path.name}: {labels[int(best)]} {100 * float(probability):.1f} %  ->  {out / stem}.png, .json'
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(f'{line}\n  {answer(explanation)}'), soft_wrap=True)
     return 1 if failed else 0
 
 
@@ -159,20 +212,23 @@ def run_check(args: argparse.Namespace, console: Console) -> int:
     rows = {
         'kind': {'A': 'A: the head is affine', 'B': 'B: the head normalises the pooled vector; 1/σ is held',
                  'C': 'C: the head has activations; the gates of the whole image are held',
-                 'D': 'D: the logits are no sum over patches'}[found.kind],
+                 'D': 'D: the logits are no sum over patches', 'error': 'unknown: an error'}[found.kind],
         'parameters': f'{found.parameters_million:.2f} million'}
-    if found.kind == 'D':
-        rows['why'] = found.reason
+    if found.kind in ('D', 'error'):
+        rows['why' if found.kind == 'D' else 'error'] = found.reason
     else:
         rows |= {'features': found.layout, 'patches': found.grid,
                  'max |Σ contributions − logits|': f'{found.additive_error:.1e} of the largest logit',
                  'max |pool="avg" − stock|': f'{found.stock_error:.1e} of the largest logit',
-                 'state dict': 'that of the stock model' if found.strict else 'another one'}
+                 'state dict': 'that of the stock model' if found.strict else 'another one',
+                 'receptive field': f'{100 * (found.own_share or 0.):.0f} % of the influence on the middle patch comes '
+                                    f'from its box, 95 % from a square of {found.side_95} pixels'
+                                    + ('' if args.pretrained else ' (with random weights)')}
     rows |= {'weights': 'pretrained' if args.pretrained else 'random', 'seconds': f'{found.seconds:.1f}'}
     for name, value in rows.items():
         table.add_row(name, Text(value))
     console.print(table)
-    return 1 if found.kind == 'D' else 0
+    return 1 if found.kind in ('D', 'error') else 0
 
 
 def existing_file(path: str) -> Path:
@@ -196,7 +252,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True)
 
     command = commands.add_parser('explain', help='which part of each image decided: a PNG and a JSON for each')
-    command.add_argument('images', nargs='+', metavar='IMAGE', help='any image that Pillow opens')
+    command.add_argument('images', nargs='+', metavar='IMAGE',
+                         help='any image that Pillow opens, or a folder of them')
     command.add_argument('--model', metavar='NAME',
                          help='any timm model, lossattn.(any timm model), hf-hub:ORG/NAME or local-dir:FOLDER '
                               f'(default: what --checkpoint says, or {DEFAULT_MODEL})')

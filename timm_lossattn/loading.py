@@ -15,7 +15,7 @@ import torch
 from timm.models import is_model_pretrained
 
 from .explanation.preprocessing import PREPROCESSING
-from .models.lite_weights import lite_file, lite_weights
+from .models.lite_weights import lite_overlay
 from .text import one_line
 
 __all__ = ['MODEL_CONFIG', 'check_name', 'list_patch_models', 'load_model', 'model_config', 'read_checkpoint']
@@ -79,6 +79,8 @@ def read_checkpoint(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
                 content = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
                 config = content.get(MODEL_CONFIG) or {} if isinstance(content, dict) else {}
             return timm.models.load_state_dict(str(file)), config
+    except IndexError as error:  # "pop from empty list": of a file that is no pickle
+        raise ValueError(f'checkpoint: {file} is no checkpoint: neither .safetensors nor of torch.save.') from error
     except Exception as error:  # a broken file raises whatever its reader raises
         raise ValueError(f'checkpoint: cannot read {file}: {one_line(error)}') from error
 
@@ -119,8 +121,8 @@ def load_model(
             overlay['num_classes'] = model_args['num_classes']
         model_args['pretrained_cfg_overlay'] = overlay
     try:
-        if state is None and lite_file(backbone_name(name)) and 'pretrained_cfg_overlay' not in model_args:
-            model_args['pretrained_cfg_overlay'] = lite_weights(backbone_name(name))
+        if state is None and not name.startswith('lossattn'):  # which looks for them itself
+            model_args['pretrained_cfg_overlay'] = lite_overlay(name, model_args.get('pretrained_cfg_overlay'))
         model: Any = timm.create_model(name, pretrained=state is None, **model_args)
         if state is not None:
             model.load_state_dict(state)

@@ -29,6 +29,7 @@ from lib.options import EvalOptions
 from lib.plots import draw_box, panels, save
 from lib.record import command_line, environment
 from lib.script import script
+from timm_lossattn.evaluation.receptive_field import influence, middle_patch, share_in_box, side_for, square_shares
 from timm_lossattn.files import write_json
 
 NOMINAL_COLOR, HALF_COLOR, MOST_COLOR = '#E69F00', '#56B4E9', '#CC79A7'  # Okabe & Ito
@@ -40,35 +41,6 @@ class FieldOptions(EvalOptions):
     images: int = flag(500, 'in a fixed random order', type=positive_int, metavar='N')
     batch_size: int = flag(50, short='-b', type=positive_int, metavar='N')
     output: Path = flag(Path('output/receptive_field'), metavar='DIR')
-
-
-def influence(model: Any, x: torch.Tensor, patch: int) -> torch.Tensor:
-    """(B, C, H, W) images to (B, H, W): Σ_channels |∂ p_mk / ∂ x| for patch m and the predicted class k."""
-    x = x.clone().requires_grad_()
-    prediction = model.forward_patches(x)
-    k = prediction.logits.argmax(dim=1, keepdim=True)
-    # images do not influence each other in eval mode, so the gradient of the sum holds each image's own
-    (gradient,) = torch.autograd.grad(prediction.patch_logits[:, patch].gather(1, k).sum(), x)
-    return gradient.abs().sum(dim=1)
-
-
-def square_shares(influence: torch.Tensor, box: list[int]) -> dict[int, float]:
-    """Side of a square around the box's centre -> share of an (H, W) influence in it, until it holds all.
-
-    Args:
-        influence: (H, W).
-        box: x0, y0, x1, y1 (exclusive), a square; only sides of its parity consist of whole pixels.
-    """
-    H, W = influence.shape
-    y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing='ij')
-    distance = torch.maximum((x - (box[0] + box[2]) / 2).abs(), (y - (box[1] + box[3]) / 2).abs())
-    sides = range((box[2] - box[0]) % 2 or 2, int(2 * float(distance.max())) + 2, 2)
-    return {side: float(influence[distance < side / 2].sum() / influence.sum()) for side in sides}
-
-
-def side_for(shares: dict[int, float], wanted: float) -> int:
-    """Side of the smallest square that holds the wanted share."""
-    return next(side for side, share in shares.items() if share >= wanted - 1e-6)
 
 
 def draw(field: torch.Tensor, box: list[int], shares: dict[int, float], result: dict[str, Any], file: Path) -> None:
@@ -104,15 +76,13 @@ def main(argv: list[str] | None = None) -> int:
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
     total: Any = 0.
     for x, *_ in tqdm(DataLoader(Subset(dataset, order), options.batch_size, collate_fn=collate_boxes), leave=False):
-        rows, columns = model.patch_grid(*x.shape[-2:])
-        patch = rows // 2 * columns + columns // 2
+        patch, box = middle_patch(model, *x.shape[-2:])
         total = total + influence(model, x, patch).double().sum(dim=0)
-    box = model.patch_boxes(*x.shape[-2:])[patch].tolist()
     x0, y0, x1, y1 = box
     shares = square_shares(total, box)
     result: dict[str, Any] = {
         'model': options.name, 'images': len(order), 'input_size': list(x.shape[-2:]), 'patch_box': box,
-        'share_in_patch_box': float(total[y0:y1, x0:x1].sum() / total.sum()),
+        'share_in_patch_box': share_in_box(total, box),
         'side_half': side_for(shares, 0.5), 'side_90': side_for(shares, 0.9),
         'pixels_with_influence': float((total > 0).double().mean()), 'share_by_side': shares,
         'command': command_line(argv), **environment()}

@@ -1,8 +1,13 @@
 """check.py and the command: exact models by kind, refused ones with a reason."""
-import pytest
+import re
 
+import pytest
+import torch
+
+from timm_lossattn import PatchPrediction
 from timm_lossattn.cli import main
 from timm_lossattn.evaluation.check import check_model
+from timm_lossattn.evaluation.receptive_field import influence, middle_patch, share_in_box, side_for, square_shares
 
 
 @pytest.mark.parametrize(('name', 'kind', 'layout'), [
@@ -25,10 +30,75 @@ def test_refused_and_with_average_pooling():
     assert check_model('test_vit', global_pool='avg').kind in 'AB'
 
 
+@pytest.mark.parametrize(('args', 'message'), [
+    ({'no_such_argument': 1}, 'TypeError: .*no_such_argument'), ({'pretrained': True}, 'Error: ')])
+def test_errors_are_no_refusal(monkeypatch, args, message):
+    """What a model's own code raises, and a download that fails, says nothing about its head."""
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    found = check_model('test_resnet', **args)
+    assert found.kind == 'error'
+    assert re.search(message, found.reason)
+
+
+@pytest.mark.parametrize('box', [[8, 8, 16, 16], [3, 10, 8, 14]])
+def test_receptive_field_of_one_pixel_patches(box):
+    """Against a loop over pixels; all that is seen is in the largest square."""
+    seen = torch.rand(24, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inside = sum(float(seen[y, x]) for y in range(box[1], box[3]) for x in range(box[0], box[2]))
+    assert share_in_box(seen, box) == pytest.approx(inside / float(seen.sum()))
+    shares = square_shares(seen, box)
+    middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    for side in list(shares)[::5]:
+        held = sum(float(seen[y, x]) for y in range(24) for x in range(20)
+                   if max(abs(x + 0.5 - middle[0]), abs(y + 0.5 - middle[1])) < side / 2)
+        assert shares[side] == pytest.approx(held / float(seen.sum()))
+    assert side_for(shares, 0.95) == next(s for s in shares if shares[s] >= 0.95)
+    assert max(shares.values()) == pytest.approx(1.)
+
+
+class OwnBox(torch.nn.Module):
+    """Patches of 8×8 pixels that see their own pixels alone, all of them alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 4, 8, 8)
+        torch.nn.init.constant_(self.embed.weight, 0.5)
+
+    def forward_patches(self, x):
+        p = self.embed(x).flatten(2).transpose(1, 2)
+        alpha = torch.full(p.shape[:2], 1 / p.shape[1])
+        return PatchPrediction(p.mean(1), p, alpha, p * alpha.unsqueeze(-1))
+
+    def patch_grid(self, height, width):
+        return height // 8, width // 8
+
+    def patch_boxes(self, height, width):
+        corners = [(8 * c, 8 * r) for r in range(height // 8) for c in range(width // 8)]
+        return torch.tensor([(x, y, x + 8, y + 8) for x, y in corners])
+
+
+def test_receptive_field_of_a_model():
+    """Of patches that see their own box, all of it; of a network of 3×3 convolutions, more than the box."""
+    model = OwnBox()
+    patch, box = middle_patch(model, 40, 24)
+    assert (patch, box) == (2 * 3 + 1, [8, 16, 16, 24])
+    with torch.no_grad():
+        seen = influence(model, torch.randn(2, 3, 40, 24), patch)
+    assert share_in_box(seen[0], box) == 1.
+    assert side_for(square_shares(seen[0], box), 0.95) == 8
+    found = check_model('test_resnet')
+    assert 0 < found.own_share < 0.9
+    assert found.side_95 > 32
+    assert check_model('test_resnet', receptive_field=False).side_95 is None
+
+
 def test_command(capsys):
     """A table, exit code 1 for a refused model, one line for no model."""
     assert main(['check', 'lossattn.test_resnet']) == 0
-    assert 'A: the head is affine' in capsys.readouterr().out
+    out = ' '.join(capsys.readouterr().out.split())
+    assert 'A: the head is affine' in out
+    assert 'receptive field' in out
     assert main(['check', 'test_vit']) == 1
     assert 'class token decides' in ' '.join(capsys.readouterr().out.split())
     assert main(['check', 'test_vit', '--global-pool', 'avg']) == 0

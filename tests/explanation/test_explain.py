@@ -17,6 +17,7 @@ from timm_lossattn import PatchPrediction
 from timm_lossattn.attention import AttentionWeights, GatedAttentionWeights, LossAttentionWeights, MeanWeights
 from timm_lossattn.attention.routing_head import RoutingWeights
 from timm_lossattn.explanation import class_labels, explain, patches_to_pixels, square_box
+from timm_lossattn.explanation.classes import class_named
 from timm_lossattn.explanation.preprocessing import open_image, preprocess
 
 NANO = 'resnet18_lossattn_conv_nano'
@@ -90,7 +91,7 @@ def test_why_not():
     torch.testing.assert_close(e.evidence.sum(1), difference)
     with pytest.raises(ValueError, match=r'against must hold 2 classes in \[0, 4\], got \[5, 0\]'):
         explain(planted(), torch.zeros(2, 3, *SIZE), against=[5, 0])
-    with pytest.raises(ValueError, match="against must be 'rest', 'mean', None or 2 classes, got 'dog'"):
+    with pytest.raises(ValueError, match="against must hold 2 classes in .*no class 'dog'"):
         explain(planted(), torch.zeros(2, 3, *SIZE), against='dog')
 
 
@@ -393,3 +394,32 @@ def test_json_holds_what_is_compared():
     assert (shares['target'][1][2], shares['against'][1][2]) == (3., -2.)
     assert set(e.versus('rest').to_dict(0)['contributions']) == {'target'}
     assert torch.tensor(e.to_dict(0, all_classes=True)['contributions']).shape == (*GRID, 5)
+
+
+def test_classes_by_name():
+    """The label itself, then whatever the case, then whole words; several or none are refused."""
+    labels = ['tabby', 'tiger cat', 'Egyptian cat', 'tiger', 'CAT']
+    for name, index in (('tabby', 0), ('TABBY', 0), ('tiger', 3), ('egyptian', 2), ('CAT', 4), ('cat', 4)):
+        assert class_named(name, labels) == index
+    with pytest.raises(ValueError, match=r"'cat' may be any of \['tiger cat', 'Egyptian cat'\]"):
+        class_named('cat', labels[:4])
+    for name in ('tab', '', 'dog'):
+        with pytest.raises(ValueError, match='no class'):
+            class_named(name, labels)
+    model = timm.create_model(NANO, pretrained=True).eval()
+    by_name, by_index = explain(model, FILES, 'Truck', 'ship'), explain(model, FILES, 9, 8)
+    torch.testing.assert_close(by_name.evidence, by_index.evidence)
+    several = explain(model, FILES, ['truck', 'ship'])
+    torch.testing.assert_close(several.evidence, explain(model, FILES, [9, 8]).evidence)
+
+
+def test_what_is_no_batch():
+    """A single image as a tensor, and no images at all, are told apart."""
+    for images, message in ((torch.zeros(3, 19, 22), 'unsqueeze'), ([], 'an empty list')):
+        with pytest.raises(ValueError, match=message):
+            explain(timm.create_model(NANO).eval(), images)
+
+
+def test_notebook():
+    """An explanation at the end of a cell is a picture."""
+    assert explain(timm.create_model(NANO).eval(), torch.zeros(1, 3, 32, 32))._repr_png_()[:4] == b'\x89PNG'

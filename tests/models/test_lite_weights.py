@@ -6,7 +6,8 @@ import timm
 import torch
 
 from timm_lossattn import explain, load_model
-from timm_lossattn.models.lite_weights import LITE_MODELS, lite_file, lite_weights
+from timm_lossattn.evaluation.check import check_model
+from timm_lossattn.models.lite_weights import LITE_MODELS, lite_file, lite_overlay, lite_weights
 
 DATA = Path(__file__).parents[1] / 'data'
 needs_weights = pytest.mark.skipif(
@@ -44,7 +45,28 @@ def test_photographs():
             logits = explanation.prediction.logits[0]
             top = int(explanation.target)
             lead = logits[top] - logits[torch.arange(1000) != top].mean()
-            torch.testing.assert_close(explanation.evidence.sum(), lead, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(explanation.versus('mean').evidence.sum(), lead, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(  # a stock model as it is: its own logits
         explain(stock, DATA / 'photo_cat.jpg').prediction.logits,
         stock(explain(stock, DATA / 'photo_cat.jpg').source(0).x[None]).detach(), rtol=1e-5, atol=1e-5)
+
+
+@needs_weights
+def test_entry_point():
+    """``create_model('lossattn.…', pretrained=True)``, which train.py calls, finds them; a file that is named wins."""
+    state = lite_weights('tf_efficientnet_lite0')['state_dict']
+    for args in ({'model_name': 'lossattn.tf_efficientnet_lite0'},
+                 {'model_name': 'lossattn', 'backbone': 'tf_efficientnet_lite0.in1k'}):
+        model = timm.create_model(**args, pretrained=True)
+        assert torch.equal(model.classifier.weight, state['classifier.weight'])
+    small = timm.create_model('lossattn.tf_efficientnet_lite0', pretrained=True, num_classes=4)
+    assert torch.equal(small.conv_stem.weight, state['conv_stem.weight'])
+    assert check_model('tf_efficientnet_lite0', pretrained=True).kind == 'A'
+
+
+def test_named_weights_win():
+    """An overlay that says where weights lie is left alone."""
+    for overlay in ({'file': 'x.safetensors'}, {'hf_hub_id': 'me/mine'}, {'state_dict': {}}):
+        assert lite_overlay('tf_efficientnet_lite0', overlay) is overlay
+    assert lite_overlay('resnet18', {'mean': (0.,)}) == {'mean': (0.,)}
+    assert lite_overlay('resnet18') is None

@@ -328,6 +328,18 @@ def test_command_line_refuses(photo, tmp_path, capsys):
     assert 'global_pool="avg"' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('name', ['test_vit', 'lossattn.test_vit'])
+def test_refused_before_a_download(photo, tmp_path, capsys, monkeypatch, name):
+    """A class token is seen without the weights, which nobody asks for then."""
+    def fail(*args, **kwargs):
+        raise AssertionError('weights were asked for')
+    monkeypatch.setattr('timm.models._builder.load_pretrained', fail)
+    assert main(['explain', str(photo), '--model', name, '--out', str(tmp_path / 'out')]) == 2
+    assert 'its class token decides' in capsys.readouterr().err
+    with pytest.raises(ValueError, match='class token decides'):
+        timm.create_model('lossattn.test_vit', pretrained=True)
+
+
 def test_a_head_replaced_by_hand():
     """Layers put in place of the classifier, also deep inside, are looked at anew: exact or refused."""
     torch.manual_seed(0)

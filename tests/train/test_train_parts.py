@@ -344,17 +344,19 @@ def torchrun(*command):
         capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
 
 
-def test_two_processes_train_like_one(tmp_path):
-    """Same global batches, 20 steps, with frozen batch norm."""
+@pytest.mark.parametrize('name', ['resnet18_lossattn_conv_nano', 'lossattn.test_resnet'])
+def test_two_processes_train_like_one(tmp_path, name):
+    """Same global batches, 20 steps, with frozen batch norm: the gradients of the first, and the weights at the end."""
     script = ROOT / 'tests' / 'ddp_steps.py'
     one, two = tmp_path / 'one.pt', tmp_path / 'two.pt'
-    done = [subprocess.run([sys.executable, str(script), str(one)], capture_output=True, text=True),
-            torchrun(script, two)]
+    done = [subprocess.run([sys.executable, str(script), str(one), name], capture_output=True, text=True),
+            torchrun(script, two, name)]
     assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
     one, two = torch.load(one), torch.load(two)
     assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f'{n}: {m}')
+    assert max(float(t.abs().max()) for key, t in one.items() if key.startswith('gradient of ')) > 1e-2
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5, msg=lambda m, n=key: f'{n}: {m}')
 
 
 @pytest.mark.parametrize('cache', [('--model-ema',), ('--cache-dataset', '--dist-bn', 'broadcast'), (

@@ -6,8 +6,12 @@ from typing import Any
 import timm
 import torch
 
-from ..loading import MODULES, backbone_name, check_name
+from ..loading import MODULES, backbone_name, check_name, list_patch_models
 from ..models import loss_attention
+from ..models.lite_weights import lite_overlay
+from ..models.probe import NoPatchSum, input_size
+from ..text import one_line
+from .receptive_field import influence, middle_patch, share_in_box, side_for, square_shares
 
 __all__ = ['Check', 'check_model', 'smallest_models']
 
@@ -22,25 +26,31 @@ class Check:
         name: of the model.
         family: timm's module.
         parameters_million: of the model.
-        kind: A, B or C, see models/any_timm.py; D if it is refused.
+        kind: A, B or C, see models/any_timm.py; D if it is refused; 'error' if the model's own code, or the download of
+            its weights, failed, which says nothing about it.
         reason: why it is refused, or what went wrong.
         layout: of its features: NCHW, NHWC or NLC.
         grid: 'rows×columns' of patches at the model's input size.
         additive_error: largest |Σ_m contributions − logits| with loss attention, over the largest |logit|.
         stock_error: largest difference between the logits with pool='avg' and the stock model's, likewise.
         strict: the state dict is the stock model's, key for key, both ways.
+        own_share: share of the influence on the middle patch's logit that comes from inside its own box, see
+            ``receptive_field.influence``; of one random image.
+        side_95: side in pixels of the smallest square around that patch that holds 95 % of it.
         seconds: that the check took.
     """
     name: str
-    family: str
-    parameters_million: float
-    kind: str = 'D'
+    family: str = ''
+    parameters_million: float = 0.
+    kind: str = 'error'
     reason: str = ''
     layout: str = ''
     grid: str = ''
     additive_error: float | None = None
     stock_error: float | None = None
     strict: bool | None = None
+    own_share: float | None = None
+    side_95: int | None = None
     seconds: float = 0.
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,13 +73,16 @@ def smallest_models(limit_million: float = 100.) -> dict[str, str]:
     return {module: name for module, (_, name) in sorted(found.items())}
 
 
-@torch.inference_mode()
-def check_model(name: str, pretrained: bool = False, **kwargs: Any) -> Check:
+@torch.no_grad()
+def check_model(name: str, pretrained: bool = False, receptive_field: bool = True, **kwargs: Any) -> Check:
     """Put loss attention into a model and measure whether it is exact, on two random images of its input size.
+
+    What the model's own code raises, or the download of its weights, is reported as kind 'error'.
 
     Args:
         name: timm model, with or without ``lossattn.`` before it.
         pretrained: with its weights; else random ones.
+        receptive_field: measure it too, which takes a backward pass.
         kwargs: arguments of the model, ``global_pool='avg'`` for one.
 
     Raises:
@@ -78,34 +91,58 @@ def check_model(name: str, pretrained: bool = False, **kwargs: Any) -> Check:
     start = time.perf_counter()
     check_name(name)
     name = backbone_name(name)
+    if name.split('.')[0] in list_patch_models():
+        raise ValueError(f'model: {name} is a patch model already, exact by its own head; check is for other models.')
     torch.manual_seed(0)
-    stock: Any = timm.create_model(name, pretrained=pretrained, **kwargs).eval()
+    about: dict[str, Any] = dict(name=name)
+    try:
+        stock = create_stock(name, pretrained, kwargs)
+        about |= dict(family=type(stock).__module__.rsplit('.', 1)[-1],
+                      parameters_million=sum(p.numel() for p in stock.parameters()) / 1e6)
+        measured = measure(stock, receptive_field)
+    except NoPatchSum as error:
+        measured = dict(kind='D', reason=' '.join(str(error).split()))
+    except Exception as error:  # whatever a model's code, or a download, raises
+        measured = dict(kind='error', reason=f'{type(error).__name__}: {one_line(error)}')
+    return Check(**about, **measured, seconds=time.perf_counter() - start)
+
+
+def create_stock(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
+    """The stock model in eval mode; without pretrained weights with a classifier that says something."""
+    overlay = lite_overlay(name) if pretrained else None
+    stock: Any = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs).eval()
     if not stock.num_classes:  # published as a feature extractor
         stock.reset_classifier(1000)
-    about: dict[str, Any] = dict(
-        name=name, family=type(stock).__module__.rsplit('.', 1)[-1],
-        parameters_million=sum(p.numel() for p in stock.parameters()) / 1e6)
     if not pretrained:  # many heads start at zero, and zeros add up to zero whatever is done with them
         classifiers = stock.get_classifier()  # distilled models have two
         for classifier in classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,):
             for parameter in classifier.parameters():
                 torch.nn.init.normal_(parameter, std=0.1)
-    if hasattr(stock, 'forward_patches'):
-        raise ValueError(f'model: {name} is a patch model already, exact by its own head; check is for other models.')
-    try:
-        model, average = loss_attention(stock), loss_attention(stock, pool='avg')
-        channels, height, width = timm.data.resolve_model_data_config(stock)['input_size']
-        x = torch.randn(2, channels, height, width)
-        expected = stock(x)
-        scale = float(expected.abs().max()) or 1.
-        out = model.forward_patches(x)
-        rows, columns = model.patch_grid(height, width)
-        stock.load_state_dict(model.state_dict(), strict=True)
-        model.load_state_dict(stock.state_dict(), strict=True)
-        return Check(
-            **about, kind=model.patch_kind, layout=model.patch_layout, grid=f'{rows}×{columns}',
-            additive_error=float((out.contributions.sum(1) - model(x)).abs().max() / out.logits.abs().max()),
-            stock_error=float((average(x) - expected).abs().max() / scale),
-            strict=list(model.state_dict()) == list(stock.state_dict()), seconds=time.perf_counter() - start)
-    except (TypeError, ValueError) as error:
-        return Check(**about, reason=' '.join(str(error).split()), seconds=time.perf_counter() - start)
+    return stock
+
+
+def measure(stock: Any, receptive_field: bool) -> dict[str, Any]:
+    """What Check says of an exact model.
+
+    Raises:
+        NoPatchSum: it is not exact.
+    """
+    model, average = loss_attention(stock), loss_attention(stock, pool='avg')
+    channels, height, width = input_size(stock)
+    x = torch.randn(2, channels, height, width)
+    expected = stock(x)
+    scale = float(expected.abs().max()) or 1.
+    out = model.forward_patches(x)
+    rows, columns = model.patch_grid(height, width)
+    stock.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(stock.state_dict(), strict=True)
+    found: dict[str, Any] = dict(
+        kind=model.patch_kind, layout=model.patch_layout, grid=f'{rows}×{columns}',
+        additive_error=float((out.contributions.sum(1) - model(x)).abs().max() / out.logits.abs().max()),
+        stock_error=float((average(x) - expected).abs().max() / scale),
+        strict=list(model.state_dict()) == list(stock.state_dict()))
+    if receptive_field:
+        patch, box = middle_patch(model, height, width)
+        seen = influence(model, x[:1], patch)[0].double()
+        found |= dict(own_share=share_in_box(seen, box), side_95=side_for(square_shares(seen, box), 0.95))
+    return found

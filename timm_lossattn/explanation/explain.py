@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from ..models.any_timm import loss_attention
 from ..prediction import PatchPrediction
 from .evidence import AGAINST
-from .explanation import Explanation, class_labels, classes_of
+from .explanation import Classes, Explanation, class_labels, classes_of
 from .preprocessing import Preprocessed, input_config, open_image, preprocess, to_rgb
 
 Source = Union[Preprocessed, Image.Image, str, Path]
@@ -21,8 +21,8 @@ __all__ = ['explain', 'patch_model']
 def explain(
         model: Any,
         images: torch.Tensor | Source | Sequence[Source],
-        target: int | Sequence[int] | torch.Tensor | None = None,
-        against: int | Sequence[int] | torch.Tensor | Literal['rest', 'mean'] | None = 'rest',
+        target: Classes | None = None,
+        against: Classes | Literal['rest', 'mean'] | None = 'rest',
         multi_label: bool = False,
 ) -> Explanation:
     """Explain a batch of images in one forward pass without gradients.
@@ -32,7 +32,7 @@ def explain(
             patch with the same weight (``loss_attention(model, pool='avg')``).
         images: (B, C, H, W) normalised images, any size of at least one patch; or one or B image files, PIL images or
             what ``preprocess`` returned, which get timm's evaluation transform.
-        target: class to explain, for all images or for each; by default the predicted one.
+        target: class to explain, index or name, for all images or for each; by default the predicted one.
         against: what to compare the target with, see ``Explanation.evidence``: 'rest', its rivals, the other classes by
             their softmax; 'mean', the others alike; a class, for all images or for each, "why not that one?"; or None,
             nothing.
@@ -55,14 +55,16 @@ def explain(
     x = images if isinstance(images, torch.Tensor) else torch.stack(
         [image.x for image in given] or [torch.empty(0)])
     if x.dim() != 4 or not len(x):
-        raise ValueError(f'images must be a batch (B, C, H, W) with B > 0, got a tensor of shape {tuple(x.shape)}.')
+        got = f'a tensor of shape {tuple(x.shape)}' if isinstance(images, torch.Tensor) else 'an empty list'
+        hint = '; x.unsqueeze(0) makes a batch of one image' if x.dim() == 3 else ''
+        raise ValueError(f'images must be a batch (B, C, H, W) with B > 0, got {got}{hint}.')
     parameter = next(model.parameters())
     output = model.forward_patches(x.to(device=parameter.device, dtype=parameter.dtype))
     prediction = PatchPrediction(*(t.float().cpu() for t in output))
     B, K = prediction.logits.shape
 
     logits = prediction.logits
-    chosen = logits.argmax(dim=1) if target is None else classes_of('target', target, B, K)
+    chosen = logits.argmax(dim=1) if target is None else classes_of('target', target, B, K, class_labels(model, K))
     weights, (height, width) = model.patch_weights, x.shape[-2:]
     config = input_config(model)
     explanation = Explanation(

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Union, cast
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..files import replace_file
 from ..prediction import PatchPrediction
+from .classes import class_named
 from .evidence import AGAINST, Against, direction, evidence_along
 from .geometry import patches_to_pixels, spread_over_neighbours, square_box
 from .preprocessing import Preprocessed
@@ -29,14 +30,23 @@ if TYPE_CHECKING:
 
 __all__ = ['Explanation', 'class_labels', 'classes_of']
 
+Classes = Union[int, str, Sequence[int], Sequence[str], torch.Tensor]  # indices or names
 
-def classes_of(name: str, value: int | Sequence[int] | torch.Tensor, batch: int, num_classes: int) -> torch.Tensor:
+
+def classes_of(
+        name: str, value: Classes, batch: int, num_classes: int, labels: Sequence[str] = ()) -> torch.Tensor:
     """Classes as the user gave them, one for all B images or one for each, as (B,) int64.
 
     Raises:
-        ValueError: not B classes in [0, K); the message calls them ``name``.
+        ValueError: not B classes in [0, K) or names of the labels; the message calls them ``name``.
     """
     accepted = f'{name} must hold {batch} classes in [0, {num_classes - 1}]'
+    names = [value] * batch if isinstance(value, str) else value
+    if isinstance(names, Sequence) and names and all(isinstance(item, str) for item in names):
+        try:
+            value = [class_named(str(item), labels) for item in names]
+        except ValueError as error:
+            raise ValueError(f'{accepted}, or names: {error}') from None
     try:
         result = torch.as_tensor(value).reshape(-1).cpu()
     except (TypeError, ValueError, RuntimeError):  # names, say
@@ -147,24 +157,23 @@ class Explanation:
         """
         return spread_over_neighbours(self.evidence, self.grid, sigma)
 
-    def versus(self, against: int | Sequence[int] | torch.Tensor | Literal['rest', 'mean'] | None) -> Explanation:
+    def versus(self, against: Classes | Literal['rest', 'mean'] | None) -> Explanation:
         """The same explanation, its target compared with something else; nothing is computed anew.
 
         Args:
-            against: 'rest', 'mean', a class for all images or one for each, or None, see ``evidence``.
+            against: 'rest', 'mean', a class (index or name) for all images or one for each, or None, see ``evidence``.
 
         Raises:
             ValueError: no such class, or the target itself.
         """
         B, K = self.prediction.logits.shape
-        if isinstance(against, str) and against not in AGAINST:
-            raise ValueError(f"against must be 'rest', 'mean', None or {B} classes, got {against!r}.")
-        if against is not None and not isinstance(against, str):
-            against = classes_of('against', against, B, K)
-            if bool((against == self.target).any()):
-                raise ValueError('against must differ from the target, which is the predicted class unless it is '
-                                 f'given; got {against.tolist()} for {self.target.tolist()}.')
-        return replace(self, against=against)
+        if against is None or (isinstance(against, str) and against in AGAINST):
+            return replace(self, against=cast(Against, against))
+        classes = classes_of('against', against, B, K, self.labels)
+        if bool((classes == self.target).any()):
+            raise ValueError('against must differ from the target, which is the predicted class unless it is '
+                             f'given; got {classes.tolist()} for {self.target.tolist()}.')
+        return replace(self, against=classes)
 
     @property
     def boxes(self) -> torch.Tensor:
@@ -262,6 +271,13 @@ class Explanation:
             replace_file(folder / f'{name}.png', picture)
             replace_file(folder / f'{name}.json', numbers)
         return [folder / f'{name}.png' for name in names]
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows at the end of a cell: the first image; ``show`` has all. None without matplotlib."""
+        try:
+            return self._png(0)
+        except ImportError:
+            return None
 
     def show(self) -> None:
         """Display the pictures of all images in a notebook.

@@ -7,7 +7,7 @@ are the head on Σ_m α_m h_m.
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, wraps
+from functools import cache, lru_cache, wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
@@ -33,6 +33,15 @@ _known: 'WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Module]], PatchAccess]]'
 def pool_patches(alpha: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """Σ_m α_m h_m of (B, M) and (B, M, C), to (B, C) in the precision of h; summed in float32."""
     return weighted_sum(alpha, upcast(h)).to(h.dtype)
+
+
+@lru_cache(maxsize=64)
+def equal_boxes(rows: int, cols: int, height: int, width: int) -> torch.Tensor:
+    """height × width pixels in rows × cols equal parts, rounded to whole pixels, (rows · cols, 4)."""
+    y, x = ((torch.arange(n + 1) * size / n).round().long() for n, size in ((rows, height), (cols, width)))
+    top, left = torch.meshgrid(y[:-1], x[:-1], indexing='ij')
+    bottom, right = torch.meshgrid(y[1:], x[1:], indexing='ij')
+    return torch.stack((left, top, right, bottom), dim=-1).reshape(-1, 4)
 
 
 class LossAttentionMixin(Base):
@@ -171,11 +180,7 @@ class LossAttentionMixin(Base):
     @torch.jit.ignore
     def patch_boxes(self, height: int, width: int) -> torch.Tensor:
         """Nominal pixels of each patch, (M, 4) as x0, y0, x1, y1 (exclusive): the input in equal parts."""
-        rows, cols = self.patch_grid(height, width)
-        y, x = ((torch.arange(n + 1) * size / n).round().long() for n, size in ((rows, height), (cols, width)))
-        top, left = torch.meshgrid(y[:-1], x[:-1], indexing='ij')
-        bottom, right = torch.meshgrid(y[1:], x[1:], indexing='ij')
-        return torch.stack((left, top, right, bottom), dim=-1).reshape(-1, 4)
+        return equal_boxes(*self.patch_grid(height, width), height, width).clone()
 
     @torch.jit.ignore
     def _modules_now(self) -> tuple[str, ...]:

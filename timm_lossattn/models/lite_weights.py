@@ -10,9 +10,11 @@ from typing import Any
 import timm
 import torch
 
-__all__ = ['LITE_MODELS', 'lite_file', 'lite_weights']
+__all__ = ['LITE_MODELS', 'lite_file', 'lite_overlay', 'lite_weights']
 
 LITE_MODELS = ('tf_efficientnet_lite0', 'tf_efficientnet_lite1', 'tf_efficientnet_lite2')
+
+SOURCE_KEYS = {'file', 'url', 'state_dict', 'hf_hub_id', 'source'}  # of a pretrained_cfg: where weights lie
 
 
 def lite_file(name: str) -> Path | None:
@@ -47,3 +49,15 @@ def lite_weights(name: str) -> dict[str, Any]:
     if [tuple(t.shape) for t in wanted.values()] != [tuple(t.shape) for t in given]:
         raise ValueError(f'name: the tensors in {file} are not those of {name}.')
     return {'state_dict': dict(zip(wanted, given))}
+
+
+def lite_overlay(name: str, overlay: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The ``pretrained_cfg_overlay`` of a model: the installed weights, unless the given one says where others lie.
+
+    Args:
+        name: of any timm model, with or without tag.
+        overlay: the given one; returned as it is where no weights are installed.
+    """
+    if lite_file(name) is None or (overlay or {}).keys() & SOURCE_KEYS:
+        return overlay
+    return {**lite_weights(name), **(overlay or {})}

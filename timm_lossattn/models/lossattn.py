@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import timm
+import torch
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
@@ -22,8 +23,10 @@ from timm.models import (
 from torch import nn
 
 from .any_timm import loss_attention
+from .lite_weights import lite_overlay
+from .probe import NoPatchSum
 
-__all__ = ['DEFAULT_BACKBONE']
+__all__ = ['DEFAULT_BACKBONE', 'refuse_early']
 
 DEFAULT_BACKBONE = 'resnet18'
 SOURCES = ('hf-hub', 'local-dir')
@@ -81,6 +84,23 @@ def backbone_of(
     return backbone or DEFAULT_BACKBONE, cfg or None, overlay or None
 
 
+def refuse_early(backbone: str, kwargs: dict[str, Any]) -> None:
+    """Refuse a model whose logits are no sum over patches before its weights are downloaded.
+
+    Raises:
+        NoPatchSum: they are not, which a model without numbers shows. Whatever else is wrong shows when it is created.
+    """
+    if kwargs.get('features_only'):
+        return
+    try:
+        with torch.device('meta'):
+            loss_attention(timm.create_model(backbone, **kwargs))
+    except NoPatchSum:
+        raise
+    except Exception:  # a model that cannot be made without numbers
+        return
+
+
 def create_lossattn(
         pretrained: bool = False,
         backbone: str | None = None,
@@ -113,6 +133,10 @@ def create_lossattn(
     if source_args:
         kwargs['pretrained_model_args'] = {
             key: value for key, value in source_args.items() if key not in ('backbone', 'pool', 'xi')}
+    if pretrained:
+        refuse_early(backbone, kwargs)
+        if cfg is None:
+            overlay = lite_overlay(backbone, overlay)
     model = timm.create_model(
         backbone, pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
     return model if kwargs.get('features_only') else loss_attention(model, pool, xi)

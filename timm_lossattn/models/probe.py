@@ -17,11 +17,15 @@ from torch.nn import functional as F
 from ..text import one_line
 from .held import Record, Replay
 
-__all__ = ['PatchAccess', 'analyse', 'feature_grid', 'input_size', 'join_patches', 'split_patches']
+__all__ = ['NoPatchSum', 'PatchAccess', 'analyse', 'feature_grid', 'input_size', 'join_patches', 'split_patches']
 
 ROWS, COLS = 2, 3  # of the probe's features
 TOLERANCE = 1e-9  # of the logits' scale, in float64
 PERIOD = 1_000_003  # a prime
+
+
+class NoPatchSum(ValueError):
+    """The logits of a model are no exact sum over patches: a refusal, and nothing that went wrong."""
 
 
 @dataclass
@@ -94,11 +98,11 @@ def meta_input(model: nn.Module, height: int, width: int) -> torch.Tensor:
     return torch.empty(2, channels, height, width, device='meta', dtype=dtype)
 
 
-def refuse(model: nn.Module, reason: str) -> ValueError:
+def refuse(model: nn.Module, reason: str) -> NoPatchSum:
     """The error of a model whose logits are no sum over patches."""
     way_out = ('Create the model with global_pool="avg", so that its head averages all positions, and train the head.'
                if getattr(model, 'global_pool', 'avg') != 'avg' else 'Choose a model that averages its positions.')
-    return ValueError(f'{type(model).__name__}: the logits are no sum over patches: {reason}. {way_out}')
+    return NoPatchSum(f'{type(model).__name__}: the logits are no sum over patches: {reason}. {way_out}')
 
 
 def traced_forward(model: nn.Module, twin: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
