@@ -1,8 +1,8 @@
 """Data set -> shards -> one table. A shard is a fixed range of images, so that it does not matter who computes it.
 
-Any number of processes share the shards; each is written whole or not at all, and those that are there are kept. Batches
-begin anew with every shard, so that a resumed run and several processes compute the same numbers as one undisturbed run.
-At most one shard is in memory.
+Any number of processes share the shards; each is written whole or not at all, and those that are there are kept.
+Batches begin anew with every shard, so that a resumed run and several processes compute the same numbers as one
+undisturbed run. At most one shard is in memory.
 """
 import hashlib
 import shutil
@@ -137,7 +137,9 @@ class Run:
                              'or choose another folder.')
 
 
-def collect(model: Any, images: ReportImages, run: Run, advance: Callable[[int], None] = lambda done: None) -> Path | None:
+def collect(
+        model: Any, images: ReportImages, run: Run,
+        advance: Callable[[int], None] = lambda done: None) -> Path | None:
     """Explain all images; what is there already is kept.
 
     Args:

@@ -32,8 +32,9 @@ def add_report_command(commands: Any) -> None:
         description='Explains every image of a data set. Run again after a crash, it goes on where it was; started by '
                     'torchrun, its processes share the work.')
     command.add_argument('dataset', metavar='DATASET', help='hfds/NAME, torch/NAME, or a folder of images')
-    command.add_argument('--model', metavar='NAME', help='any timm model, lossattn.(any timm model), hf-hub:ORG/NAME or '
-                                                         'local-dir:FOLDER (default: what --checkpoint says)')
+    command.add_argument('--model', metavar='NAME',
+                         help='any timm model, lossattn.(any timm model), hf-hub:ORG/NAME or local-dir:FOLDER '
+                              '(default: what --checkpoint says)')
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     command.add_argument('--out', default='report', metavar='DIR', help='default: report')
     command.add_argument('--split', default='validation', metavar='NAME', help='default: validation')

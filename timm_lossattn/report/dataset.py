@@ -159,7 +159,8 @@ def read_boxes(path: str | Path) -> dict[str, list[list[float]]]:
     except OSError as error:
         raise ValueError(f'--boxes: {error}') from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'--boxes: {path} must have the columns file, x0, y0, x1, y1 with numbers: {error!r}') from None
+        raise ValueError(
+            f'--boxes: {path} must have the columns file, x0, y0, x1, y1 with numbers: {error!r}') from None
     return dict(found)
 
 
@@ -186,7 +187,8 @@ def match_classes(names: Sequence[str], labels: Sequence[str], synsets: Sequence
         different = next((a, b) for a, b in zip(names, labels) if plain(a) != plain(b))
         unnamed = all(label == f'class {k}' for k, label in enumerate(labels))
         note = '' if unnamed else (
-            f'Names of classes differ and were matched by their order: {different[0]!r} is the model\'s {different[1]!r}.')
+            f"Names of classes differ and were matched by their order: {different[0]!r} is the model's "
+            f'{different[1]!r}.')
         return list(range(len(names))), note
     strange = [name for name in names if plain(name) not in {plain(label) for label in labels}]
     raise ValueError(
@@ -235,7 +237,8 @@ def open_images(
 
     def create(**more: Any) -> Any:
         try:
-            return create_dataset(name if remote else '', root=root if remote else name, split=split, **{**keys, **more})
+            return create_dataset(
+                name if remote else '', root=root if remote else name, split=split, **{**keys, **more})
         except ImportError as error:
             raise ImportError(f"{error.name} is not installed: pip install 'timm-lossattn[report]'") from None
         except Exception as error:  # unknown names, splits and columns, no network: many kinds
