@@ -7,7 +7,7 @@ undisturbed run. At most one shard is in memory.
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,7 @@ def collect(
         mine.remove(s)
         kept += min(size, len(images) - s * size)
     advance(kept)
-    for s, columns, unreadable, schema in explained_shards(model, images, run, mine, advance):
-        write_shard(shards[s], schema, columns, unreadable)
+    explain_shards(model, images, run, mine, advance)
     if run.rank:
         return None
     while not all(shard.exists() for shard in shards):  # no collective call: those give up after some minutes
@@ -181,25 +180,23 @@ def collect(
     return table
 
 
-def explained_shards(
-        model: Any, images: ReportImages, run: Run, wanted: list[int],
-        advance: Callable[[int], None]) -> Iterator[tuple[int, list[dict[str, Any]], list[list[Any]], Any]]:
-    """Number, batches of columns, unreadable images and schema of one shard after the other."""
-    grid = run.notes['grid']
-    schema = make_schema(grid[0] * grid[1], min(5, len(run.notes['labels'])), run.notes)
-    size = BATCHES * run.batch_size
-    ends = {s: min(len(images), (s + 1) * size) for s in wanted}
-    batches = [list(range(i, min(ends[s], i + run.batch_size)))
-               for s in wanted for i in range(s * size, ends[s], run.batch_size)]
+def explain_shards(
+        model: Any, images: ReportImages, run: Run, wanted: list[int], advance: Callable[[int], None]) -> None:
+    """Compute and write shards by their numbers, one after the other; one loader reads ahead over all of them."""
+    size, end = BATCHES * run.batch_size, len(images)
+    schema = make_schema(len(run.notes['patch_boxes']), min(5, len(run.notes['labels'])), run.notes)
+    batches = {s: [list(range(i, min(end, (s + 1) * size, i + run.batch_size)))
+                   for i in range(s * size, min(end, (s + 1) * size), run.batch_size)] for s in wanted}
     loader = iter(DataLoader(
-        images, batch_sampler=batches, num_workers=run.workers, collate_fn=split_readable))  # type: ignore[arg-type]
+        images, batch_sampler=[batch for s in wanted for batch in batches[s]], num_workers=run.workers,
+        collate_fn=split_readable))  # type: ignore[arg-type]
     for s in wanted:
         columns: list[dict[str, Any]] = []
         unreadable: list[list[Any]] = []
-        for _ in range(s * size, ends[s], run.batch_size):
+        for _ in batches[s]:
             items, x, bad = next(loader)
             unreadable += [[item.index, item.file, item.error] for item in bad]
             if x is not None:
                 columns.append(explain_batch(model, items, x))
             advance(len(items) + len(bad))
-        yield s, columns, unreadable, schema
+        write_shard(run.shards[s], schema, columns, unreadable)
