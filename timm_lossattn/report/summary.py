@@ -5,6 +5,7 @@ not: a watermark in the corner, a ruler beside the lesion. Natural classes share
 """
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -15,7 +16,7 @@ __all__ = ['MIN_IMAGES', 'SCORE', 'Summary', 'leave_one_out_median', 'pick_galle
 
 SCORE = 3.  # a class is flagged from this score on
 MIN_IMAGES = 10  # with fewer a mean says nothing of a class
-Z = 1.959963984540054  # 97.5 % point of the normal distribution
+Z = NormalDist().inv_cdf(0.975)
 ERRORS = 3.  # standard errors that a share must be above chance: places and classes are many
 
 
