@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -19,7 +20,6 @@ from timm_lossattn.explanation import explain, open_image, preprocess
 from timm_lossattn.report import collect as collecting
 from timm_lossattn.report.table import ReportTable
 
-pq = pytest.importorskip('pyarrow.parquet')
 ROOT = Path(__file__).parents[2]
 NANO = 'resnet18_lossattn_conv_nano'
 IMAGES, BATCH = 330, 2

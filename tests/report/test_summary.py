@@ -7,8 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip('pyarrow')
-
 from timm_lossattn.report.summary import (
     MIN_IMAGES,
     SCORE,

@@ -203,6 +203,16 @@ def imagenet_synsets(model: Any) -> list[str]:
     return found if len(found) == model.num_classes else []
 
 
+def class_names(images: Any) -> list[str]:
+    """Names of a data set's classes in the order of their numbers, or nothing; of several for one class the first."""
+    reader = getattr(images, 'reader', images)
+    index = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}  # of tar files
+    names: dict[int, str] = {}
+    for name, k in index.items():
+        names.setdefault(k, name)
+    return [names[k] for k in sorted(names)]
+
+
 def open_images(
         name: str, model: Any, labels: Sequence[str], preprocessing: Preprocessing, split: str = 'validation',
         root: str | None = None, input_key: str | None = None, target_key: str | None = None, labelled: bool = True,
@@ -259,12 +269,11 @@ def open_images(
         if by_name is None and 'boxes' in columns:
             more['additional_features'], boxed = ['boxes'], True
         images = create(**more) if more else images
-    index = getattr(getattr(images, 'reader', images), 'class_to_idx', None)
-    if index == {'': 0}:  # a folder without sub-folders
+    names = class_names(images)
+    if names in ([''], ['.']):  # a folder without sub-folders
         labelled = False
     classes, note, shown = None, '', list(labels)
-    if labelled and index:
-        names = sorted(index, key=index.__getitem__)
+    if labelled and names:
         classes, note = match_classes(names, labels, imagenet_synsets(model))
         if len(names) == len(labels) and all(label == f'class {k}' for k, label in enumerate(labels)):
             shown = names
