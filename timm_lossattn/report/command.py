@@ -104,7 +104,8 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     run = Run(Path(args.out), notes, args.batch_size, max(0, args.workers), rank, world_size)
     share = f', process 1 of {world_size}' if world_size > 1 else ''
     with Progress(TextColumn(f'explain {args.dataset}{share}'), BarColumn(), MofNCompleteColumn(),
-                  TimeRemainingColumn(), console=console, disable=bool(rank), transient=True) as progress:
+                  TimeRemainingColumn(), console=console, transient=True,
+                  disable=bool(rank) or not console.is_terminal) as progress:
         task = progress.add_task('', total=-(-len(images) // world_size))
         table = collect(model, images, run, lambda done: progress.advance(task, done))
     if table is None:
