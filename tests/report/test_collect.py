@@ -1,5 +1,6 @@
 """report/collect.py and table.py: the numbers are those of explain, however often a run is killed or shared."""
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,13 +107,17 @@ def test_rows_are_explanations(work, undisturbed):
             assert row[name] == pytest.approx(expected[0].tolist(), rel=2e-3, abs=1e-5), name
 
 
-def test_reading_in_three_lines(undisturbed):
+def test_reading_in_three_lines(undisturbed, tmp_path, monkeypatch):
     """As docs/report.md says."""
-    table = pq.read_table(undisturbed / 'report.parquet')
-    evidence = np.stack(table['evidence'].to_numpy()).reshape(-1, 6, 6)
-    assert evidence.dtype == np.float16
-    assert evidence.shape == (IMAGES, 6, 6)
-    assert evidence[7].reshape(-1).tolist() == table['evidence'][7].as_py()
+    (tmp_path / 'report').symlink_to(undisturbed)
+    monkeypatch.chdir(tmp_path)
+    [snippet] = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'report.md').read_text(), flags=re.DOTALL)
+    found: dict = {}
+    exec(compile(snippet, 'report.md', 'exec'), found)
+    assert found['grid'] == [6, 6]
+    assert found['evidence'].dtype == np.float16
+    assert found['evidence'].shape == (IMAGES, 6, 6)
+    assert found['evidence'][7].reshape(-1).tolist() == found['table']['evidence'][7].as_py()
 
 
 def test_killed_and_resumed(work, undisturbed, monkeypatch):

@@ -50,6 +50,8 @@ def folder(tmp_path):
 def test_classes_by_name(model, folder):
     """A folder with some of the model's classes: its labels are the model's, not 0, 1, 2."""
     images, labels, note = opened(model, folder)
+    assert images.split == ''
+    assert opened(model, folder.parent, split='images')[0].split == 'images'
     assert labels == LABELS
     assert note == ''
     found = {images[i].file: images[i].label for i in range(len(images))}

@@ -236,6 +236,7 @@ def test_unlabelled_page(report, tmp_path):
                  str(tmp_path / 'out')]) == 0
     html = (tmp_path / 'out' / 'index.html').read_text()
     assert 'without labels' in html
+    assert 'No class has the 10 images' in html
     assert html.count('<article') == 12
     for absent in ('id="accuracy"', 'id="confusion"', 'id="filter-label"', 'id="filter-wrong"', 'id="filter-outside"'):
         assert absent not in html

@@ -87,7 +87,7 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
         'model': name, 'checkpoint': args.checkpoint, 'pool': type(model.patch_weights).__name__,
         'xi': model.patch_weights.xi, 'grid': list(model.patch_grid(height, width)), 'input_size': [width, height],
         'patch_boxes': model.patch_boxes(height, width).tolist(), 'labels': labels, 'note': note,
-        'dataset': args.dataset, 'split': args.split, 'labelled': images.labelled, 'boxed': images.boxed,
+        'dataset': args.dataset, 'split': images.split, 'labelled': images.labelled, 'boxed': images.boxed,
         'command': f'timm-lossattn {shlex.join(sys.argv[1:])}', 'version': version('timm-lossattn'),
         'settings': {
             'dataset': args.dataset, 'images': len(images), 'content': images.fingerprint(), 'split': args.split,

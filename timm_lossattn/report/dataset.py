@@ -58,14 +58,16 @@ class ReportImages(Dataset):
         labelled: False: labels are not looked at.
         boxes: by file name; None if the data set brings its boxes along, or has none.
         boxed: there are boxes.
+        split: which part of the data set it is; empty for all of a folder.
     """
 
     def __init__(
             self, images: Any, preprocessing: Preprocessing, num_classes: int, classes: Sequence[int] | None = None,
-            labelled: bool = True, boxes: dict[str, list[list[float]]] | None = None, boxed: bool = False) -> None:
+            labelled: bool = True, boxes: dict[str, list[list[float]]] | None = None, boxed: bool = False,
+            split: str = '') -> None:
         self.images, self.preprocessing = images, preprocessing
         self.num_classes, self.classes, self.labelled = num_classes, classes, labelled
-        self.boxes, self.boxed = boxes, boxed
+        self.boxes, self.boxed, self.split = boxes, boxed, split
 
     def __len__(self) -> int:
         return len(self.images)
@@ -277,4 +279,7 @@ def open_images(
         classes, note = match_classes(names, labels, imagenet_synsets(model))
         if len(names) == len(labels) and all(label == f'class {k}' for k, label in enumerate(labels)):
             shown = names
-    return ReportImages(images, preprocessing, len(labels), classes, labelled, by_name, boxed), shown, note
+    if not remote:
+        root = str(images.reader.root)
+        split = '' if Path(root) == Path(name) else Path(root).name
+    return ReportImages(images, preprocessing, len(labels), classes, labelled, by_name, boxed, split), shown, note

@@ -157,9 +157,10 @@ def write_page(path: Path, table: ReportTable, images: ReportImages, gallery: in
         lstrip_blocks=True)
     html = environment.get_template('index.html').render(
         notes=notes, summary=summary, interval=(low, high), classes=classes, tiles=TILES,
-        flagged=[c for c in classes if c['flagged']], confusion=confusion_table(summary, notes['labels']), cards=shown,
-        wrong=summary.labelled - summary.correct, label_options=options(shown, 'label'),
-        prediction_options=options(shown, 'prediction'), patches=table.grid[0] * table.grid[1], score=SCORE,
-        min_images=MIN_IMAGES, settings={'palette': palette, 'rows': rows, 'columns': columns})
+        enough=bool((summary.predicted >= MIN_IMAGES).any()), flagged=[c for c in classes if c['flagged']],
+        confusion=confusion_table(summary, notes['labels']), cards=shown, wrong=summary.labelled - summary.correct,
+        label_options=options(shown, 'label'), prediction_options=options(shown, 'prediction'),
+        patches=table.grid[0] * table.grid[1], score=SCORE, min_images=MIN_IMAGES,
+        settings={'palette': palette, 'rows': rows, 'columns': columns})
     replace_file(path, html.encode())
     return path
