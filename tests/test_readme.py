@@ -37,7 +37,7 @@ def test_tables_are_current(document, function):
 
 @pytest.mark.parametrize('document', [
     'README.md', 'MODEL_CARD.md', 'docs/paper_to_code.md', 'docs/reading_explanations.md', 'docs/architecture.md',
-    'docs/timm_models.md', 'docs/leaderboard.md', 'train/TRAINING.md', 'hub/README.md'])
+    'docs/timm_models.md', 'docs/leaderboard.md', 'docs/report.md', 'train/TRAINING.md', 'hub/README.md'])
 def test_links_exist(document):
     """Relative links and pictures exist."""
     text = (ROOT / document).read_text()

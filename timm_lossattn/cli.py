@@ -1,4 +1,4 @@
-"""The command line: ``timm-lossattn explain``, ``check``, ``export``, ``list`` and ``run``."""
+"""The command line: ``timm-lossattn explain``, ``report``, ``check``, ``export``, ``list`` and ``run``."""
 import argparse
 import re
 import sys
@@ -20,6 +20,7 @@ from .export import FORMATS, OUTPUTS, check_target, export_model
 from .loading import backbone_name, list_patch_models, load_model
 from .models.lossattn import refuse_early
 from .models.probe import NoPatchSum
+from .report.command import add_report_command
 from .script_runner import run_script
 
 __all__ = ['main']
@@ -266,6 +267,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--out', default='explanations', metavar='DIR', help='default: explanations')
     command.add_argument('--device', default='cpu', metavar='DEVICE', help='default: cpu')
     command.set_defaults(run=run_explain)
+
+    add_report_command(commands)
 
     command = commands.add_parser('export', help='a model in one file for another runtime: ONNX, torch.export, ...')
     command.add_argument('model', metavar='MODEL', help='name of a model')

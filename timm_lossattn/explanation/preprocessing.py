@@ -17,7 +17,10 @@ from torchvision.transforms import CenterCrop, Resize
 
 from ..models.probe import input_size
 
-__all__ = ['PREPROCESSING', 'Preprocessed', 'Preprocessing', 'input_config', 'open_image', 'preprocess', 'to_rgb']
+__all__ = [
+    'PREPROCESSING', 'Preprocessed', 'Preprocessing', 'boxes_to_image', 'boxes_to_input', 'input_config', 'open_image',
+    'preprocess', 'to_rgb',
+]
 
 PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')  # of timm's data config
 
@@ -59,6 +62,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
+def boxes_to_image(
+        boxes: torch.Tensor, size: tuple[int, int], scale: tuple[float, float],
+        offset: tuple[float, float]) -> torch.Tensor:
+    """(..., 4) boxes in input pixels to boxes in the pixels of an image of size (W, H), see ``Preprocessed``."""
+    places = torch.tensor([*offset, *offset], dtype=torch.float64)
+    limit = torch.tensor([*size, *size], dtype=torch.float64)
+    return (boxes.double() * torch.tensor([*scale, *scale], dtype=torch.float64) + places).clamp(min=0).minimum(limit)
+
+
+def boxes_to_input(
+        boxes: torch.Tensor, size: tuple[int, int], scale: tuple[float, float],
+        offset: tuple[float, float]) -> torch.Tensor:
+    """(..., 4) boxes in image pixels to boxes in the pixels of an input of size (W, H), clipped to it; float64."""
+    places = torch.tensor([*offset, *offset], dtype=torch.float64)
+    limit = torch.tensor([*size, *size], dtype=torch.float64)
+    return ((boxes.double() - places) / torch.tensor([*scale, *scale], dtype=torch.float64)).clamp(min=0).minimum(limit)
+
+
 @dataclass(frozen=True)
 class Preprocessed:
     """An image, the model's input made of it, and where that input lies in the image.
@@ -87,18 +108,12 @@ class Preprocessed:
 
     def to_image(self, boxes: torch.Tensor) -> torch.Tensor:
         """(..., 4) boxes in input pixels to boxes in image pixels, clipped to the image."""
-        scale = torch.tensor([*self.scale, *self.scale], dtype=torch.float64)
-        offset = torch.tensor([*self.offset, *self.offset], dtype=torch.float64)
-        size = torch.tensor([*self.image.size, *self.image.size], dtype=torch.float64)
-        return (boxes.double() * scale + offset).clamp(min=0).minimum(size)
+        return boxes_to_image(boxes, self.image.size, self.scale, self.offset)
 
     def to_input(self, boxes: torch.Tensor) -> torch.Tensor:
         """(..., 4) boxes in image pixels to boxes in input pixels, clipped to the input; float64."""
-        scale = torch.tensor([*self.scale, *self.scale], dtype=torch.float64)
-        offset = torch.tensor([*self.offset, *self.offset], dtype=torch.float64)
         height, width = self.x.shape[-2:]
-        size = torch.tensor([width, height, width, height], dtype=torch.float64)
-        return ((boxes.double() - offset) / scale).clamp(min=0).minimum(size)
+        return boxes_to_input(boxes, (width, height), self.scale, self.offset)
 
 
 def input_config(model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""``timm-lossattn report``: its flags, and the way from a data set to a table and a page."""
+import argparse
+import hashlib
+import os
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from ..explanation import Preprocessing, class_labels, input_config, patch_model
+from ..loading import load_model
+
+__all__ = ['add_report_command', 'run_report']
+
+
+def positive(value: str) -> int:
+    """For argparse: an integer of at least 1."""
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f'must be a positive integer, got {value!r}')
+    return int(value)
+
+
+def add_report_command(commands: Any) -> None:
+    """Add ``report`` to the sub-commands of an argparse parser."""
+    command = commands.add_parser(
+        'report', help='a whole data set: one parquet table and one web page that needs no server',
+        description='Explains every image of a data set. Run again after a crash, it goes on where it was; started by '
+                    'torchrun, its processes share the work.')
+    command.add_argument('dataset', metavar='DATASET', help='hfds/NAME, torch/NAME, or a folder of images')
+    command.add_argument('--model', metavar='NAME',
+                         help='any timm model, lossattn.(any timm model), hf-hub:ORG/NAME or local-dir:FOLDER '
+                              '(default: what --checkpoint says)')
+    command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
+    command.add_argument('--out', default='report', metavar='DIR', help='default: report')
+    command.add_argument('--split', default='validation', metavar='NAME', help='default: validation')
+    command.add_argument('--data-dir', metavar='DIR', help='where a torch/ data set lies')
+    command.add_argument('--input-key', metavar='COLUMN', help='column of the images of an hfds/ data set (image)')
+    command.add_argument('--target-key', metavar='COLUMN', help='column of its labels (label)')
+    command.add_argument('--no-labels', action='store_true', help='names of folders are no classes: predictions alone')
+    command.add_argument('--boxes', metavar='CSV', help='ground truth: file, x0, y0, x1, y1 in pixels of the image; '
+                                                        'hfds/ data sets may have a column "boxes"')
+    command.add_argument('--gallery', type=positive, default=200, metavar='N', help='images on the page (200)')
+    command.add_argument('--batch-size', type=positive, default=32, metavar='N', help='default: 32')
+    command.add_argument('--workers', type=int, default=2, metavar='N', help='processes that read images (2)')
+    command.add_argument('--device', default='cpu', metavar='DEVICE', help='default: cpu')
+    command.set_defaults(run=run_report)
+
+
+def run_report(args: argparse.Namespace, console: Console) -> int:
+    """Explain a data set; the first process of several writes table and page. Returns 0.
+
+    Raises:
+        ValueError: a wrong data set, model, folder or device; the message says which.
+        ImportError: the extra is not installed.
+    """
+    try:
+        from .collect import Run, collect, weights_digest
+        from .dataset import open_images
+        from .page import write_page
+        from .table import ReportTable
+    except ImportError as error:
+        raise ImportError(f"{error.name or error} is missing: pip install 'timm-lossattn[report]'") from None
+    # torchrun says so; nothing else is needed of it, for processes meet in the folder
+    local_rank, rank, world_size = (int(os.environ.get(name, default)) for name, default in (
+        ('LOCAL_RANK', 0), ('RANK', 0), ('WORLD_SIZE', 1)))
+    device = f'cuda:{local_rank}' if args.device == 'cuda' and world_size > 1 else args.device
+    model = load_model(args.model, args.checkpoint, device)
+    name = args.model or model.pretrained_cfg.get('architecture') or type(model).__name__
+    try:
+        model = patch_model(model)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'model: {name}: {error}') from error
+    if model.num_classes < 2:
+        raise ValueError(f'model: {name} must have two classes or more, got {model.num_classes}.')
+    config = input_config(model)
+    labels = class_labels(model, model.num_classes)
+    images, labels, note = open_images(
+        args.dataset, model, labels, Preprocessing(config), args.split, args.data_dir, args.input_key,
+        args.target_key, not args.no_labels, args.boxes)
+    height, width = config['input_size'][1:]
+    notes = {
+        'model': name, 'checkpoint': args.checkpoint, 'pool': type(model.patch_weights).__name__,
+        'xi': model.patch_weights.xi, 'grid': list(model.patch_grid(height, width)), 'input_size': [width, height],
+        'patch_boxes': model.patch_boxes(height, width).tolist(), 'labels': labels, 'note': note,
+        'dataset': args.dataset, 'split': images.split, 'labelled': images.labelled, 'boxed': images.boxed,
+        'command': f'timm-lossattn {shlex.join(sys.argv[1:])}', 'version': version('timm-lossattn'),
+        'settings': {
+            'dataset': args.dataset, 'images': len(images), 'content': images.fingerprint(), 'split': args.split,
+            'columns': [args.input_key, args.target_key], 'labelled': images.labelled, 'labels': labels,
+            'boxes': hashlib.sha256(Path(args.boxes).read_bytes()).hexdigest() if args.boxes else None,
+            'model': name, 'weights': weights_digest(model), 'pool': repr(model.patch_weights),
+            'xi': model.patch_weights.xi, 'input_size': [width, height], 'batch_size': args.batch_size}}
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'--out: {error}') from None
+    if note and not rank:
+        console.print(Text(note), soft_wrap=True)
+    run = Run(Path(args.out), notes, args.batch_size, max(0, args.workers), rank, world_size)
+    share = f', process 1 of {world_size}' if world_size > 1 else ''
+    with Progress(TextColumn(f'explain {args.dataset}{share}'), BarColumn(), MofNCompleteColumn(),
+                  TimeRemainingColumn(), console=console, transient=True,
+                  disable=bool(rank) or not console.is_terminal) as progress:
+        task = progress.add_task('', total=-(-len(images) // world_size))
+        table = collect(model, images, run, lambda done: progress.advance(task, done))
+    if table is None:
+        return 0
+    report = ReportTable(table)
+    for index, file, reason in report.notes['unreadable'][:5]:
+        console.print(Text.assemble(('left out', 'yellow'), f' {file or index}: {reason}'), soft_wrap=True)
+    if not len(report):
+        raise ValueError(f'DATASET: none of the {len(images)} images in {args.dataset} can be read.')
+    page = write_page(run.out / 'index.html', report, images, args.gallery)
+    console.print(Text(f'{len(report):,} images  ->  {table}, {page}'), soft_wrap=True)
+    return 0

@@ -1,0 +1,285 @@
+"""What is explained: timm's data sets by index, each image as a model's input, with its class among the model's."""
+import csv
+import hashlib
+import io
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from timm.data import ImageNetInfo, create_dataset, infer_imagenet_subset
+from torch.utils.data import Dataset, IterableDataset
+
+from ..explanation import Preprocessed, Preprocessing
+from ..explanation.preprocessing import to_rgb
+from ..text import one_line
+
+__all__ = ['Item', 'ReportImages', 'match_classes', 'open_images', 'read_boxes', 'split_readable']
+
+STREAMS = ('hfids', 'wds', 'tfds')
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image on its way to the model; the picture itself stays behind, for it may be large.
+
+    Attributes:
+        index: in the data set.
+        file: its name there; None if it has none.
+        label: class of the model; None if it is not known.
+        x: (C, H, W) input; None if the image cannot be read.
+        size, scale, offset: of the image and of the input in it, see ``Preprocessed``.
+        boxes: (L, 4) ground truth in pixels of the image; None in a data set without boxes.
+        error: why it cannot be read.
+    """
+    index: int
+    file: str | None
+    label: int | None
+    x: torch.Tensor | None
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    offset: tuple[float, float]
+    boxes: torch.Tensor | None
+    error: str | None = None
+
+
+class ReportImages(Dataset):
+    """Images of one of timm's data sets as Items.
+
+    Args:
+        images: timm's ImageDataset, or one of torchvision.
+        preprocessing: of the model.
+        num_classes: K of the model.
+        classes: class of the model for each class of the data set; None if its labels are the model's classes.
+        labelled: False: labels are not looked at.
+        boxes: by file name; None if the data set brings its boxes along, or has none.
+        boxed: there are boxes.
+        split: which part of the data set it is; empty for all of a folder.
+    """
+
+    def __init__(
+            self, images: Any, preprocessing: Preprocessing, num_classes: int, classes: Sequence[int] | None = None,
+            labelled: bool = True, boxes: dict[str, list[list[float]]] | None = None, boxed: bool = False,
+            split: str = '') -> None:
+        self.images, self.preprocessing = images, preprocessing
+        self.num_classes, self.classes, self.labelled = num_classes, classes, labelled
+        self.boxes, self.boxed, self.split = boxes, boxed, split
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def file(self, index: int) -> str | None:
+        """Name of an image's file, relative to the data set's folder, where it has one."""
+        reader = getattr(self.images, 'reader', None)
+        if reader is not None:
+            return reader.filename(index)
+        samples = getattr(self.images, 'samples', None)  # torchvision's folders
+        return str(Path(samples[index][0]).relative_to(self.images.root)) if samples else None
+
+    def label(self, target: Any) -> int | None:
+        """A target of the data set as a class of the model; None for a negative one, which says that it is not known.
+
+        Raises:
+            ValueError: it is no class, or one that the model has not.
+        """
+        if not self.labelled:
+            return None
+        try:
+            target = int(target)
+        except (TypeError, ValueError):
+            raise ValueError(f'DATASET: a label must be one class for each image, got {target!r}; without labels: '
+                             '--no-labels') from None
+        if target < 0:
+            return None
+        limit = self.num_classes if self.classes is None else len(self.classes)
+        if target >= limit:
+            raise ValueError(f'DATASET: label {target} outside [0, {limit - 1}], the classes of the model.')
+        return target if self.classes is None else self.classes[target]
+
+    def read(self, index: int) -> tuple[Image.Image, Any, Any]:
+        """Image, upright in RGB as ``explain`` opens files, the data set's target, and its boxes or None.
+
+        Raises:
+            OSError: and many others; the image is broken.
+        """
+        if hasattr(self.images, 'reader'):  # not its own []: that would go on to the next image if one is broken
+            file, target, *more = self.images.reader[index]
+            with file:
+                image: Any = Image.open(io.BytesIO(file.read()))
+        else:
+            image, target, *more = self.images[index]
+        return to_rgb(ImageOps.exif_transpose(image)), target, more[0] if more else None
+
+    def preprocessed(self, index: int) -> Preprocessed:
+        """An image with the geometry of its input."""
+        return self.preprocessing(self.read(index)[0])
+
+    def __getitem__(self, index: int) -> Item:
+        file = self.file(index)
+        try:
+            image, target, found = self.read(index)
+            source = self.preprocessing(image)
+        except Exception as error:  # broken files raise whatever their readers raise
+            return Item(index, file, None, None, (0, 0), (1., 1.), (0., 0.), None, one_line(error))
+        boxes = None
+        if self.boxed:
+            rows = found if self.boxes is None else self.boxes.get(file or '', [])
+            boxes = torch.tensor(rows if rows is not None else [], dtype=torch.float32).reshape(-1, 4)
+        return Item(index, file, self.label(target), source.x, image.size, source.scale, source.offset, boxes)
+
+    def fingerprint(self) -> str:
+        """Digest of what a resumed run must find again: the number of images, and where they are files their names."""
+        digest = hashlib.sha256(str(len(self)).encode())
+        if hasattr(getattr(self.images, 'reader', None), 'samples'):
+            for name in self.images.reader.filenames():
+                digest.update(b'\0' + name.encode(errors='surrogateescape'))
+        return digest.hexdigest()
+
+
+def split_readable(batch: list[Item]) -> tuple[list[Item], torch.Tensor | None, list[Item]]:
+    """For DataLoader: the items that can be read, without their inputs, those inputs (B, C, H, W), and the others."""
+    good, bad = [i for i in batch if i.x is not None], [i for i in batch if i.x is None]
+    x = torch.stack([i.x for i in good if i.x is not None]) if good else None
+    return [replace(i, x=None) for i in good], x, bad
+
+
+def read_boxes(path: str | Path) -> dict[str, list[list[float]]]:
+    """Boxes x0, y0, x1, y1 by file name from a CSV with the columns file, x0, y0, x1, y1.
+
+    Raises:
+        ValueError: no such file, or other columns or no numbers in it.
+    """
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    try:
+        with open(path, newline='') as file:
+            for row in csv.DictReader(file):
+                found[row['file']].append([float(row[key]) for key in ('x0', 'y0', 'x1', 'y1')])
+    except OSError as error:
+        raise ValueError(f'--boxes: {error}') from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'--boxes: {path} must have the columns file, x0, y0, x1, y1 with numbers: {error!r}') from None
+    return dict(found)
+
+
+def match_classes(names: Sequence[str], labels: Sequence[str], synsets: Sequence[str] = ()) -> tuple[list[int], str]:
+    """Class of the model for each class of the data set, and a note if they were matched by place and not by name.
+
+    Names are compared without case, and with '_' and '-' as spaces. A data set may have fewer classes than the model.
+
+    Args:
+        names: classes of the data set.
+        labels: classes of the model; 'class 0', 'class 1', ... if they have no names.
+        synsets: of an ImageNet model's classes, for data sets whose folders are called so.
+
+    Raises:
+        ValueError: neither the names are the model's nor is their number.
+    """
+    def plain(name: str) -> str:
+        return re.sub(r'[\s_-]+', ' ', name).strip().casefold()
+    for known in (labels, synsets):
+        places = {plain(name): k for k, name in enumerate(known)}
+        if all(plain(name) in places for name in names):
+            return [places[plain(name)] for name in names], ''
+    if len(names) == len(labels):
+        different = next((a, b) for a, b in zip(names, labels) if plain(a) != plain(b))
+        unnamed = all(label == f'class {k}' for k, label in enumerate(labels))
+        note = '' if unnamed else (
+            f"Names of classes differ and were matched by their order: {different[0]!r} is the model's "
+            f'{different[1]!r}.')
+        return list(range(len(names))), note
+    strange = [name for name in names if plain(name) not in {plain(label) for label in labels}]
+    raise ValueError(
+        f'DATASET: its {len(names)} classes are not those of the model, which has {len(labels)} and no '
+        f'{strange[:3]}; without labels: --no-labels')
+
+
+def imagenet_synsets(model: Any) -> list[str]:
+    """WordNet ids of an ImageNet model's classes, or nothing."""
+    subset = infer_imagenet_subset(getattr(model, 'pretrained_cfg', None) or {})
+    found = list(ImageNetInfo(subset).label_names()) if subset else []
+    return found if len(found) == model.num_classes else []
+
+
+def class_names(images: Any) -> list[str]:
+    """Names of a data set's classes in the order of their numbers, or nothing; of several for one class the first."""
+    reader = getattr(images, 'reader', images)
+    index = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}  # of tar files
+    names: dict[int, str] = {}
+    for name, k in index.items():
+        names.setdefault(k, name)
+    return [names[k] for k in sorted(names)]
+
+
+def open_images(
+        name: str, model: Any, labels: Sequence[str], preprocessing: Preprocessing, split: str = 'validation',
+        root: str | None = None, input_key: str | None = None, target_key: str | None = None, labelled: bool = True,
+        boxes: str | None = None) -> tuple[ReportImages, list[str], str]:
+    """A data set by timm's name, or a folder of images, with or without one sub-folder for each class.
+
+    Args:
+        name: ``hfds/...``, ``torch/...``, or the path of a folder or tar file.
+        model: its classes are those of the labels.
+        labels: names of its classes.
+        preprocessing: of the model.
+        split: of the data set; of a folder the sub-folder of that name, if it has one.
+        root: where a torch/ data set lies; cache of an hfds/ one.
+        input_key, target_key: columns of an hfds/ data set, 'image' and 'label' unless they are given.
+        labelled: look at the labels; without, or where there are none, the report has predictions alone.
+        boxes: CSV, see ``read_boxes``; hfds/ data sets have a column ``boxes``.
+
+    Returns:
+        The images, names of the model's classes (the data set's if the model has none) and a note or ''.
+
+    Raises:
+        ValueError: no such data set, a stream, or classes that are not the model's.
+        ImportError: an hfds/ data set without the package datasets.
+    """
+    kind = name.partition('/')[0].lower()
+    if kind in STREAMS:
+        raise ValueError(f'DATASET: {name} is a stream, which cannot be resumed; choose hfds/, torch/ or a folder.')
+    remote = kind in ('hfds', 'torch') and '/' in name
+    if not remote and not Path(name).exists():
+        raise ValueError(f'DATASET: no such folder: {name}; or give hfds/NAME or torch/NAME')
+    keys = {key: value for key, value in (('input_key', input_key), ('target_key', target_key)) if value}
+
+    def create(**more: Any) -> Any:
+        try:
+            return create_dataset(
+                name if remote else '', root=root if remote else name, split=split, **{**keys, **more})
+        except ImportError as error:
+            raise ImportError(f"{error.name} is not installed: pip install 'timm-lossattn[report]'") from None
+        except Exception as error:  # unknown names, splits and columns, no network: many kinds
+            raise ValueError(f'DATASET: cannot open {name!r}, split {split!r}: {one_line(error)}') from error
+
+    images = create()
+    if isinstance(images, IterableDataset) or not len(images):
+        raise ValueError(f'DATASET: no image in {name}, split {split!r}')
+    by_name = read_boxes(boxes) if boxes else None
+    boxed = by_name is not None
+    columns = getattr(getattr(getattr(images, 'reader', None), 'dataset', None), 'features', None)
+    if columns is not None:
+        more: dict[str, Any] = {}
+        if target_key is None and 'label' not in columns:
+            labelled = False
+        if not labelled:
+            more['target_key'] = input_key or 'image'  # timm reads a target in any case; this one is there
+        if by_name is None and 'boxes' in columns:
+            more['additional_features'], boxed = ['boxes'], True
+        images = create(**more) if more else images
+    names = class_names(images)
+    if names in ([''], ['.']):  # a folder without sub-folders
+        labelled = False
+    classes, note, shown = None, '', list(labels)
+    if labelled and names:
+        classes, note = match_classes(names, labels, imagenet_synsets(model))
+        if len(names) == len(labels) and all(label == f'class {k}' for k, label in enumerate(labels)):
+            shown = names
+    if not remote:
+        root = str(images.reader.root)
+        split = '' if Path(root) == Path(name) else Path(root).name
+    return ReportImages(images, preprocessing, len(labels), classes, labelled, by_name, boxed, split), shown, note
