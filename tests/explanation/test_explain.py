@@ -91,7 +91,7 @@ def test_why_not():
     torch.testing.assert_close(e.evidence.sum(1), difference)
     with pytest.raises(ValueError, match=r'against must hold 2 classes in \[0, 4\], got \[5, 0\]'):
         explain(planted(), torch.zeros(2, 3, *SIZE), against=[5, 0])
-    with pytest.raises(ValueError, match="against must hold 2 classes in .*no class 'dog'"):
+    with pytest.raises(ValueError, match=r"against must hold 2 classes in .*no class 'dog'"):
         explain(planted(), torch.zeros(2, 3, *SIZE), against='dog')
 
 
