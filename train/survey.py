@@ -47,7 +47,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     average = ', '.join(f'{rescued[kind]} of kind {kind}' for kind in 'ABC')
     failed = f', {kinds["error"]} not checked for an error' if kinds['error'] else ''
     lines = [
-        f'{len(rows)} families of timm {timm.__version__}: {counts}{failed}. Of kind D, with `global_pool="avg"`: {average}.',
+        f'{len(rows)} families of timm {timm.__version__}: {counts}{failed}. '
+        f'Of kind D, with `global_pool="avg"`: {average}.',
         '', '| family | smallest model | kind | features | patches | additive error | against stock | if refused |',
         '|---|---|---|---|---|--:|--:|---|']
     for family, row in sorted(rows.items()):
