@@ -5,15 +5,9 @@ import torch
 from torch import nn
 
 from timm_lossattn import explain
+from timm_lossattn.evaluation.constant_boxes import ConstantBoxes, cross_fitted_accuracy, square_hits, whole_hits
 from timm_lossattn.evaluation.intervals import mean_interval
-from timm_lossattn.evaluation.localization import (
-    THRESHOLDS,
-    MaxBoxAccV2,
-    boxes_above,
-    cross_fitted_accuracy,
-    square_hits,
-    whole_hits,
-)
+from timm_lossattn.evaluation.localization import THRESHOLDS, MaxBoxAccV2, boxes_above
 from timm_lossattn.evaluation.randomization import cascading_randomization, learned_modules
 
 
@@ -81,6 +75,20 @@ def test_constant_boxes():
         assert hits[0, step - 1].tolist() == [iou >= 0.3, iou >= 0.5, iou >= 0.7]
     assert whole_hits(torch.tensor([0, 0, 64, 32]), truth)[0, 0].tolist() == [False] * 3  # IoU 512 / 2560
     assert whole_hits(torch.tensor([16, 16, 48, 40]), truth)[0, 0].tolist() == [True] * 3
+
+
+def test_constant_boxes_as_a_measure():
+    """Four images with boxes and one without: two are hit by a box around all patches, one by the chosen square."""
+    small, large = torch.tensor([[20., 20., 44., 44.]]), torch.tensor([[0., 0., 60., 60.]])
+    corner = torch.tensor([[0., 0., 10., 10.]])
+    metric = ConstantBoxes()
+    metric.update((64, 64), torch.tensor([0, 0, 58, 58]), [large, large, torch.zeros(0, 4), small])
+    metric.update((64, 64), torch.tensor([0, 0, 58, 58]), [corner])
+    found = metric.compute()
+    assert found['localization_ap_all_patches'].item() == pytest.approx(50.)
+    # even images: large, small; odd ones: large, corner. The odd ones choose a size that hits large, for the even ones;
+    # the even ones the smallest that hits one of theirs, which is small
+    assert found['localization_ap_centred_square'].item() == pytest.approx(25.)
 
 
 def test_mean_interval():

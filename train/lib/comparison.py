@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from timm_lossattn.evaluation.constant_boxes import square_hits, whole_hits
 from timm_lossattn.evaluation.faithfulness import Blank, Completeness, Deletion, Insertion, SingleDeletion
-from timm_lossattn.evaluation.localization import MaxBoxAccV2, square_hits, whole_hits
+from timm_lossattn.evaluation.localization import MaxBoxAccV2
 from timm_lossattn.evaluation.pointing import EnergyPointing, GridPointing, PointingGame, make_grids
 from timm_lossattn.explanation.evidence import direction
 from timm_lossattn.explanation.geometry import patches_to_pixels, spread_over_neighbours

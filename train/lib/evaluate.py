@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from timm_lossattn.explanation import explain
+from timm_lossattn.explanation import explain, square_box
 
 from .boxes import collate_boxes, has_boxes, open_boxed
 from .data import create_eval_loader, input_config, open_dataset
@@ -31,11 +31,13 @@ COCO_CLASSES = (80, 91)  # without and with the ids that no image has
 
 
 class BoxMeasures:
-    """Patch precision, recall and F, and localisation, of a patch model on images with boxes."""
+    """Patch precision, recall and F, and localisation beside constant boxes, of a patch model on images with boxes."""
 
     def __init__(self, model: Any) -> None:
+        from timm_lossattn.evaluation.constant_boxes import ConstantBoxes
         from timm_lossattn.evaluation.metrics import BoxLocalization, PatchLocalization
-        self.model, self.patches, self.located = model, PatchLocalization(), BoxLocalization()
+        self.model, self.patches, self.located, self.constant = (
+            model, PatchLocalization(), BoxLocalization(), ConstantBoxes())
 
     def update(self, x: torch.Tensor, y: torch.Tensor, boxes: list[torch.Tensor]) -> torch.Tensor:
         """Count a batch; its logits."""
@@ -46,11 +48,13 @@ class BoxMeasures:
         predicted = logits.argmax(dim=1)
         right = predicted == y if y.dim() == 1 else y.gather(1, predicted[:, None]).squeeze(1) > 0.5
         self.located.update(explanation.boxes, boxes, right)
+        around = square_box(explanation.patch_boxes, explanation.input_size)
+        self.constant.update(explanation.input_size, around, boxes)
         return logits
 
     def compute(self) -> dict[str, float]:
         """In percent."""
-        return {name: float(value) for metric in (self.patches, self.located)
+        return {name: float(value) for metric in (self.patches, self.located, self.constant)
                 for name, value in metric.compute().items()}
 
 

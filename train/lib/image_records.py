@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from timm_lossattn.evaluation.constant_boxes import IOUS, cross_fitted_accuracy
 from timm_lossattn.evaluation.intervals import Interval, mean_interval
-from timm_lossattn.evaluation.localization import IOUS, cross_fitted_accuracy
 from timm_lossattn.files import replace_file
 
 __all__ = ['Records', 'Table', 'hits_to_text', 'means_and_differences', 'text_to_hits']
