@@ -145,7 +145,7 @@ def markdown(options: CompareOptions, records: Records, command: str) -> str:
         if not entries or not measures:
             continue
         what = f'{len(entries):,} images' if kind == 'image' else f'{len(entries)} grids of {kind[5:]}×{kind[5:]}'
-        lines += [f'{what}, what is explained: the {options.scalar}; `{command}`', '']
+        lines += [f'{what}, what is explained: the {"lead" if against_of(options) else "logit"}; `{command}`', '']
         titles = [f'{MEASURES[m][0]} {"↑" if MEASURES[m][1] > 0 else "↓"}' for m in measures]
         lines += ['| | ' + ' | '.join(titles) + ' |', '|---|' + '--:|' * len(titles)]
         for row, cells in table.items():
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = {
         'model': options.name, 'weights': repr(model.patch_weights), 'dataset': options.dataset,
         'split': options.val_split, 'input_size': list(config['input_size']), 'crop_pct': config['crop_pct'],
-        'scalar': options.scalar, 'tools': list(tools), 'removal': options.removal, 'blanks': options.blanks,
+        'scalar': 'lead' if against_of(options) else 'logit', 'tools': list(tools), 'removal': options.removal, 'blanks': options.blanks,
         'steps': options.steps, 'single_deletion': options.single_deletion, 'spread': options.spread}
     records, command = Records(options.output / 'images.jsonl', asked), command_line(argv)
     measure_images(options, judge, boxed, indices, records)

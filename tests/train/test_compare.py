@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from pytorch_grad_cam import GradCAM, HiResCAM, LayerCAM
-from test_prepare import tiny_folder  # noqa: F401  (a fixture)
+from test_prepare import coco_folder, tiny_folder  # noqa: F401  (fixtures)
 
 import additive_error
 import compare_explanations
@@ -92,6 +92,33 @@ def test_compare_grids(flags, tmp_path):
     records = [json.loads(line) for line in (tmp_path / 'out' / 'images.jsonl').read_text().splitlines()[1:]]
     for entry in (entry for entry in records if entry['kind'] == 'image'):
         assert entry['rows']['Grad-CAM']['energy'] == pytest.approx(entry['rows']['ours']['energy'], abs=1e-3)
+
+
+def test_compare_multi_label(coco_folder, tmp_path):  # noqa: F811
+    """An image with several labels is explained for the one with the largest logit, by that logit."""
+    assert prepare.main(['coco', str(coco_folder), str(tmp_path / 'set'), '--size', '64']) == 0
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=2)
+    torch.nn.init.normal_(model.head.fc.weight)
+    torch.save(model.state_dict(), tmp_path / 'model.pt')
+    assert compare_explanations.main([
+        '--model', MODEL, '--num-classes', '2', '--checkpoint', str(tmp_path / 'model.pt'), '--multi-label',
+        '--target-key', 'labels', '--dataset', f'hfds/{tmp_path / "set"}', '--data-dir', str(tmp_path), *SMALL,
+        '--images', '3', '--tools', 'random', '--removal', 'patches', '--output', str(tmp_path / 'out')]) == 0
+    first, *images = [json.loads(line) for line in (tmp_path / 'out' / 'images.jsonl').read_text().splitlines()]
+    assert first['scalar'] == 'logit'
+    boxed = compare_explanations.open_patch_model(compare_explanations.parse(compare_explanations.CompareOptions, '', [
+        '--model', MODEL, '--num-classes', '2', '--checkpoint', str(tmp_path / 'model.pt'), '--multi-label',
+        '--target-key', 'labels', '--dataset', f'hfds/{tmp_path / "set"}', '--data-dir', str(tmp_path)]))[2]
+    model = model.eval()
+    for entry in images:
+        x, y, boxes = boxed[entry['index']]
+        with torch.no_grad():
+            logits = model(x[None])[0]
+        own = logits.masked_fill(torch.as_tensor(y) < 0.5, -torch.inf)
+        assert entry['target'] == int(own.argmax())
+        assert entry['probability'] == pytest.approx(float(own.max().sigmoid()), abs=1e-3)
+        assert len(boxes)
 
 
 def test_hits_as_text():
