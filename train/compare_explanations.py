@@ -223,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
     asked = {
         'model': options.name, 'weights': repr(model.patch_weights), 'dataset': options.dataset,
         'split': options.val_split, 'input_size': list(config['input_size']), 'crop_pct': config['crop_pct'],
-        'scalar': 'lead' if against_of(options) else 'logit', 'tools': list(tools), 'removal': options.removal, 'blanks': options.blanks,
+        'scalar': 'lead' if against_of(options) else 'logit', 'tools': list(tools), 'removal': options.removal,
+        'blanks': options.blanks,
         'steps': options.steps, 'single_deletion': options.single_deletion, 'spread': options.spread}
     records, command = Records(options.output / 'images.jsonl', asked), command_line(argv)
     measure_images(options, judge, boxed, indices, records)
