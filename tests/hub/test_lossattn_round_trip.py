@@ -82,7 +82,7 @@ def test_model_made_by_hand(tmp_path):
 
 def test_hub(trained, hub, tmp_path):
     """hf-hub: another process with an empty cache downloads config and weights, and computes the same logits."""
-    name, model, x, prediction = trained
+    name, model, x, _ = trained
     save(model, tmp_path / 'folder')
     api = HfApi(endpoint=hub.endpoint, token=hub.token)
     api.create_repo(REPO)
@@ -105,7 +105,7 @@ def test_hub(trained, hub, tmp_path):
 def test_transformers(trained, tmp_path):
     """AutoModelForImageClassification: the same logits, patches, labels; and back to timm."""
     transformers = pytest.importorskip('transformers')
-    name, model, x, prediction = trained
+    _, model, x, prediction = trained
     save(model, tmp_path / 'timm')
     config = transformers.AutoConfig.from_pretrained(tmp_path / 'timm')
     config.model_args.pop('num_classes', None)  # timm 1.0.31 writes it twice, and transformers 5.23 passes both on

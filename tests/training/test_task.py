@@ -1,5 +1,9 @@
 """LossAttentionTask with timm's training machinery: checkpoints, EMA, compile, optimizers, DDP."""
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -281,3 +285,25 @@ def test_distributed(task, process_group, compiled):
     assert set(task.get_checkpoint_state(ema=True)['state_dict_ema']) == bare_keys()
     with task.no_sync():
         task(images(), TARGET)['loss'].backward()
+
+
+def test_two_processes_on_any_timm_model(tmp_path):
+    """Gradients of two gloo processes, each with its half of a batch, are those of one process with all of it."""
+    script, root = Path(__file__).parents[1] / 'ddp_gradients.py', Path(__file__).parents[2]
+    parallel = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    found = []
+    for launcher in ([], parallel):
+        file = tmp_path / f'{len(found)}.pt'
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), str(file), 'test_resnet', 'test_convnext'],
+            capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(root)})
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(file))
+    for backbone, one in found[0].items():
+        two = found[1][backbone]
+        assert one.keys() == two.keys()
+        scale = max(float(gradient.abs().max()) for gradient in one.values())
+        for name, gradient in one.items():
+            assert bool(gradient.any()), name
+            torch.testing.assert_close(
+                two[name], gradient, rtol=0, atol=1e-5 * scale, msg=lambda m, n=f'{backbone} {name}': f'{n}: {m}')
