@@ -1,26 +1,30 @@
 """The command line: ``timm-lossattn explain``, ``check``, ``export``, ``list`` and ``run``."""
 import argparse
+import re
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .evaluation.check import check_model
-from .explanation import class_labels, explain, open_image, patch_model, preprocess
+from .explanation import Explanation, class_labels, explain, open_image, patch_model, preprocess
+from .explanation.labels import find_class, known_classes
 from .export import FORMATS, OUTPUTS, check_target, export_model
-from .loading import list_patch_models, load_model
+from .loading import full_name, list_patch_models, load_model
 from .script_runner import run_script
+from .text import shorten
 
 __all__ = ['main']
 
 DEFAULT_MODEL = 'resnet18_lossattn_conv_nano'
+FEW_CLASSES = 20
 
 
 def unique_stems(paths: Sequence[Path]) -> list[str]:
@@ -52,30 +56,48 @@ def print_error(console: Console, error: Exception) -> None:
     console.print(Text.assemble(('error', 'red'), ' ', message), soft_wrap=True)
 
 
-def class_index(flag: str, value: str | None, labels: Sequence[str]) -> list[int] | None:
-    """A class given by name or index, for a batch of one image.
+def image_files(given: Sequence[str], console: Console) -> list[Path]:
+    """The files, and of a folder all images in it, sorted; what else it holds is named in a line.
 
     Raises:
-        ValueError: no such class.
+        ValueError: a folder without images.
     """
-    if value is None:
-        return None
-    if value in labels:
-        return [list(labels).index(value)]
-    if value.isdecimal() and int(value) < len(labels):
-        return [int(value)]
-    close = list(labels) if len(labels) <= 20 else get_close_matches(value, labels, 5, 0.5)
-    choose = f'choose one of {close}' if close else f'choose one of {len(labels)} names'
-    raise ValueError(f'{flag}: no class {value!r}; {choose} or an index.')
+    paths, endings = [], Image.registered_extensions()
+    for path in map(Path, given):
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        content = sorted(path.iterdir())
+        images = [file for file in content if file.suffix.lower() in endings and file.is_file()]
+        others = [file.name + '/' * file.is_dir() for file in content if file not in images]
+        if not images:
+            raise ValueError(f'IMAGE: no images in the folder {path}' + (
+                f'; it holds {shorten(", ".join(others), 100)}' if others else ''))
+        if others:
+            names = shorten(', '.join(others), 100)
+            console.print(Text(f'{path}: {len(images)} images; left out: {names}'), soft_wrap=True)
+        paths += images
+    return paths
+
+
+def class_slug(k: int, labels: Sequence[str]) -> str:
+    """A class's name for a file's name: letters, digits and underscores; with its index where two would be the same."""
+    slugs = [re.sub(r'\W+', '_', label).strip('_')[:40] for label in labels]
+    same = [other.casefold() for other in slugs].count(slugs[k].casefold()) > 1
+    return f'{slugs[k]}_{k}' if same or not slugs[k] else slugs[k]
 
 
 def run_explain(args: argparse.Namespace, console: Console) -> int:
     """One PNG and one JSON for each image; unreadable images are reported and skipped. Returns the exit code."""
     model = load_patch_model(args.model, args.checkpoint, args.device)
     labels = class_labels(model, model.num_classes)
-    target, against = (class_index(flag, value, labels)
+    target, against = (None if value is None else find_class(flag, value, labels)
                        for flag, value in (('--target', args.target), ('--against', args.against)))
-    out = Path(args.out)
+    if target is not None and target == against:
+        raise ValueError(f'--against: {labels[target]} is --target as well; choose another class.')
+    question = '' if target is None else f'-{class_slug(target, labels)}'
+    question += '' if against is None else f'-vs-{class_slug(against, labels)}'
+    paths, out = image_files(args.images, console), Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,10 +105,11 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
     if args.model is None and args.checkpoint is None:
         console.print(f'model: {DEFAULT_MODEL}, which knows the ten classes of CIFAR-10; for photographs --model '
                       'lossattn.NAME with any timm model', soft_wrap=True)
-    failed = 0
-    model_name = args.model or model.pretrained_cfg.get('architecture') or DEFAULT_MODEL
-    paths = [Path(p) for p in args.images]
-    stems = unique_stems(paths)
+    failed, hinted = 0, False
+    architecture = full_name(model)
+    model_name = architecture if args.model in (None, 'lossattn') else args.model
+    title = f'{architecture} of {model_name}' if ':' in model_name else model_name
+    stems = [f'{stem}{question}' for stem in unique_stems(paths)]
     taken = {p.resolve() for p in paths} & {(out / f'{s}{end}').resolve() for s in stems for end in ('.png', '.json')}
     if taken:
         raise ValueError(f'--out: {out} would overwrite an input, {min(taken)}; choose another folder.')
@@ -94,21 +117,35 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
         try:
             source = preprocess(model, open_image(path))
             explanation = explain(model, source, target, multi_label=args.multi_label)
-            if against is not None and int(explanation.target) == against[0]:
-                reason = 'is --target as well' if target else 'is what it is classified as'
-                raise ValueError(f'--against: {path.name}: {labels[against[0]]} {reason}; choose another class.')
+            if against is not None and int(explanation.target) == against:
+                raise ValueError(f'--against: {path.name}: {labels[against]} is what it is classified as; choose '
+                                 'another class, or give the --target that it should be.')
             if against is not None:
                 explanation = explanation.versus(against)
         except ValueError as error:
             print_error(console, error)
             failed += 1
             continue
-        explanation.save(out, [stem], [f'{path.name} · {model_name}'], args.all_classes,
-                         image=str(path), model=model_name, checkpoint=args.checkpoint)
+        explanation.save(out, [stem], [f'{path.name} · {title}'], args.all_classes,
+                         image=str(path), model=model_name, architecture=architecture, checkpoint=args.checkpoint)
         probability, best = explanation.probabilities[0].max(dim=0)
         line = f'{path.name}: {labels[int(best)]} {100 * float(probability):.1f} %  ->  {out / stem}.png, .json'
         console.print(Text(line), soft_wrap=True)
+        if question:
+            console.print(Text(f'  {explanation.answer()}'), soft_wrap=True)
+        if not hinted and is_photo_for_thumbnails(explanation):
+            hinted = True
+            width, height = source.image.size
+            console.print(Text(f'hint: {path.name} has {width}×{height} pixels; the model reads '
+                               f'{explanation.input_size[1]}×{explanation.input_size[0]} and {known_classes(labels)}. '
+                               'It answers with one of them whatever is in the image.'), soft_wrap=True)
     return 1 if failed else 0
+
+
+def is_photo_for_thumbnails(explanation: Explanation) -> bool:
+    """Whether an image is more than four times as large as the input of a model of few classes: hardly what it saw."""
+    larger = max(explanation.source(0).image.size) > 4 * max(explanation.input_size)
+    return larger and len(explanation.labels) <= FEW_CLASSES
 
 
 def run_export(args: argparse.Namespace, console: Console) -> int:
@@ -196,12 +233,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True)
 
     command = commands.add_parser('explain', help='which part of each image decided: a PNG and a JSON for each')
-    command.add_argument('images', nargs='+', metavar='IMAGE', help='any image that Pillow opens')
+    command.add_argument('images', nargs='+', metavar='IMAGE', help='any image that Pillow opens, or a folder')
     command.add_argument('--model', metavar='NAME',
                          help='any timm model, lossattn.(any timm model), hf-hub:ORG/NAME or local-dir:FOLDER '
                               f'(default: what --checkpoint says, or {DEFAULT_MODEL})')
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
-    command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')
+    command.add_argument('--target', metavar='CLASS',
+                         help='class to explain, name, word of it or index (default: predicted)')
     command.add_argument('--against', metavar='CLASS', help='why not this class? (default: all, by their softmax)')
     command.add_argument('--multi-label', action='store_true',
                          help='classes are independent: sigmoids, evidence in the logit')
