@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_lossattn.files import sha256_of
+from timm_lossattn.loading import full_name
 
 __all__ = ['Words', 'make_card', 'measures']
 
@@ -109,7 +110,7 @@ def make_card(
         weights = Path(model.pretrained_cfg['file'])
     size, labels = config['pretrained_cfg']['input_size'], config.get('label_names') or []
     return ModelCard.from_template(
-        data, template_path=str(TEMPLATE), name=name, architecture=f'`{config["architecture"]}`',
+        data, template_path=str(TEMPLATE), name=name, architecture=f'`{full_name(model)}`',
         picture='example.png' if (folder / 'example.png').exists() else None,
         patches=patches, head=model.patch_weights.description if patches else '',
         weighted=patches and model.patch_weights.informative, multi_label=flags.get('multi_label'),

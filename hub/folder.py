@@ -17,6 +17,7 @@ from card import Words, make_card
 from timm_lossattn import explain, load_model
 from timm_lossattn.explanation.preprocessing import PREPROCESSING
 from timm_lossattn.files import replace_file, sha256_of, write_json
+from timm_lossattn.loading import full_name
 from timm_lossattn.models.entrypoints import CIFAR10_LABELS
 from timm_lossattn.models.pretrained import WEIGHTS_NAME, bundle_folder, bundled_weights
 
@@ -196,7 +197,8 @@ def draw_example(folder: Path, model: Any, example: str | None, multi_label: boo
         return
     buffer = io.BytesIO()
     try:
-        figure = explain(model, example, multi_label=multi_label).figure(title=Path(example).name)
+        explanation = explain(model, example, multi_label=multi_label)
+        figure = explanation.figure(title=f'{Path(example).name} · {full_name(model)}')
         figure.savefig(buffer, format='png')
     except ValueError as error:
         raise ValueError(f'--example: {error}') from error

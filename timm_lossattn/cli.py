@@ -15,17 +15,19 @@ from rich.text import Text
 
 from .evaluation.check import check_model
 from .explanation import Explanation, class_labels, explain, open_image, patch_model, preprocess
-from .explanation.classes import class_named
+from .explanation.labels import find_class, known_classes
 from .export import FORMATS, OUTPUTS, check_target, export_model
-from .loading import backbone_name, list_patch_models, load_model
+from .loading import backbone_name, full_name, list_patch_models, load_model
 from .models.lossattn import refuse_early
 from .models.probe import NoPatchSum
 from .report.command import add_report_command
 from .script_runner import run_script
+from .text import shorten
 
 __all__ = ['main']
 
 DEFAULT_MODEL = 'resnet18_lossattn_conv_nano'
+FEW_CLASSES = 20
 
 
 def unique_stems(paths: Sequence[Path]) -> list[str]:
@@ -54,81 +56,54 @@ def load_patch_model(name: str | None, checkpoint: str | None, device: str) -> A
         raise ValueError(f'model: {name or checkpoint}: {error}') from error
 
 
-def named(model: Any) -> str:
-    """The name of a model; of loss attention in another one, with that one."""
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    name = cfg.get('architecture') or DEFAULT_MODEL
-    return f'{name}.{cfg["tag"]}' if name == 'lossattn' and cfg.get('tag') else name
-
-
 def print_error(console: Console, error: Exception) -> None:
     """One line; what stands in brackets is text, not rich's markup."""
     message = ' '.join(str(error).split()) or type(error).__name__
     console.print(Text.assemble(('error', 'red'), ' ', message), soft_wrap=True)
 
 
-def class_index(flag: str, value: str | None, labels: Sequence[str]) -> list[int] | None:
-    """A class given by name or index, for a batch of one image.
+def image_files(given: Sequence[str], console: Console) -> list[Path]:
+    """The files, and of a folder all images in it, sorted; what else it holds is named in a line.
 
     Raises:
-        ValueError: no such class.
+        ValueError: a folder without images.
     """
-    if value is None:
-        return None
-    if value not in labels and value.isdecimal() and int(value) < len(labels):
-        return [int(value)]
-    try:
-        return [class_named(value, labels)]
-    except ValueError as error:
-        raise ValueError(f'{flag}: {error}') from None
+    paths, endings = [], Image.registered_extensions()
+    for path in map(Path, given):
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        content = sorted(path.iterdir())
+        images = [file for file in content if file.suffix.lower() in endings and file.is_file()]
+        others = [file.name + '/' * file.is_dir() for file in content if file not in images]
+        if not images:
+            raise ValueError(f'IMAGE: no images in the folder {path}' + (
+                f'; it holds {shorten(", ".join(others), 100)}' if others else ''))
+        if others:
+            names = shorten(', '.join(others), 100)
+            console.print(Text(f'{path}: {len(images)} images; left out: {names}'), soft_wrap=True)
+        paths += images
+    return paths
 
 
-def images_in(paths: Sequence[str]) -> list[Path]:
-    """The files, and of a folder all files in it that Pillow knows by their ending, in the order of their names.
-
-    Raises:
-        ValueError: a folder has none.
-    """
-    endings = Image.registered_extensions()
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in endings)
-            if not inside:
-                raise ValueError(f'IMAGE: there are no images in the folder {path}.')
-            found += inside
-        else:
-            found.append(path)
-    return found
-
-
-def question(target: str | None, against: str | None) -> str:
-    """What is asked, for the name of a file: '' for the usual question."""
-    plain = (re.sub(r'[^\w-]+', '_', word)[:40] for word in
-             ([target] if target else []) + ([f'vs-{against}'] if against else []))
-    asked = '-'.join(plain)
-    return f'.{asked}' if asked else ''
-
-
-def answer(explanation: Explanation) -> str:
-    """The lead of what is explained over what it is compared with, and how many patches speak for it, in words."""
-    evidence, labels = explanation.evidence[0], explanation.labels
-    over = explanation.against
-    what = {'rest': ' over its rivals', 'mean': ' over the mean of the others'}.get(str(over), '') if (
-        over is None or isinstance(over, str)) else f' over {labels[int(over)]}'
-    lead, speaks = float(evidence.sum()), 100 * float((evidence > 0).float().mean())
-    name = 'lead' if over is not None else 'logit'
-    return (f'{labels[int(explanation.target)]}: {name}{what} {lead:+.2f}; {speaks:.0f} % of the patches speak for it, '
-            f'{100 * float((evidence < 0).float().mean()):.0f} % against')
+def class_slug(k: int, labels: Sequence[str]) -> str:
+    """A class's name for a file's name: letters, digits and underscores; with its index where two would be the same."""
+    slugs = [re.sub(r'\W+', '_', label).strip('_')[:40] for label in labels]
+    same = [other.casefold() for other in slugs].count(slugs[k].casefold()) > 1
+    return f'{slugs[k]}_{k}' if same or not slugs[k] else slugs[k]
 
 
 def run_explain(args: argparse.Namespace, console: Console) -> int:
     """One PNG and one JSON for each image; unreadable images are reported and skipped. Returns the exit code."""
     model = load_patch_model(args.model, args.checkpoint, args.device)
     labels = class_labels(model, model.num_classes)
-    target, against = (class_index(flag, value, labels)
+    target, against = (None if value is None else find_class(flag, value, labels)
                        for flag, value in (('--target', args.target), ('--against', args.against)))
-    out = Path(args.out)
+    if target is not None and target == against:
+        raise ValueError(f'--against: {labels[target]} is --target as well; choose another class.')
+    question = '' if target is None else f'-{class_slug(target, labels)}'
+    question += '' if against is None else f'-vs-{class_slug(against, labels)}'
+    paths, out = image_files(args.images, console), Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,11 +111,11 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
     if args.model is None and args.checkpoint is None:
         console.print(f'model: {DEFAULT_MODEL}, which knows the ten classes of CIFAR-10; for photographs --model '
                       'lossattn.NAME with any timm model', soft_wrap=True)
-    failed = 0
-    model_name = args.model or named(model)
-    paths = images_in(args.images)
-    asked = question(*(labels[k[0]] if k else None for k in (target, against)))
-    stems = [stem + asked for stem in unique_stems(paths)]
+    failed, hinted = 0, False
+    architecture = full_name(model)
+    model_name = architecture if args.model in (None, 'lossattn') else args.model
+    title = f'{architecture} of {model_name}' if ':' in model_name else model_name
+    stems = [f'{stem}{question}' for stem in unique_stems(paths)]
     taken = {p.resolve() for p in paths} & {(out / f'{s}{end}').resolve() for s in stems for end in ('.png', '.json')}
     if taken:
         raise ValueError(f'--out: {out} would overwrite an input, {min(taken)}; choose another folder.')
@@ -148,21 +123,35 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
         try:
             source = preprocess(model, open_image(path))
             explanation = explain(model, source, target, multi_label=args.multi_label)
-            if against is not None and int(explanation.target) == against[0]:
-                reason = 'is --target as well' if target else 'is what it is classified as'
-                raise ValueError(f'--against: {path.name}: {labels[against[0]]} {reason}; choose another class.')
+            if against is not None and int(explanation.target) == against:
+                raise ValueError(f'--against: {path.name}: {labels[against]} is what it is classified as; choose '
+                                 'another class, or give the --target that it should be.')
             if against is not None:
                 explanation = explanation.versus(against)
         except ValueError as error:
             print_error(console, error)
             failed += 1
             continue
-        explanation.save(out, [stem], [f'{path.name} · {model_name}'], args.all_classes,
-                         image=str(path), model=model_name, checkpoint=args.checkpoint)
+        explanation.save(out, [stem], [f'{path.name} · {title}'], args.all_classes,
+                         image=str(path), model=model_name, architecture=architecture, checkpoint=args.checkpoint)
         probability, best = explanation.probabilities[0].max(dim=0)
         line = f'{path.name}: {labels[int(best)]} {100 * float(probability):.1f} %  ->  {out / stem}.png, .json'
-        console.print(Text(f'{line}\n  {answer(explanation)}'), soft_wrap=True)
+        console.print(Text(line), soft_wrap=True)
+        if question:
+            console.print(Text(f'  {explanation.answer()}'), soft_wrap=True)
+        if not hinted and is_photo_for_thumbnails(explanation):
+            hinted = True
+            width, height = source.image.size
+            console.print(Text(f'hint: {path.name} has {width}×{height} pixels; the model reads '
+                               f'{explanation.input_size[1]}×{explanation.input_size[0]} and {known_classes(labels)}. '
+                               'It answers with one of them whatever is in the image.'), soft_wrap=True)
     return 1 if failed else 0
+
+
+def is_photo_for_thumbnails(explanation: Explanation) -> bool:
+    """Whether an image is more than four times as large as the input of a model of few classes: hardly what it saw."""
+    larger = max(explanation.source(0).image.size) > 4 * max(explanation.input_size)
+    return larger and len(explanation.labels) <= FEW_CLASSES
 
 
 def run_export(args: argparse.Namespace, console: Console) -> int:

@@ -4,6 +4,7 @@ A checkpoint of train/train.py says itself how to build its model, as plain data
 model_args, label_names and data_config (timm's, for the preprocessing). A checkpoint without it needs the name.
 """
 import argparse
+import zipfile
 from collections.abc import Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -18,7 +19,9 @@ from .explanation.preprocessing import PREPROCESSING
 from .models.lite_weights import lite_overlay
 from .text import one_line
 
-__all__ = ['MODEL_CONFIG', 'check_name', 'list_patch_models', 'load_model', 'model_config', 'read_checkpoint']
+__all__ = [
+    'MODEL_CONFIG', 'check_name', 'full_name', 'list_patch_models', 'load_model', 'model_config', 'read_checkpoint',
+]
 
 MODEL_CONFIG = 'model_config'
 MODULES = ('resnet_lossattn', 'vgg_lossattn', 'googlenet_lossattn')
@@ -72,6 +75,8 @@ def read_checkpoint(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
     if not Path(file).is_file():
         raise ValueError(f'checkpoint: no such file: {file}')
     config: dict[str, Any] = {}
+    if Path(file).suffix != '.safetensors' and not is_pickle(Path(file)):
+        raise ValueError(f'checkpoint: {file} is no file of PyTorch (.pth, .pt, .tar, .bin) or safetensors.')
     try:
         # timm's train.py stores its flags as a Namespace; nothing reads it
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -83,6 +88,21 @@ def read_checkpoint(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         raise ValueError(f'checkpoint: {file} is no checkpoint: neither .safetensors nor of torch.save.') from error
     except Exception as error:  # a broken file raises whatever its reader raises
         raise ValueError(f'checkpoint: cannot read {file}: {one_line(error)}') from error
+
+
+def is_pickle(file: Path) -> bool:
+    """Whether a file may be one of torch.save, of any version, or of NumPy, whose files are archives too."""
+    with file.open('rb') as content:
+        return content.read(1) == b'\x80' or zipfile.is_zipfile(file)
+
+
+def full_name(model: Any) -> str:
+    """Architecture of a model; of loss attention in a timm model with the backbone, ``lossattn.{backbone}``."""
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+    args = getattr(model, '_model_args', {})
+    if name != 'lossattn' or 'backbone' not in args:
+        return name
+    return f'lossattn.{args["backbone"]}' + ('' if args['pool'] == 'lossattn' else f' with pool={args["pool"]}')
 
 
 def load_model(

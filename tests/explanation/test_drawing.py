@@ -43,26 +43,32 @@ def test_shorten():
 
 @pytest.mark.parametrize('against', ['rest', None, [1]])
 @pytest.mark.parametrize('size', [(32, 32), (400, 100), (100, 400), (3000, 20), (20, 3000)])
-def test_text_of_the_picture(size, against):
-    """No text is clipped and none overlaps another, with long names too."""
+@pytest.mark.parametrize('selected', [1, 36])
+def test_text_of_the_picture(size, against, selected):
+    """No text is clipped and none overlaps another, with long names too; a panel of all patches is left out."""
     model = random_model(NANO)
     source = preprocess(model, Image.open(CAT).resize(size))
     explanation = explain(model, [source], against=against)
     chosen = torch.zeros_like(explanation.selected)
-    chosen[0, 8] = True
+    chosen[0, :selected] = True
     explanation = dataclasses.replace(
         explanation, selected=chosen, labels=['American Staffordshire bull terrier'] * 10)
     figure = draw_explanation(explanation, 0, title='long title ' * 30)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
-    texts = [*figure.texts, *(ax.title for ax in figure.axes), *figure.legends[0].get_texts()]
+    texts = [*figure.texts, *(ax.title for ax in figure.axes)]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
     for ax in figure.axes:
         low, high = ax.get_ylim()  # ticks outside are not drawn
         texts += [label for label, at in zip(ax.get_yticklabels(), ax.get_yticks()) if low <= at <= high]
     boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts if t.get_text()]
     assert len(boxes) > 10
-    assert '1 of 36 patches selected' in [text for text, _ in boxes]
+    assert ('1 of 36 patches selected' in [text for text, _ in boxes]) == (selected == 1)
+    assert len(figure.legends) == (selected == 1)
+    caption = ' '.join(text.get_text() for text in figure.texts)
+    assert 'The model knows 10 classes: America' in caption
+    assert 'Grey: no patch, or cut off by the crop.' in caption  # 6 patches end before pixel 32
     width, height = figure.get_size_inches() * figure.dpi
     for text, box in boxes:
         assert box.x0 >= 0, text

@@ -17,7 +17,7 @@ from timm_lossattn import PatchPrediction
 from timm_lossattn.attention import AttentionWeights, GatedAttentionWeights, LossAttentionWeights, MeanWeights
 from timm_lossattn.attention.routing_head import RoutingWeights
 from timm_lossattn.explanation import class_labels, explain, patches_to_pixels, square_box
-from timm_lossattn.explanation.classes import class_named
+from timm_lossattn.explanation.labels import find_class, known_classes
 from timm_lossattn.explanation.preprocessing import open_image, preprocess
 
 NANO = 'resnet18_lossattn_conv_nano'
@@ -91,7 +91,7 @@ def test_why_not():
     torch.testing.assert_close(e.evidence.sum(1), difference)
     with pytest.raises(ValueError, match=r'against must hold 2 classes in \[0, 4\], got \[5, 0\]'):
         explain(planted(), torch.zeros(2, 3, *SIZE), against=[5, 0])
-    with pytest.raises(ValueError, match=r"against must hold 2 classes in .*no class 'dog'"):
+    with pytest.raises(ValueError, match=r"against: no class 'dog'; choose one of \['class 0', .*or an index"):
         explain(planted(), torch.zeros(2, 3, *SIZE), against='dog')
 
 
@@ -173,7 +173,7 @@ def test_train_mode():
 
 
 @pytest.mark.parametrize('target', [
-    [5, 0], [0, -1], [0], [0, 1, 2], 5, True, 'dog', ['dog', 'cat'], [0.5, 1.], torch.tensor([True, False])])
+    [5, 0], [0, -1], [0], [0, 1, 2], 5, True, [None, 1], [0.5, 1.], torch.tensor([True, False])])
 def test_bad_target(target):
     """Classes that do not exist, a wrong number of them, and what is no class at all."""
     with pytest.raises(ValueError, match=r'^target must hold 2 classes in \[0, 4\]'):
@@ -396,30 +396,53 @@ def test_json_holds_what_is_compared():
     assert torch.tensor(e.to_dict(0, all_classes=True)['contributions']).shape == (*GRID, 5)
 
 
-def test_classes_by_name():
-    """The label itself, then whatever the case, then whole words; several or none are refused."""
-    labels = ['tabby', 'tiger cat', 'Egyptian cat', 'tiger', 'CAT']
-    for name, index in (('tabby', 0), ('TABBY', 0), ('tiger', 3), ('egyptian', 2), ('CAT', 4), ('cat', 4)):
-        assert class_named(name, labels) == index
-    with pytest.raises(ValueError, match=r"'cat' may be any of \['tiger cat', 'Egyptian cat'\]"):
-        class_named('cat', labels[:4])
-    for name in ('tab', '', 'dog'):
-        with pytest.raises(ValueError, match='no class'):
-            class_named(name, labels)
-    model = timm.create_model(NANO, pretrained=True).eval()
-    by_name, by_index = explain(model, FILES, 'Truck', 'ship'), explain(model, FILES, 9, 8)
-    torch.testing.assert_close(by_name.evidence, by_index.evidence)
-    several = explain(model, FILES, ['truck', 'ship'])
-    torch.testing.assert_close(several.evidence, explain(model, FILES, [9, 8]).evidence)
+def test_names_in_python():
+    """Classes by name, for all images or for each, as target and as what it is compared with; the answer in a line."""
+    model = planted()
+    model.pretrained_cfg = {'label_names': ['tabby', 'Persian cat', 'tiger cat', 'dog', 'crane (n1)']}
+    x = torch.zeros(2, 3, *SIZE)
+    e = explain(model, x, target='dog', against='Tabby')
+    assert (e.target.tolist(), e.against.tolist()) == ([3, 3], [0, 0])
+    assert explain(model, x, ['persian', 4]).target.tolist() == [1, 4]
+    assert explain(model, x).versus(['crane', 'tiger cat']).against.tolist() == [4, 2]
+    for value, reason in (('cat', r"'cat' may be 2 classes; choose one of \['Persian cat', 'tiger cat'\]"),
+                          ('do', "no class 'do'"), ('', "no class ''"), ('5', "no class '5'")):
+        with pytest.raises(ValueError, match=f'^target: {reason}'):
+            explain(model, x, value)
+    e = explain(model, x, against='crane')
+    total, positive = float(e.evidence[0].sum()), int((e.evidence[0] > 0).sum())
+    assert e.answer() == f'tiger cat over crane (n1): {total:+.2f}; {positive} of 12 patches for it'
+    assert explain(model, x, against=None).answer(1).startswith('tabby, its logit: ')
+    with pytest.raises(ValueError, match='against must differ from the target'):
+        e.versus('tiger cat')
 
 
-def test_what_is_no_batch():
-    """A single image as a tensor, and no images at all, are told apart."""
-    for images, message in ((torch.zeros(3, 19, 22), 'unsqueeze'), ([], 'an empty list')):
-        with pytest.raises(ValueError, match=message):
-            explain(timm.create_model(NANO).eval(), images)
+def test_close_names_of_many_classes():
+    """Of a thousand names those that look alike are proposed; whole words come before them."""
+    labels = [f'thing{k}' for k in range(1000)] + ['tabby', 'Egyptian cat']
+    assert find_class('target', 'egyptian', labels) == 1001
+    with pytest.raises(ValueError, match=r"^--target: no class 'taby'; choose one of \['tabby'\] or an index"):
+        find_class('--target', 'taby', labels)
 
 
-def test_notebook():
-    """An explanation at the end of a cell is a picture."""
-    assert explain(timm.create_model(NANO).eval(), torch.zeros(1, 3, 32, 32))._repr_png_()[:4] == b'\x89PNG'
+def test_known_classes():
+    """What a model knows, in a few words."""
+    assert known_classes(['cat', 'dog', 'eel']) == 'knows 3 classes: cat … eel'
+    assert known_classes(['cell']) == 'knows 1 class: cell'
+    assert known_classes([f'class {k}' for k in range(1000)]) == 'knows 1,000 classes, without names'
+
+
+def test_one_image_or_none():
+    """An image without batch dimension, and no image at all: what is wrong and what helps."""
+    with pytest.raises(ValueError, match=r'got a tensor of shape \(3, 20, 24\); .*x\.unsqueeze\(0\)'):
+        explain(planted(), torch.zeros(3, 20, 24))
+    with pytest.raises(ValueError, match='images must hold at least one image, got an empty list'):
+        explain(planted(), [])
+
+
+def test_notebook_shows_the_picture():
+    """An Explanation at the end of a cell is the picture of its first image."""
+    e = explain(planted(), torch.zeros(2, 3, *SIZE))
+    with Image.open(io.BytesIO(e._repr_png_())) as picture:
+        assert picture.format == 'PNG'
+        assert min(picture.size) > 100

@@ -1,7 +1,8 @@
 """From a model and images to what decided: preprocessing, one forward pass, evidence, pictures."""
 from .explain import explain, patch_model
-from .explanation import Explanation, class_labels
+from .explanation import Explanation
 from .geometry import patches_to_pixels, square_box
+from .labels import class_labels
 from .preprocessing import Preprocessed, Preprocessing, input_config, open_image, preprocess
 
 __all__ = [

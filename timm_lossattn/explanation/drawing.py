@@ -1,11 +1,13 @@
 """Pictures of explanations. Needs matplotlib, the ``viz`` extra."""
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..text import shorten
+from .labels import known_classes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,6 +17,7 @@ __all__ = ['draw_explanation']
 SELECTED_COLOR, BOX_COLOR = '#56B4E9', '#E69F00'  # Okabe & Ito's palette, safe for colour-blind readers
 MAX_ASPECT = 4.  # of longer images only the part around the model's input is shown
 MAX_PIXELS = 1200  # larger images are drawn at a lower resolution
+NEARLY_ALL = 0.9  # an outline of more of the patches than this says nothing
 
 
 def view_window(size: tuple[int, int], frame: list[float]) -> tuple[int, int, int, int]:
@@ -45,6 +48,7 @@ def outline(chosen: np.ndarray) -> np.ndarray:
 def draw_explanation(explanation: Any, index: int, title: str = '') -> Figure:
     """Image, α map, class evidence, and selected patches with the estimated box, in one row (wide images: in two).
 
+    Where at least nine tenths of the patches are selected, the last panel is left out (wide images: one column).
     Maps are drawn by nominal patch geometry, averaged where patches overlap; pixels that belong to no patch stay grey.
     Of an image more than four times as long as wide, the part around the model's input is shown.
 
@@ -92,16 +96,31 @@ def draw_explanation(explanation: Any, index: int, title: str = '') -> Figure:
     part = '' if (x1 - x0, y1 - y0) == source.image.size else ', part of it'
 
     # All sizes in inches; text has a place of its own, whatever the shape of the image.
+    outlined = float(explanation.selected[index].float().mean()) < NEARLY_ALL
+    panels = 4 if outlined else 3
     aspect = min(max((y1 - y0) / (x1 - x0), 1 / MAX_ASPECT), MAX_ASPECT)
-    columns = 4 if aspect > 0.6 else 2
-    panel_w = min(2.6 if columns == 4 else 5.4, 5.2 / aspect)
+    columns, width_limit = (panels, 2.6 if outlined else 3.2) if aspect > 0.6 else (2, 5.4) if outlined else (1, 7.5)
+    panel_w = min(width_limit, (5.2 if outlined else 4.1 if columns == 1 else 5.6) / aspect)
     panel_h = panel_w * aspect
-    cell_w, cell_h = max(panel_w, 2.3) + 0.95, panel_h + 0.6
-    figure_w, figure_h = columns * cell_w + 0.1, 4 // columns * cell_h + 1.1
+    cell_w, cell_h = max(panel_w, 2.3), panel_h + 0.6
+    # to the right of each column; a colour bar with its numbers is wider
+    gaps = [0.25, 0.95, 0.95, 0.25][:panels] if columns == panels else [0.95] * columns
+    figure_w = columns * cell_w + sum(gaps) + 0.15
+    best = ',  '.join(
+        f'{shorten(labels[k], 20)} {100 * p:.1f} %' for p, k in zip(probabilities.tolist(), order.tolist()))
+    notes = [f'top {len(order)}:  {best}', f'The model {known_classes(labels)}.']
+    if np.isnan(alpha).any() or frame[0] > x0 + 1 or frame[1] > y0 + 1 or frame[2] < x1 - 1 or frame[3] < y1 - 1:
+        notes[1] += ' Grey: no patch, or cut off by the crop.'
+    characters = int(figure_w * 13)  # of 9 points, in a line
+    lines = [line for note in notes for line in wrap(note, characters)]
+    legend_h = 0.3 if outlined else 0.
+    footer = 0.17 * len(lines) + legend_h + 0.2
+    figure_h = panels // columns * cell_h + footer + 0.42
     figure = Figure(figsize=(figure_w, figure_h), dpi=110)
 
     def panel(number: int, name: str) -> Any:
-        left = 0.15 + number % columns * cell_w + (cell_w - 0.95 - panel_w) / 2.
+        column = number % columns
+        left = 0.15 + column * cell_w + sum(gaps[:column]) + (cell_w - panel_w) / 2.
         bottom = figure_h - 0.35 - (number // columns + 1) * cell_h
         ax = figure.add_axes((left / figure_w, bottom / figure_h, panel_w / figure_w, panel_h / figure_h))
         ax.set(xticks=[], yticks=[])
@@ -127,24 +146,24 @@ def draw_explanation(explanation: Any, index: int, title: str = '') -> Figure:
     limit = float(np.nanmax(np.abs(evidence))) or 1.
     heat(panel(2, evidence_name), evidence, cmap='PuOr_r', vmin=-limit, vmax=limit)
 
-    ax = panel(3, f'{int(explanation.selected[index].sum())} of {explanation.selected.shape[1]} patches selected')
-    show(ax, image)
-    segments = outline(chosen) * (sx, sy) + (ox, oy)
-    segments = segments.clip((x0, y0), (x1, y1))
-    ax.add_collection(LineCollection(  # unclipped, so that lines on the image's border have their full width
-        list(segments), colors=SELECTED_COLOR, linewidths=4, capstyle='projecting', clip_on=False, zorder=4))
-    left, top, right, bottom = source.to_image(explanation.boxes[index]).tolist()
-    ax.add_patch(Rectangle(
-        (left, top), right - left, bottom - top, fill=False, edgecolor=BOX_COLOR, linewidth=2, linestyle='--', zorder=5,
-        clip_on=False))
-    figure.legend(
-        handles=[Line2D([], [], color=SELECTED_COLOR, linewidth=4, label='selected patches'),
-                 Line2D([], [], color=BOX_COLOR, linewidth=2, linestyle='--', label='estimated box')],
-        loc='center', bbox_to_anchor=(0.5, 0.53 / figure_h), ncols=2, frameon=False, fontsize=9)
-    best = '   '.join(
-        f'{shorten(labels[k], 20)} {100 * p:.1f} %' for p, k in zip(probabilities.tolist(), order.tolist()))
+    if outlined:
+        ax = panel(3, f'{int(explanation.selected[index].sum())} of {explanation.selected.shape[1]} patches selected')
+        show(ax, image)
+        segments = outline(chosen) * (sx, sy) + (ox, oy)
+        segments = segments.clip((x0, y0), (x1, y1))
+        ax.add_collection(LineCollection(  # unclipped, so that lines on the image's border have their full width
+            list(segments), colors=SELECTED_COLOR, linewidths=4, capstyle='projecting', clip_on=False, zorder=4))
+        left, top, right, bottom = source.to_image(explanation.boxes[index]).tolist()
+        ax.add_patch(Rectangle(
+            (left, top), right - left, bottom - top, fill=False, edgecolor=BOX_COLOR, linewidth=2, linestyle='--',
+            zorder=5, clip_on=False))
+        figure.legend(
+            handles=[Line2D([], [], color=SELECTED_COLOR, linewidth=4, label='selected patches'),
+                     Line2D([], [], color=BOX_COLOR, linewidth=2, linestyle='--', label='estimated box')],
+            loc='center', bbox_to_anchor=(0.5, (footer - 0.13) / figure_h), ncols=2, frameon=False, fontsize=9)
     # a $ in a file's or a class's name is just that
     middle: dict[str, Any] = dict(ha='center', va='center', parse_math=False)
-    figure.text(0.5, 0.22 / figure_h, f'top {len(order)}:  {best}', fontsize=9, **middle)
-    figure.text(0.5, 1 - 0.22 / figure_h, shorten(title, 110), fontsize=12, **middle)
+    for n, line in enumerate(reversed(lines)):
+        figure.text(0.5, (0.15 + 0.17 * n) / figure_h, line, fontsize=9, **middle)
+    figure.text(0.5, 1 - 0.22 / figure_h, shorten(title, int(figure_w * 9)), fontsize=12, **middle)
     return figure

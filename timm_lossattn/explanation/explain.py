@@ -1,7 +1,7 @@
 """explain: one forward pass of a patch model -> Explanation."""
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Union
 
 import torch
 from PIL import Image, ImageOps
@@ -9,7 +9,8 @@ from PIL import Image, ImageOps
 from ..models.any_timm import loss_attention
 from ..prediction import PatchPrediction
 from .evidence import AGAINST
-from .explanation import Classes, Explanation, class_labels, classes_of
+from .explanation import Explanation
+from .labels import Classes, class_labels, classes_of
 from .preprocessing import Preprocessed, input_config, open_image, preprocess, to_rgb
 
 Source = Union[Preprocessed, Image.Image, str, Path]
@@ -22,7 +23,7 @@ def explain(
         model: Any,
         images: torch.Tensor | Source | Sequence[Source],
         target: Classes | None = None,
-        against: Classes | Literal['rest', 'mean'] | None = 'rest',
+        against: Classes | None = 'rest',
         multi_label: bool = False,
 ) -> Explanation:
     """Explain a batch of images in one forward pass without gradients.
@@ -32,7 +33,7 @@ def explain(
             patch with the same weight (``loss_attention(model, pool='avg')``).
         images: (B, C, H, W) normalised images, any size of at least one patch; or one or B image files, PIL images or
             what ``preprocess`` returned, which get timm's evaluation transform.
-        target: class to explain, index or name, for all images or for each; by default the predicted one.
+        target: class to explain, name or index, for all images or for each; by default the predicted one.
         against: what to compare the target with, see ``Explanation.evidence``: 'rest', its rivals, the other classes by
             their softmax; 'mean', the others alike; a class, for all images or for each, "why not that one?"; or None,
             nothing.
@@ -50,21 +51,23 @@ def explain(
                          + (f' (its part {training!r} is in train mode).' if training else '.'))
     if isinstance(images, (Preprocessed, Image.Image, str, Path)):
         images = [images]
+    if isinstance(images, (list, tuple)) and not images:
+        raise ValueError('images must hold at least one image, got an empty list.')
     given = images.detach().to('cpu', copy=True) if isinstance(images, torch.Tensor) else [
         preprocessed(model, image) for image in images]
     x = images if isinstance(images, torch.Tensor) else torch.stack(
-        [image.x for image in given] or [torch.empty(0)])
+        [image.x for image in given])
     if x.dim() != 4 or not len(x):
-        got = f'a tensor of shape {tuple(x.shape)}' if isinstance(images, torch.Tensor) else 'an empty list'
-        hint = '; x.unsqueeze(0) makes a batch of one image' if x.dim() == 3 else ''
-        raise ValueError(f'images must be a batch (B, C, H, W) with B > 0, got {got}{hint}.')
+        raise ValueError(f'images must be a batch (B, C, H, W) with B > 0, got a tensor of shape {tuple(x.shape)}'
+                         + ('; for one image add the batch dimension: x.unsqueeze(0).' if x.dim() == 3 else '.'))
     parameter = next(model.parameters())
     output = model.forward_patches(x.to(device=parameter.device, dtype=parameter.dtype))
     prediction = PatchPrediction(*(t.float().cpu() for t in output))
     B, K = prediction.logits.shape
 
     logits = prediction.logits
-    chosen = logits.argmax(dim=1) if target is None else classes_of('target', target, B, K, class_labels(model, K))
+    labels = class_labels(model, K)
+    chosen = logits.argmax(dim=1) if target is None else classes_of('target', target, B, labels)
     weights, (height, width) = model.patch_weights, x.shape[-2:]
     config = input_config(model)
     explanation = Explanation(
@@ -77,7 +80,7 @@ def explain(
         selected=weights.selected(prediction.alpha),
         images=given,
         statistics=(config['mean'], config['std']),
-        labels=class_labels(model, K),
+        labels=labels,
         against=None,
     )
     independent = K == 1 or multi_label

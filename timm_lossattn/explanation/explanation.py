@@ -7,78 +7,24 @@ from __future__ import annotations
 
 import io
 import json
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..files import replace_file
 from ..prediction import PatchPrediction
-from .classes import class_named
 from .evidence import AGAINST, Against, direction, evidence_along
 from .geometry import patches_to_pixels, spread_over_neighbours, square_box
+from .labels import Classes, classes_of
 from .preprocessing import Preprocessed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['Explanation', 'class_labels', 'classes_of']
-
-Classes = Union[int, str, Sequence[int], Sequence[str], torch.Tensor]  # indices or names
-
-
-def classes_of(
-        name: str, value: Classes, batch: int, num_classes: int, labels: Sequence[str] = ()) -> torch.Tensor:
-    """Classes as the user gave them, one for all B images or one for each, as (B,) int64.
-
-    Raises:
-        ValueError: not B classes in [0, K) or names of the labels; the message calls them ``name``.
-    """
-    accepted = f'{name} must hold {batch} classes in [0, {num_classes - 1}]'
-    names = [value] * batch if isinstance(value, str) else value
-    if isinstance(names, Sequence) and names and all(isinstance(item, str) for item in names):
-        try:
-            value = [class_named(str(item), labels) for item in names]
-        except ValueError as error:
-            raise ValueError(f'{accepted}, or names: {error}') from None
-    try:
-        result = torch.as_tensor(value).reshape(-1).cpu()
-    except (TypeError, ValueError, RuntimeError):  # names, say
-        raise ValueError(f'{accepted}, got {value!r}.') from None
-    if isinstance(value, int) and not isinstance(value, bool):
-        result = result.expand(batch)
-    if (result.shape != (batch,) or result.is_floating_point() or result.dtype == torch.bool
-            or int(result.min()) < 0 or int(result.max()) >= num_classes):
-        raise ValueError(f'{accepted}, got {result.tolist()}.')
-    return result.long()
-
-
-def class_labels(model: Any, num_classes: int) -> list[str]:
-    """Label names of the model's weights if there is one for each of the classes, or else the indices.
-
-    timm's ImageNet models carry no names; their tag says which ImageNet their classes are.
-    """
-    cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
-    labels = cfg.get('label_names') or ()
-    if not labels and cfg.get('num_classes') == num_classes and re.search(r'in(1|12|21|22)k', cfg.get('tag') or ''):
-        subset = infer_imagenet_subset(cfg)
-        labels = imagenet_labels(subset) if subset else ()
-    return list(labels) if len(labels) == num_classes else [f'class {k}' for k in range(num_classes)]
-
-
-@cache
-def imagenet_labels(subset: str) -> tuple[str, ...]:
-    """The first word of WordNet for each class; with its synset where two classes have the same ("crane")."""
-    info = ImageNetInfo(subset)
-    words = [description.split(',')[0] for description in info.label_descriptions()]
-    count = Counter(words)
-    return tuple(word if count[word] == 1 else f'{word} ({synset})' for word, synset in zip(words, info.label_names()))
+__all__ = ['Explanation']
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # tensors have no single truth, and their text is long
@@ -157,23 +103,34 @@ class Explanation:
         """
         return spread_over_neighbours(self.evidence, self.grid, sigma)
 
-    def versus(self, against: Classes | Literal['rest', 'mean'] | None) -> Explanation:
+    def versus(self, against: Classes | None) -> Explanation:
         """The same explanation, its target compared with something else; nothing is computed anew.
 
         Args:
-            against: 'rest', 'mean', a class (index or name) for all images or one for each, or None, see ``evidence``.
+            against: 'rest', 'mean', a class (name or index) for all images or one for each, or None, see ``evidence``.
 
         Raises:
             ValueError: no such class, or the target itself.
         """
-        B, K = self.prediction.logits.shape
         if against is None or (isinstance(against, str) and against in AGAINST):
             return replace(self, against=cast(Against, against))
-        classes = classes_of('against', against, B, K, self.labels)
+        classes = classes_of('against', against, len(self), self.labels)
         if bool((classes == self.target).any()):
             raise ValueError('against must differ from the target, which is the predicted class unless it is '
                              f'given; got {classes.tolist()} for {self.target.tolist()}.')
         return replace(self, against=classes)
+
+    def answer(self, index: int = 0) -> str:
+        """The evidence of one image in a line: "cat over dog: +1.23; 31 of 49 patches for it"."""
+        evidence, label = self.evidence[index], self.labels[int(self.target[index])]
+        if self.against is None:
+            question = f'{label}, its logit'
+        elif isinstance(self.against, str):
+            question = f'{label} over {"its rivals" if self.against == "rest" else "the mean of the others"}'
+        else:
+            question = f'{label} over {self.labels[int(self.against[index])]}'
+        count = f'{int((evidence > 0).sum())} of {len(evidence)} patches for it'
+        return f'{question}: {float(evidence.sum()):+.2f}; {count}'
 
     @property
     def boxes(self) -> torch.Tensor:
@@ -272,13 +229,6 @@ class Explanation:
             replace_file(folder / f'{name}.json', numbers)
         return [folder / f'{name}.png' for name in names]
 
-    def _repr_png_(self) -> bytes | None:
-        """What a notebook shows at the end of a cell: the first image; ``show`` has all. None without matplotlib."""
-        try:
-            return self._png(0)
-        except ImportError:
-            return None
-
     def show(self) -> None:
         """Display the pictures of all images in a notebook.
 
@@ -289,6 +239,13 @@ class Explanation:
         from IPython.display import display
         for i in range(len(self)):
             display(NotebookImage(data=self._png(i)))
+
+    def _repr_png_(self) -> bytes | None:
+        """For notebooks: the picture of the first image, None without matplotlib; ``show`` displays those of all."""
+        try:
+            return self._png(0)
+        except ImportError:
+            return None
 
     def _png(self, index: int, title: str = '') -> bytes:
         buffer = io.BytesIO()

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from huggingface_hub.utils.logging import disable_propagation
 from timm.utils import setup_default_logging
 
 __all__ = ['one_line', 'script']
@@ -40,6 +41,7 @@ def script(main: Main) -> Main:
         setup_default_logging()
         for name in ('timm', 'torch'):
             logging.getLogger(name).setLevel(logging.WARNING)
+        disable_propagation()  # the Hub's client writes its warnings itself; the root logger would repeat each
         warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores: --workers says it
         try:
             return main(argv)

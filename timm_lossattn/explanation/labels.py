@@ -1,0 +1,103 @@
+"""Classes and their names: of a model's weights, and as a user gives them."""
+import re
+from collections import Counter
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, Union
+
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from ..text import shorten
+
+__all__ = ['Classes', 'class_labels', 'classes_of', 'find_class', 'known_classes']
+
+Classes = Union[int, str, Sequence[Union[int, str]], torch.Tensor]
+
+
+def class_labels(model: Any, num_classes: int) -> list[str]:
+    """Label names of the model's weights if there is one for each of the classes, or else the indices.
+
+    timm's ImageNet models carry no names; their tag says which ImageNet their classes are.
+    """
+    cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
+    labels = cfg.get('label_names') or ()
+    if not labels and cfg.get('num_classes') == num_classes and re.search(r'in(1|12|21|22)k', cfg.get('tag') or ''):
+        subset = infer_imagenet_subset(cfg)
+        labels = imagenet_labels(subset) if subset else ()
+    return list(labels) if len(labels) == num_classes else numbered(num_classes)
+
+
+def numbered(num_classes: int) -> list[str]:
+    """What classes are called whose names are not known."""
+    return [f'class {k}' for k in range(num_classes)]
+
+
+@cache
+def imagenet_labels(subset: str) -> tuple[str, ...]:
+    """The first word of WordNet for each class; with its synset where two classes have the same ("crane")."""
+    info = ImageNetInfo(subset)
+    words = [description.split(',')[0] for description in info.label_descriptions()]
+    count = Counter(words)
+    return tuple(word if count[word] == 1 else f'{word} ({synset})' for word, synset in zip(words, info.label_names()))
+
+
+def known_classes(labels: Sequence[str]) -> str:
+    """What a model can answer at all, in a few words: "knows 10 classes: airplane … truck"."""
+    count = f'knows {len(labels):,} class' + ('es' if len(labels) > 1 else '')
+    if list(labels) == numbered(len(labels)):
+        return f'{count}, without names'
+    ends = [shorten(label, 20) for label in (labels[0], labels[-1])]
+    return f'{count}: {" … ".join(ends[:len(labels)])}'
+
+
+def find_class(name: str, value: str, labels: Sequence[str]) -> int:
+    """Index of a class given as text: its name, its index, its name in another case, or whole words of one name only.
+
+    Raises:
+        ValueError: no such class, or words of several; the message begins with ``name`` and lists what is close.
+    """
+    if value in labels:
+        return list(labels).index(value)
+    if value.isdecimal() and int(value) < len(labels):
+        return int(value)
+    folded, wanted = [label.casefold() for label in labels], value.casefold().strip()
+    found = [k for k, label in enumerate(folded) if label == wanted] or [
+        k for k, label in enumerate(folded) if wanted and re.search(rf'(?<!\w){re.escape(wanted)}(?!\w)', label)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = [labels[k] for k in found[:10]]
+        raise ValueError(f'{name}: {value!r} may be {len(found)} classes; choose one of {some}'
+                         f'{" and more" if len(found) > 10 else ""}, or an index.')
+    if len(labels) <= 20:
+        close = list(labels)
+    else:
+        near = get_close_matches(wanted, folded, 5, 0.5)
+        close = [label for label, lower in zip(labels, folded) if lower in near]
+    choose = f'choose one of {close}' if close else f'choose one of {len(labels)} names'
+    raise ValueError(f'{name}: no class {value!r}; {choose} or an index.')
+
+
+def classes_of(name: str, value: Classes, batch: int, labels: Sequence[str]) -> torch.Tensor:
+    """Classes as the user gave them, one for all B images or one for each, as (B,) int64.
+
+    Raises:
+        ValueError: not B names or indices of classes; the message calls them ``name``.
+    """
+    if isinstance(value, str):
+        value = find_class(name, value, labels)
+    elif isinstance(value, (list, tuple)):
+        value = [find_class(name, one, labels) if isinstance(one, str) else one for one in value]
+    accepted = f'{name} must hold {batch} classes in [0, {len(labels) - 1}]'
+    try:
+        result = torch.as_tensor(value).reshape(-1).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f'{accepted}, got {value!r}.') from None
+    if isinstance(value, int) and not isinstance(value, bool):
+        result = result.expand(batch)
+    if (result.shape != (batch,) or result.is_floating_point() or result.dtype == torch.bool
+            or int(result.min()) < 0 or int(result.max()) >= len(labels)):
+        raise ValueError(f'{accepted}, got {result.tolist()}.')
+    return result.long()
