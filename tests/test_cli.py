@@ -91,7 +91,8 @@ def test_explain_numbers(run, models, tmp_path, capsys, name):
 
     assert numbers['target'] == {'class': best, 'label': numbers['labels'][best]}
     assert numbers['against'] == 'rest'
-    lead = logits[best] - logits[torch.arange(10) != best].mean()
+    rivals = logits[torch.arange(10) != best]
+    lead = logits[best] - (rivals.softmax(0) * rivals).sum()
     assert sum(map(sum, numbers['evidence'])) == pytest.approx(float(lead), abs=1e-4)
     top = numbers['top5']
     assert [t['class'] for t in top] == logits.topk(5).indices.tolist()
@@ -166,11 +167,11 @@ def test_unique_stems():
     assert len({s.casefold() for s in stems}) == len(paths)
 
 
-@pytest.mark.parametrize(('target', 'index'), [('truck', 9), ('0', 0), ('9', 9)])
+@pytest.mark.parametrize(('target', 'index'), [('truck', 9), ('Truck', 9), ('0', 0), ('9', 9)])
 def test_target(run, tmp_path, target, index):
-    """A class by name and by index."""
+    """A class by name, in any case, and by index; the file says which."""
     assert run(CAT, '--target', target) == 0
-    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
+    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}-{CIFAR10_LABELS[index]}.json').read_text())
     assert numbers['target'] == {'class': index, 'label': numbers['labels'][index]}
 
 
@@ -180,13 +181,19 @@ def test_target_name_before_index(run, tmp_path, monkeypatch):
         monkeypatch.setattr(
             sys.modules[f'timm_lossattn.{module}'], 'class_labels', lambda model, classes: ['9', '8', '7', *'abcdefg'])
     assert run(CAT, '--target', '7') == 0
-    assert json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())['target'] == {'class': 2, 'label': '7'}
+    assert json.loads((tmp_path / 'out' / f'{CAT.stem}-7.json').read_text())['target'] == {'class': 2, 'label': '7'}
 
 
-def test_against(run, tmp_path):
-    """Why not another class: evidence that sums to the difference of the logits."""
+def test_against(run, tmp_path, capsys):
+    """Why not another class: evidence that sums to the difference of the logits, in a file of its own and in a line."""
+    assert run(CAT) == 0
     assert run(CAT, '--target', 'cat', '--against', 'truck') == 0
-    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
+    assert written(tmp_path) == [f'{CAT.stem}{q}.{e}' for q in ('-cat-vs-truck', '') for e in ('json', 'png')]
+    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}-cat-vs-truck.json').read_text())
+    evidence = [value for row in numbers['evidence'] for value in row]
+    positive = sum(value > 0 for value in evidence)
+    answer = f'cat over truck: {sum(evidence):+.2f}; {positive} of 36 patches for it'
+    assert capsys.readouterr().out.splitlines()[-1].strip() == answer
     assert numbers['against'] == {'class': 9, 'label': 'truck'}
     difference = numbers['logits'][3] - numbers['logits'][9]
     assert sum(map(sum, numbers['evidence'])) == pytest.approx(difference, abs=1e-4)
@@ -197,7 +204,9 @@ def test_against_itself(run, models, tmp_path, capsys):
     model = models[NANO][0]
     best, other = (int(model(preprocess(model, open_image(f)).x[None]).argmax()) for f in (CAT, SHIP))
     assert run(CAT, '--against', best) == 1
-    assert f'--against: {CAT.name}: ' in capsys.readouterr().out
+    assert f'--against: {CAT.name}: {CIFAR10_LABELS[best]} is what it is classified as; ' in capsys.readouterr().out
+    assert run(CAT, '--target', 'cat', '--against', 'CAT') == 2
+    assert '--against: cat is --target as well; choose another class.' in error_line(capsys)
     assert written(tmp_path) == []
     assert run(CAT, SHIP, '--against', best) == 1
     assert len(written(tmp_path)) == (0 if other == best else 2)
@@ -236,7 +245,45 @@ def test_bad_model(tmp_path, capsys, model, what):
     assert written(tmp_path) == []
 
 
-@pytest.mark.parametrize('kind', ['missing', 'directory', 'empty.pth', 'text.safetensors', 'other model.safetensors'])
+def test_folder_of_images(run, tmp_path, capsys):
+    """All images of a folder in the order of their names; what else it holds is named; without images an error."""
+    folder = tmp_path / 'images'
+    (folder / 'more').mkdir(parents=True)
+    for name, source in (('b.png', CAT), ('a.JPG', SHIP)):
+        Image.open(source).save(folder / name)
+    (folder / 'notes.txt').write_text('a ship and a cat')
+    assert run(folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f'{folder}: 2 images; left out: more/, notes.txt'
+    assert [line.split(':')[0] for line in lines[1:]] == ['a.JPG', 'b.png']
+    assert written(tmp_path) == ['a.json', 'a.png', 'b.json', 'b.png']
+    assert run(folder / 'more') == 2
+    assert f'no images in the folder {folder / "more"}' in error_line(capsys)
+
+
+def test_photo_for_thumbnails(run, tmp_path, capsys):
+    """A photo for a model of ten classes of thumbnails is answered with a hint, once; a thumbnail is not."""
+    for name in ('a.png', 'b.png'):
+        Image.open(CAT).resize((400, 300)).save(tmp_path / name)
+    assert run(CAT, tmp_path / 'a.png', tmp_path / 'b.png') == 0
+    (hint,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('hint: ')]
+    assert hint.startswith('hint: a.png has 400×300 pixels; the model reads 32×32 and knows 10 classes: airplane …')
+
+
+def test_name_of_a_backbone(tmp_path):
+    """A published model of loss attention is called after its backbone."""
+    from timm.models import save_for_hf
+    torch.manual_seed(0)
+    model = timm.create_model('lossattn', backbone='test_resnet', num_classes=3)
+    save_for_hf(model, str(tmp_path / 'hub'), safe_serialization=True)
+    source = f'local-dir:{tmp_path / "hub"}'
+    assert main(['explain', str(CAT), '--model', source, '--out', str(tmp_path / 'out')]) == 0
+    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
+    assert (numbers['model'], numbers['architecture']) == (source, 'lossattn.test_resnet')
+
+
+@pytest.mark.parametrize(
+    'kind', ['missing', 'directory', 'empty.pth', 'text.png', 'text.safetensors', 'other model.safetensors'])
 def test_bad_checkpoint(models, tmp_path, capsys, kind):
     """One line that names the file, for all that is no checkpoint of the model."""
     path = tmp_path / kind
@@ -244,7 +291,7 @@ def test_bad_checkpoint(models, tmp_path, capsys, kind):
         path.mkdir()
     elif kind == 'empty.pth':
         path.touch()
-    elif kind == 'text.safetensors':
+    elif kind.startswith('text'):
         path.write_text('not a checkpoint')
     elif kind.startswith('other'):
         path.write_bytes(Path(models[CAPS][1]).read_bytes())

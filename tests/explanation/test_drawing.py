@@ -57,7 +57,8 @@ def test_text_of_the_picture(size, against, selected):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
-    texts = [*figure.texts, *(ax.title for ax in figure.axes), *(text for legend in figure.legends for text in legend.get_texts())]
+    texts = [*figure.texts, *(ax.title for ax in figure.axes)]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
     for ax in figure.axes:
         low, high = ax.get_ylim()  # ticks outside are not drawn
         texts += [label for label, at in zip(ax.get_yticklabels(), ax.get_yticks()) if low <= at <= high]

@@ -17,6 +17,7 @@ from timm_lossattn import PatchPrediction
 from timm_lossattn.attention import AttentionWeights, GatedAttentionWeights, LossAttentionWeights, MeanWeights
 from timm_lossattn.attention.routing_head import RoutingWeights
 from timm_lossattn.explanation import class_labels, explain, patches_to_pixels, square_box
+from timm_lossattn.explanation.labels import find_class, known_classes
 from timm_lossattn.explanation.preprocessing import open_image, preprocess
 
 NANO = 'resnet18_lossattn_conv_nano'
@@ -393,3 +394,55 @@ def test_json_holds_what_is_compared():
     assert (shares['target'][1][2], shares['against'][1][2]) == (3., -2.)
     assert set(e.versus('rest').to_dict(0)['contributions']) == {'target'}
     assert torch.tensor(e.to_dict(0, all_classes=True)['contributions']).shape == (*GRID, 5)
+
+
+def test_names_in_python():
+    """Classes by name, for all images or for each, as target and as what it is compared with; the answer in a line."""
+    model = planted()
+    model.pretrained_cfg = {'label_names': ['tabby', 'Persian cat', 'tiger cat', 'dog', 'crane (n1)']}
+    x = torch.zeros(2, 3, *SIZE)
+    e = explain(model, x, target='dog', against='Tabby')
+    assert (e.target.tolist(), e.against.tolist()) == ([3, 3], [0, 0])
+    assert explain(model, x, ['persian', 4]).target.tolist() == [1, 4]
+    assert explain(model, x).versus(['crane', 'tiger cat']).against.tolist() == [4, 2]
+    for value, reason in (('cat', r"'cat' may be 2 classes; choose one of \['Persian cat', 'tiger cat'\]"),
+                          ('do', "no class 'do'"), ('', "no class ''"), ('5', "no class '5'")):
+        with pytest.raises(ValueError, match=f'^target: {reason}'):
+            explain(model, x, value)
+    e = explain(model, x, against='crane')
+    total, positive = float(e.evidence[0].sum()), int((e.evidence[0] > 0).sum())
+    assert e.answer() == f'tiger cat over crane (n1): {total:+.2f}; {positive} of 12 patches for it'
+    assert explain(model, x, against=None).answer(1).startswith('tabby, its logit: ')
+    with pytest.raises(ValueError, match='against must differ from the target'):
+        e.versus('tiger cat')
+
+
+def test_close_names_of_many_classes():
+    """Of a thousand names those that look alike are proposed; whole words come before them."""
+    labels = [f'thing{k}' for k in range(1000)] + ['tabby', 'Egyptian cat']
+    assert find_class('target', 'egyptian', labels) == 1001
+    with pytest.raises(ValueError, match=r"^--target: no class 'taby'; choose one of \['tabby'\] or an index"):
+        find_class('--target', 'taby', labels)
+
+
+def test_known_classes():
+    """What a model knows, in a few words."""
+    assert known_classes(['cat', 'dog', 'eel']) == 'knows 3 classes: cat … eel'
+    assert known_classes(['cell']) == 'knows 1 class: cell'
+    assert known_classes([f'class {k}' for k in range(1000)]) == 'knows 1,000 classes, without names'
+
+
+def test_one_image_or_none():
+    """An image without batch dimension, and no image at all: what is wrong and what helps."""
+    with pytest.raises(ValueError, match=r'got a tensor of shape \(3, 20, 24\); .*x\.unsqueeze\(0\)'):
+        explain(planted(), torch.zeros(3, 20, 24))
+    with pytest.raises(ValueError, match='images must hold at least one image, got an empty list'):
+        explain(planted(), [])
+
+
+def test_notebook_shows_the_picture():
+    """An Explanation at the end of a cell is the picture of its first image."""
+    e = explain(planted(), torch.zeros(2, 3, *SIZE))
+    with Image.open(io.BytesIO(e._repr_png_())) as picture:
+        assert picture.format == 'PNG'
+        assert min(picture.size) > 100
