@@ -113,8 +113,7 @@ def draw_explanation(explanation: Any, index: int, title: str = '') -> Figure:
         notes[1] += ' Grey: no patch, or cut off by the crop.'
     characters = int(figure_w * 13)  # of 9 points, in a line
     lines = [line for note in notes for line in wrap(note, characters)]
-    legend_h = 0.3 if outlined else 0.
-    footer = 0.17 * len(lines) + legend_h + 0.2
+    footer = 0.17 * len(lines) + (0.5 if outlined else 0.2)
     figure_h = panels // columns * cell_h + footer + 0.42
     figure = Figure(figsize=(figure_w, figure_h), dpi=110)
 
@@ -163,7 +162,7 @@ def draw_explanation(explanation: Any, index: int, title: str = '') -> Figure:
             loc='center', bbox_to_anchor=(0.5, (footer - 0.13) / figure_h), ncols=2, frameon=False, fontsize=9)
     # a $ in a file's or a class's name is just that
     middle: dict[str, Any] = dict(ha='center', va='center', parse_math=False)
-    for n, line in enumerate(reversed(lines)):
-        figure.text(0.5, (0.15 + 0.17 * n) / figure_h, line, fontsize=9, **middle)
+    for n, line in enumerate(lines, start=1):
+        figure.text(0.5, (0.15 + 0.17 * (len(lines) - n)) / figure_h, line, fontsize=9, **middle)
     figure.text(0.5, 1 - 0.22 / figure_h, shorten(title, int(figure_w * 9)), fontsize=12, **middle)
     return figure
