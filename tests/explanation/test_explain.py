@@ -1,4 +1,5 @@
 """explain.py: known answers on a hand-made model, boxes, pixel maps, and the patch geometry of real models."""
+import io
 import json
 import math
 from pathlib import Path

@@ -383,3 +383,23 @@ def test_compare_runs(finished, tmp_path, capsys):
     top1 = json.loads((finished / 'result.json').read_text())['last']['top1']
     assert f'run: top1 {top1:.2f} after 2 epochs' in capsys.readouterr().out
     assert compare_runs.main([str(tmp_path / 'none'), '--out', str(out)]) == 2
+
+
+def test_warnings_of_the_hub_once():
+    """The Hub's client writes its warnings itself; a script's log does not repeat them."""
+    code = '''
+import logging
+from lib.script import script
+@script
+def main(argv=None):
+    logging.getLogger('huggingface_hub.utils').warning('the Hub is slow')
+    logging.getLogger('timm.data').warning('a broken image')
+    return 0
+main()
+'''
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join((str(ROOT), str(ROOT / 'train')))})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('the Hub is slow') == 1
+    assert done.stderr.count('a broken image') == 1
