@@ -231,8 +231,9 @@ def run_check(args: argparse.Namespace, console: Console) -> int:
                  'state dict': 'that of the stock model' if found.strict else 'another one',
                  'receptive field': f'{100 * (found.own_share or 0.):.0f} % of the influence on the middle patch comes '
                                     f'from its box, half from a square of {found.side_half} pixels, 90 % from '
-                                    f'{found.side_90}' + ('' if args.pretrained else ' (with random weights)')}
-    rows |= {'weights': 'pretrained' if args.pretrained else 'random', 'seconds': f'{found.seconds:.1f}'}
+                                    f'{found.side_90}' + ('' if args.pretrained else ' (with random weights)'),
+                 'weights': 'pretrained' if args.pretrained else 'random'}
+    rows['seconds'] = f'{found.seconds:.1f}'
     for name, value in rows.items():
         table.add_row(name, Text(value))
     console.print(table)

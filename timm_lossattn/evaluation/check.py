@@ -9,6 +9,7 @@ import torch
 from ..loading import MODULES, backbone_name, check_name, list_patch_models
 from ..models import loss_attention
 from ..models.lite_weights import lite_overlay
+from ..models.lossattn import refuse_early
 from ..models.probe import NoPatchSum, input_size
 from ..text import one_line
 from .receptive_field import influence, middle_patch, share_in_box, side_for, square_shares
@@ -89,7 +90,7 @@ def check_model(name: str, pretrained: bool = False, receptive_field: bool = Tru
 
     Args:
         name: timm model, with or without ``lossattn.`` before it.
-        pretrained: with its weights; else random ones.
+        pretrained: with its weights, which are not downloaded for a model that is refused; else random ones.
         receptive_field: measure it too, which takes a backward pass.
         kwargs: arguments of the model, ``global_pool='avg'`` for one.
 
@@ -103,6 +104,11 @@ def check_model(name: str, pretrained: bool = False, receptive_field: bool = Tru
         raise ValueError(f'model: {name} is a patch model already, exact by its own head; check is for other models.')
     torch.manual_seed(0)
     about: dict[str, Any] = dict(name=name)
+    if pretrained:
+        try:
+            refuse_early(name, kwargs)
+        except NoPatchSum:
+            pretrained = False  # weights would not change it, so none are downloaded
     try:
         stock = create_stock(name, pretrained, kwargs)
         about |= dict(family=type(stock).__module__.rsplit('.', 1)[-1],
