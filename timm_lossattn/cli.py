@@ -2,6 +2,7 @@
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .evaluation.check import check_model
+from .evaluation.check_all import check_all, read_checks
 from .explanation import Explanation, class_labels, explain, open_image, patch_model, preprocess
 from .explanation.labels import find_class, known_classes
 from .export import FORMATS, OUTPUTS, check_target, export_model
@@ -195,7 +197,13 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
 
 
 def run_check(args: argparse.Namespace, console: Console) -> int:
-    """Whether loss attention is exact in a timm model. Returns 0 if it is."""
+    """Whether loss attention is exact in a timm model, or in all. Returns 0 if it is; of all, when they are done."""
+    if args.all == bool(args.model):
+        raise ValueError('MODEL: name a model, or give --all with a file for --out, and not both.')
+    if args.all:
+        return run_check_all(args, console)
+    if args.out:
+        raise ValueError('--out belongs to --all; the table of one model is printed.')
     kwargs = {'global_pool': args.global_pool} if args.global_pool else {}
     found = check_model(args.model, args.pretrained, **kwargs)
     table = Table(title=found.name, title_justify='left', show_header=False)
@@ -212,13 +220,27 @@ def run_check(args: argparse.Namespace, console: Console) -> int:
                  'max |pool="avg" − stock|': f'{found.stock_error:.1e} of the largest logit',
                  'state dict': 'that of the stock model' if found.strict else 'another one',
                  'receptive field': f'{100 * (found.own_share or 0.):.0f} % of the influence on the middle patch comes '
-                                    f'from its box, 95 % from a square of {found.side_95} pixels'
-                                    + ('' if args.pretrained else ' (with random weights)')}
-    rows |= {'weights': 'pretrained' if args.pretrained else 'random', 'seconds': f'{found.seconds:.1f}'}
+                                    f'from its box, half from a square of {found.side_half} pixels, 90 % from '
+                                    f'{found.side_90}' + ('' if args.pretrained else ' (with random weights)'),
+                 'weights': 'pretrained' if args.pretrained else 'random'}
+    rows['seconds'] = f'{found.seconds:.1f}'
     for name, value in rows.items():
         table.add_row(name, Text(value))
     console.print(table)
     return 1 if found.kind in ('D', 'error') else 0
+
+
+def run_check_all(args: argparse.Namespace, console: Console) -> int:
+    """A line for each model as it is done. Returns 0."""
+    if not args.out or args.pretrained or args.global_pool:
+        raise ValueError('--all needs --out FILE, and takes models as they stand, with random weights.')
+    for found, count, total in check_all(args.out):
+        console.print(Text(f'{count}/{total} {found.name}: {found.kind}{f", {found.why}" if found.why else ""}'),
+                      soft_wrap=True)
+    kinds = Counter(row['kind'] for row in read_checks(args.out).values())
+    counts = ', '.join(f'{number} {kind}' for kind, number in sorted(kinds.items()))
+    console.print(Text(f'{args.out}: {counts}'), soft_wrap=True)
+    return 0
 
 
 def existing_file(path: str) -> Path:
@@ -271,7 +293,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_export)
 
     command = commands.add_parser('check', help='whether loss attention is exact in a timm model')
-    command.add_argument('model', metavar='MODEL', help='name of a timm model')
+    command.add_argument('model', nargs='?', metavar='MODEL', help='name of a timm model')
+    command.add_argument('--all', action='store_true', help="all of timm's models under 100 million parameters, with "
+                         'random weights, into --out; what is in it already is not checked again')
+    command.add_argument('--out', metavar='FILE', help='for --all: a line of JSON for each model')
     command.add_argument('--pretrained', action='store_true', help='with its weights (default: random ones)')
     command.add_argument('--global-pool', metavar='NAME', help='pooling of the model, "avg" for one with a class token')
     command.set_defaults(run=run_check)

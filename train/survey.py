@@ -2,10 +2,12 @@
 """For which timm models is loss attention exact? docs/timm_models.md, a row a family.
 
     python train/survey.py [--output output/survey.jsonl] [--write]
+    python train/survey.py --checks FILE [--write]
 
 Checks the smallest model under 100 million parameters of each of timm's modules, with random weights, in processes of
 their own; what is in --output already is not checked again. Models whose class token or attention pooling decides are
-checked a second time with global_pool='avg'. --write puts the table into docs/timm_models.md.
+checked a second time with global_pool='avg'. With --checks nothing is checked: the models in a file of
+``timm-lossattn check --all`` are counted by kind. --write puts the table into docs/timm_models.md.
 """
 import argparse
 import json
@@ -19,10 +21,15 @@ import timm
 from tqdm import tqdm
 
 from timm_lossattn.evaluation.check import check_model, smallest_models
+from timm_lossattn.evaluation.check_all import LIMIT_MILLION, models_to_check, read_checks
 from timm_lossattn.files import replace_file
 
 DOCUMENT = Path(__file__).parents[1] / 'docs' / 'timm_models.md'
 BEGIN, END = '<!-- begin: python train/survey.py --write -->', '<!-- end -->'
+BEGIN_COUNTS = '<!-- begin: python train/survey.py --checks FILE --write -->'
+KINDS = {
+    'A': 'A', 'B': 'B', 'C': 'C', 'D': 'D', 'error': 'not known: an error',
+    'large': f'over {LIMIT_MILLION:.0f} million parameters, not checked'}
 SECONDS = 300  # for one model
 
 
@@ -66,12 +73,44 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
+def counts_by_kind(rows: dict[str, dict[str, Any]]) -> str:
+    """Models and published checkpoints by kind, and how exact A to C are, of ``read_checks``."""
+    checkpoints = Counter(name.split('.')[0] for name in timm.list_pretrained())
+    exact = [row for row in rows.values() if row['kind'] in ('A', 'B', 'C')]
+    numbers = [max((row[key] for row in exact), default=0.) for key in ('additive_error', 'stock_error')]
+    todo = len(set(models_to_check()) - rows.keys())
+    text = (f'{len(rows)} models of timm {timm.__version__}{f", {todo} are still to be checked" if todo else ""}. Of '
+            f'those of kind A, B and C the largest additive error is {numbers[0]:.0e}, the largest difference from the '
+            f'stock logits {numbers[1]:.0e}; {sum(not row["strict"] for row in exact)} have another state dict than '
+            'the stock model.')
+    lines = [text, '', '| kind | models | published checkpoints | why |', '|---|--:|--:|---|']
+    for kind, title in KINDS.items():
+        names = [name for name, row in rows.items() if row['kind'] == kind]
+        reasons = Counter(rows[name]['why'].partition(' (')[0] for name in names if rows[name]['why'])
+        why = '; '.join(f'{reason} ({number})' for reason, number in reasons.most_common())
+        lines.append(f'| {title} | {len(names)} | {sum(checkpoints[name] for name in names)} | {why or "–"} |')
+    return '\n'.join(lines)
+
+
+def write_section(begin: str, text: str) -> None:
+    """Put a text between its marks in the document."""
+    before, rest = DOCUMENT.read_text().split(begin)
+    replace_file(DOCUMENT, f'{before}{begin}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}'.encode())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Survey."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output', type=Path, default=Path('output/survey.jsonl'), metavar='FILE')
     parser.add_argument('--write', action='store_true', help='the table into docs/timm_models.md')
+    parser.add_argument('--checks', type=Path, metavar='FILE', help='count what is in it')
     args = parser.parse_args(argv)
+    if args.checks:
+        text = counts_by_kind(read_checks(args.checks))
+        print(text)
+        if args.write:
+            write_section(BEGIN_COUNTS, text)
+        return 0
     args.output.parent.mkdir(parents=True, exist_ok=True)
     rows = {}
     if args.output.is_file():
@@ -91,8 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     text = table(rows)
     print(text)
     if args.write:
-        before, rest = DOCUMENT.read_text().split(BEGIN)
-        replace_file(DOCUMENT, f'{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}'.encode())
+        write_section(BEGIN, text)
     return 0
 
 

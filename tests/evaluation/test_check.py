@@ -1,12 +1,17 @@
 """check.py and the command: exact models by kind, refused ones with a reason."""
+import json
+import os
 import re
+import signal
 
 import pytest
 import torch
 
 from timm_lossattn import PatchPrediction
 from timm_lossattn.cli import main
+from timm_lossattn.evaluation import check_all as check_all_module
 from timm_lossattn.evaluation.check import check_model
+from timm_lossattn.evaluation.check_all import check_all, models_to_check, read_checks
 from timm_lossattn.evaluation.receptive_field import influence, middle_patch, share_in_box, side_for, square_shares
 
 
@@ -89,8 +94,8 @@ def test_receptive_field_of_a_model():
     assert side_for(square_shares(seen[0], box), 0.95) == 8
     found = check_model('test_resnet')
     assert 0 < found.own_share < 0.9
-    assert found.side_95 > 32
-    assert check_model('test_resnet', receptive_field=False).side_95 is None
+    assert 0 < found.side_half < found.side_90 > 32
+    assert check_model('test_resnet', receptive_field=False).side_90 is None
 
 
 def test_command(capsys):
@@ -107,3 +112,56 @@ def test_command(capsys):
     assert 'a patch model already, exact by its own head' in capsys.readouterr().err
     assert main(['check', 'nonsense']) == 2
     assert "timm has no model 'nonsense'" in capsys.readouterr().err
+
+
+def test_all_is_resumable(tmp_path, capsys, monkeypatch):
+    """A line for each model, its numbers those of one check; what a kill has cut off is done again, the rest is not."""
+    file = tmp_path / 'new' / 'checks.jsonl'
+    names = ['test_vit', 'test_resnet', 'resnet18']
+    found = list(check_all(file, names, limit_million=1.))
+    assert [(f.name, count, total) for f, count, total in found] == [(n, i + 1, 3) for i, n in enumerate(names)]
+    rows = read_checks(file)
+    assert [rows[n]['kind'] for n in names] == ['D', 'A', 'large']
+    assert [rows[n]['why'] for n in names] == ['its class token decides', '', '']
+    alone = check_model('test_resnet', receptive_field=False).to_dict()
+    assert {**rows['test_resnet'], 'seconds': 0} == {**alone, 'seconds': 0}
+    assert rows['resnet18']['additive_error'] is None
+
+    lines = file.read_text().splitlines()
+    file.write_text('\n'.join([lines[0], lines[1], lines[2][:20]]))
+    again = [(f.name, count) for f, count, _ in check_all(file, [*names, 'test_convnext'], limit_million=1.)]
+    assert again == [('resnet18', 3), ('test_convnext', 4)]
+    assert file.read_text().splitlines()[:2] == lines[:2]
+
+    monkeypatch.setattr(check_all_module, 'models_to_check', lambda: names)
+    assert main(['check', '--all', '--out', str(file)]) == 0
+    assert '1 A, 1 B, 1 D, 1 large' in capsys.readouterr().out
+
+
+def test_all_wrong_ways(tmp_path, capsys):
+    """Another file is left as it is; flags that do not go together; our own models are not checked."""
+    file = tmp_path / 'other.jsonl'
+    file.write_text(json.dumps({'name': 'test_resnet', 'accuracy': 1}) + '\n')
+    with pytest.raises(ValueError, match='line 1, is no check of a model'):
+        list(check_all(file, ['test_resnet']))
+    assert 'accuracy' in file.read_text()
+    for args, message in (([], 'name a model, or give --all'), (['resnet18', '--all'], 'not both'),
+                          (['--all'], 'needs --out'), (['resnet18', '--out', 'x'], 'belongs to --all')):
+        assert main(['check', *args]) == 2
+        assert message in ' '.join(capsys.readouterr().err.split())
+    names = models_to_check()
+    assert 'resnet18' in names
+    assert not [name for name in names if 'lossattn' in name or name.endswith('_cifar')]
+
+
+def test_all_survives_a_killed_process(tmp_path, monkeypatch):
+    """Its model is an error, and the next one is checked."""
+    monkeypatch.setattr(check_all_module, 'check_small', killed_for_resnet)
+    found = [f for f, *_ in check_all(tmp_path / 'checks.jsonl', ['test_resnet', 'test_vit'])]
+    assert [(f.kind, f.why) for f in found] == [('error', 'killed'), ('D', 'its class token decides')]
+
+
+def killed_for_resnet(name, limit_million):
+    if name == 'test_resnet':
+        os.kill(os.getpid(), signal.SIGKILL)
+    return check_model(name, receptive_field=False)

@@ -336,6 +336,8 @@ def test_refused_before_a_download(photo, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr('timm.models._builder.load_pretrained', fail)
     assert main(['explain', str(photo), '--model', name, '--out', str(tmp_path / 'out')]) == 2
     assert 'its class token decides' in capsys.readouterr().err
+    assert main(['check', name, '--pretrained']) == 1
+    assert 'D: the logits are no sum over patches' in capsys.readouterr().out
     with pytest.raises(ValueError, match='class token decides'):
         timm.create_model('lossattn.test_vit', pretrained=True)
 

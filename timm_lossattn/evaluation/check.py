@@ -9,11 +9,12 @@ import torch
 from ..loading import MODULES, backbone_name, check_name, list_patch_models
 from ..models import loss_attention
 from ..models.lite_weights import lite_overlay
+from ..models.lossattn import refuse_early
 from ..models.probe import NoPatchSum, input_size
 from ..text import one_line
 from .receptive_field import influence, middle_patch, share_in_box, side_for, square_shares
 
-__all__ = ['Check', 'check_model', 'smallest_models']
+__all__ = ['Check', 'check_model', 'million_parameters', 'smallest_models']
 
 OURS = (*MODULES, 'lossattn')
 
@@ -27,8 +28,9 @@ class Check:
         family: timm's module.
         parameters_million: of the model.
         kind: A, B or C, see models/any_timm.py; D if it is refused; 'error' if the model's own code, or the download of
-            its weights, failed, which says nothing about it.
+            its weights, failed, which says nothing about it; 'large' if ``check_all`` left it out.
         reason: why it is refused, or what went wrong.
+        why: the same in a few words; of an error its type.
         layout: of its features: NCHW, NHWC or NLC.
         grid: 'rows×columns' of patches at the model's input size.
         additive_error: largest |Σ_m contributions − logits| with loss attention, over the largest |logit|.
@@ -36,7 +38,8 @@ class Check:
         strict: the state dict is the stock model's, key for key, both ways.
         own_share: share of the influence on the middle patch's logit that comes from inside its own box, see
             ``receptive_field.influence``; of one random image.
-        side_95: side in pixels of the smallest square around that patch that holds 95 % of it.
+        side_half: side in pixels of the smallest square around that patch that holds half of it.
+        side_90: of the one that holds 90 %.
         seconds: that the check took.
     """
     name: str
@@ -44,18 +47,25 @@ class Check:
     parameters_million: float = 0.
     kind: str = 'error'
     reason: str = ''
+    why: str = ''
     layout: str = ''
     grid: str = ''
     additive_error: float | None = None
     stock_error: float | None = None
     strict: bool | None = None
     own_share: float | None = None
-    side_95: int | None = None
+    side_half: int | None = None
+    side_90: int | None = None
     seconds: float = 0.
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
+
+
+def million_parameters(name: str) -> float:
+    """Parameters of a timm model, which is built without numbers."""
+    return sum(p.numel() for p in timm.create_model(name, device='meta').parameters()) / 1e6
 
 
 def smallest_models(limit_million: float = 100.) -> dict[str, str]:
@@ -64,10 +74,9 @@ def smallest_models(limit_million: float = 100.) -> dict[str, str]:
     for module in timm.list_modules():
         for name in timm.list_models(module=module) if module not in OURS else ():
             try:
-                model = timm.create_model(name, device='meta')
+                size = million_parameters(name)
             except Exception:  # a model that does not build without numbers is not the smallest of its module
                 continue
-            size = sum(p.numel() for p in model.parameters()) / 1e6
             if size <= limit_million and size < found.get(module, (limit_million + 1., ''))[0]:
                 found[module] = size, name
     return {module: name for module, (_, name) in sorted(found.items())}
@@ -81,7 +90,7 @@ def check_model(name: str, pretrained: bool = False, receptive_field: bool = Tru
 
     Args:
         name: timm model, with or without ``lossattn.`` before it.
-        pretrained: with its weights; else random ones.
+        pretrained: with its weights, which are not downloaded for a model that is refused; else random ones.
         receptive_field: measure it too, which takes a backward pass.
         kwargs: arguments of the model, ``global_pool='avg'`` for one.
 
@@ -95,15 +104,20 @@ def check_model(name: str, pretrained: bool = False, receptive_field: bool = Tru
         raise ValueError(f'model: {name} is a patch model already, exact by its own head; check is for other models.')
     torch.manual_seed(0)
     about: dict[str, Any] = dict(name=name)
+    if pretrained:
+        try:
+            refuse_early(name, kwargs)
+        except NoPatchSum:
+            pretrained = False  # weights would not change it, so none are downloaded
     try:
         stock = create_stock(name, pretrained, kwargs)
         about |= dict(family=type(stock).__module__.rsplit('.', 1)[-1],
                       parameters_million=sum(p.numel() for p in stock.parameters()) / 1e6)
         measured = measure(stock, receptive_field)
     except NoPatchSum as error:
-        measured = dict(kind='D', reason=' '.join(str(error).split()))
+        measured = dict(kind='D', reason=' '.join(str(error).split()), why=error.why)
     except Exception as error:  # whatever a model's code, or a download, raises
-        measured = dict(kind='error', reason=f'{type(error).__name__}: {one_line(error)}')
+        measured = dict(kind='error', reason=f'{type(error).__name__}: {one_line(error)}', why=type(error).__name__)
     return Check(**about, **measured, seconds=time.perf_counter() - start)
 
 
@@ -144,5 +158,6 @@ def measure(stock: Any, receptive_field: bool) -> dict[str, Any]:
     if receptive_field:
         patch, box = middle_patch(model, height, width)
         seen = influence(model, x[:1], patch)[0].double()
-        found |= dict(own_share=share_in_box(seen, box), side_95=side_for(square_shares(seen, box), 0.95))
+        shares = square_shares(seen, box)
+        found |= dict(own_share=share_in_box(seen, box), side_half=side_for(shares, 0.5), side_90=side_for(shares, 0.9))
     return found

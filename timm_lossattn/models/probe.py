@@ -25,7 +25,15 @@ PERIOD = 1_000_003  # a prime
 
 
 class NoPatchSum(ValueError):
-    """The logits of a model are no exact sum over patches: a refusal, and nothing that went wrong."""
+    """The logits of a model are no exact sum over patches: a refusal, and nothing that went wrong.
+
+    Attributes:
+        why: in a few words, what stands in the way.
+    """
+
+    def __init__(self, message: str, why: str = '') -> None:
+        super().__init__(message)
+        self.why = why
 
 
 @dataclass
@@ -102,7 +110,7 @@ def refuse(model: nn.Module, reason: str) -> NoPatchSum:
     """The error of a model whose logits are no sum over patches."""
     way_out = ('Create the model with global_pool="avg", so that its head averages all positions, and train the head.'
                if getattr(model, 'global_pool', 'avg') != 'avg' else 'Choose a model that averages its positions.')
-    return NoPatchSum(f'{type(model).__name__}: the logits are no sum over patches: {reason}. {way_out}')
+    return NoPatchSum(f'{type(model).__name__}: the logits are no sum over patches: {reason}. {way_out}', reason)
 
 
 def traced_forward(model: nn.Module, twin: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
