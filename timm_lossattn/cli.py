@@ -70,7 +70,8 @@ def image_files(given: Sequence[str], console: Console) -> list[Path]:
     Raises:
         ValueError: a folder without images.
     """
-    paths, endings = [], Image.registered_extensions()
+    paths: list[Path] = []
+    endings = Image.registered_extensions()
     for path in map(Path, given):
         if not path.is_dir():
             paths.append(path)

@@ -98,7 +98,7 @@ def is_pickle(file: Path) -> bool:
 
 def full_name(model: Any) -> str:
     """Architecture of a model; of loss attention in a timm model with the backbone, ``lossattn.{backbone}``."""
-    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+    name = str((getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__)
     args = getattr(model, '_model_args', {})
     if name != 'lossattn' or 'backbone' not in args:
         return name
