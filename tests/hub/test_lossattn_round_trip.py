@@ -45,10 +45,11 @@ def save(model, folder, labels=('a', 'b', 'c', 'd', 'e')):
     save_for_hf(model, str(folder), model_config=dict(label_names=list(labels)), safe_serialization=True)
 
 
-def assert_same(prediction, other):
-    """Every tensor of two predictions, bit for bit."""
+def assert_same(prediction, other, tolerance=0.):
+    """Every tensor of two predictions, bit for bit unless a tolerance is given."""
     for name in ('logits', 'patch_logits', 'alpha', 'contributions'):
-        assert torch.equal(getattr(prediction, name), getattr(other, name)), name
+        a, b = getattr(prediction, name), getattr(other, name)
+        torch.testing.assert_close(a, b, rtol=0., atol=tolerance, msg=lambda text, name=name: f'{name}: {text}')
 
 
 @torch.no_grad()
@@ -105,14 +106,18 @@ def test_hub(trained, hub, tmp_path):
 def test_transformers(trained, tmp_path):
     """AutoModelForImageClassification: the same logits, patches, labels; and back to timm."""
     transformers = pytest.importorskip('transformers')
-    _, model, x, prediction = trained
+    name, model, x, prediction = trained
+    # where weights lie in memory decides which kernel a 1×1 convolution gets, and MobileNetV3's then rounds otherwise
+    tolerance = 1e-6 if BACKBONES[name] == 'C' else 0.
     save(model, tmp_path / 'timm')
     config = transformers.AutoConfig.from_pretrained(tmp_path / 'timm')
     config.model_args.pop('num_classes', None)  # timm 1.0.31 writes it twice, and transformers 5.23 passes both on
     read = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'timm', config=config)
     assert not read.training
-    assert torch.equal(read(x).logits, model(x))
-    assert_same(read.timm_model.forward_patches(x), prediction)
+    weights = read.timm_model.state_dict()
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
+    torch.testing.assert_close(read(x).logits, model(x), rtol=0., atol=tolerance)
+    assert_same(read.timm_model.forward_patches(x), prediction, tolerance)
     assert list(read.config.id2label.values()) == list('abcde')
     read.save_pretrained(tmp_path / 'transformers')
     again = timm.create_model(f'local-dir:{tmp_path / "transformers"}', pretrained=True).eval()

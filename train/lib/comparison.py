@@ -6,15 +6,22 @@ from typing import Any
 
 import torch
 
-from timm_lossattn.evaluation.constant_boxes import square_hits, whole_hits
-from timm_lossattn.evaluation.faithfulness import Blank, Completeness, Deletion, Insertion, SingleDeletion
-from timm_lossattn.evaluation.localization import MaxBoxAccV2
-from timm_lossattn.evaluation.pointing import EnergyPointing, GridPointing, PointingGame, make_grids
 from timm_lossattn.explanation.evidence import direction
 from timm_lossattn.explanation.geometry import patches_to_pixels, spread_over_neighbours
 
 from .explainers import Answer, Question, Tool, pooled
-from .image_records import hits_to_text
+from .extras import need
+
+try:
+    from timm_lossattn.evaluation.constant_boxes import square_hits, whole_hits
+    from timm_lossattn.evaluation.faithfulness import Blank, Completeness, Deletion, Insertion, SingleDeletion
+    from timm_lossattn.evaluation.localization import MaxBoxAccV2
+    from timm_lossattn.evaluation.pointing import EnergyPointing, GridPointing, PointingGame, make_grids
+
+    from .image_records import hits_to_text
+except ImportError:
+    need('train,compare', 'torchmetrics', 'scipy')
+    raise
 
 __all__ = ['Judge', 'Settings', 'grid_entries']
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_lossattn.evaluation.faithfulness import patch_scores
 from timm_lossattn.explanation import explain
 from timm_lossattn.explanation.evidence import evidence_along
 from timm_lossattn.explanation.geometry import patches_to_pixels
@@ -22,6 +21,8 @@ from .extras import need
 try:
     from captum.attr import InputXGradient, IntegratedGradients
     from pytorch_grad_cam import GradCAM, HiResCAM, LayerCAM
+
+    from timm_lossattn.evaluation.faithfulness import patch_scores
 except ImportError:
     need('train,compare', 'torchmetrics', 'captum', 'pytorch_grad_cam')
     raise
