@@ -123,7 +123,10 @@ def measure_grids(options: CompareOptions, judge: Judge, boxed: Any, n: int, rec
     grids = choose_grids(
         torch.tensor([entry['probability'] for entry in images]), torch.tensor([entry['target'] for entry in images]),
         torch.tensor([entry['right'] for entry in images]), n, options.max_grids)
-    done = {entry['index'] for entry in records.of(f'grid {n}')}
+    done = {entry['index']: entry['images'] for entry in records.of(f'grid {n}')}
+    chosen = [[images[i]['index'] for i in grid] for grid in grids]
+    if any(number >= len(chosen) or done[number] != chosen[number] for number in done):
+        raise ValueError(f'--output: its {n}×{n} grids are of other --images or --max-grids; choose another folder')
     for number, grid in enumerate(tqdm(grids, desc=f'{n}×{n} grids', unit='grid', dynamic_ncols=True, leave=False)):
         if number in done:
             continue
@@ -176,8 +179,7 @@ def shown_difference(difference: Any) -> str:
     """With its interval."""
     if difference is None or not difference.n:
         return '–'
-    text = f'{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]'
-    return text if difference.holds_zero else f'**{text}**'
+    return str(difference) if difference.holds_zero else f'**{difference}**'
 
 
 def draw(options: CompareOptions, judge: Judge, boxed: Any, indices: list[int], config: dict[str, Any],
@@ -235,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     write_json(options.output / 'compare.json', {
         **asked, 'command': command, **environment(), 'images': len(records.of('image')), 'accuracy': statistics.mean(
             entry['right'] for entry in records.of('image')),
-        **{kind: {row: {m: vars(mean) for m, (mean, _) in cells.items()} for row, cells in
+        **{kind: {row: {m: mean.to_dict() for m, (mean, _) in cells.items()} for row, cells in
                   means_and_differences(records.of(kind), OURS).items()}
            for kind in ('image', *(f'grid {n}' for n in options.grids))}})
     draw(options, judge, boxed, indices, config, labels)

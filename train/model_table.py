@@ -96,24 +96,28 @@ BOARD = (  # title, kind of entry, measure, row of the comparison
 
 def leaderboard_table() -> str:
     """A row for each model of train/results/leaderboard, and one of what needs no model."""
-    lines = [BEGIN, '', '| model | weights of patches | accuracy (%) | '
-             + ' | '.join(f'{title} ↑' for title, *_ in BOARD) + ' |', '|---|---|--:|' + '--:|' * len(BOARD)]
+    lines = [BEGIN, '', '| model | weights of patches | accuracy (%) | grids, 3×3 and 2×2 | '
+             + ' | '.join(f'{title} ↑' for title, *_ in BOARD) + ' |', '|---|---|--:|--:|' + '--:|' * len(BOARD)]
     results = [json.loads(file.read_text()) for file in sorted((RESULTS / 'leaderboard').glob('*/compare.json'))]
 
     def cells(result: dict[str, Any], rows: dict[str, str]) -> str:
         found = [result.get(kind, {}).get(rows.get(row, row), {}).get(measure) for _, kind, measure, row in BOARD]
         return ' | '.join(f'{one["mean"]:.3f} ± {(one["high"] - one["low"]) / 2:.3f}' if one else '–' for one in found)
 
+    def counts(result: dict[str, Any]) -> str:
+        return ', '.join(str(result[kind]['ours']['grid']['n']) for kind in ('grid 3', 'grid 2'))
+
     for result in results:
         lines.append(f'| `{result["model"].removeprefix("lossattn.")}` | {pool_name(result["weights"])} | '
-                     f'{100 * result["accuracy"]:.1f} | {cells(result, {})} |')
+                     f'{100 * result["accuracy"]:.1f} | {counts(result)} | {cells(result, {})} |')
     if results:
         for row in ('random', 'centre'):
-            lines.append(f'| {row} | – | – | {cells(results[0], {"ours": row, "ours, spread": f"{row}, spread"})} |')
+            rows = {'ours': row, 'ours, spread': f'{row}, spread'}
+            lines.append(f'| {row} | – | – | – | {cells(results[0], rows)} |')
         square = results[0]['image'].get('box: best centred square', {}).get('boxes')
         if square:
             half = (square['high'] - square['low']) / 2
-            lines.append('| best centred square | – | – |' + ' – |' * (len(BOARD) - 1)
+            lines.append('| best centred square | – | – | – |' + ' – |' * (len(BOARD) - 1)
                          + f' {square["mean"]:.3f} ± {half:.3f} |')
     lines += ['', 'Commands:', '', '```bash', *(result['command'] for result in results), '```']
     return '\n'.join([*lines, '', END])

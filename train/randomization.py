@@ -66,14 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / 'randomization.json', {
         'model': options.name, 'images': len(x), 'seed': options.seed, 'command': command,
-        **{name: [{'layer': layer, **vars(mean)} for layer, mean in curve] for name, curve in curves.items()},
+        **{name: [{'layer': layer, **mean.to_dict()} for layer, mean in curve] for name, curve in curves.items()},
         **environment()})
     lines = [f'{len(x)} images, rank correlation with the map of the trained model, 95 % interval over images; '
              f'`{command}`', '', '| | after the classifier | half of the layers | all layers |', '|---|--:|--:|--:|']
     for name, curve in curves.items():
         shown = [curve[0], curve[len(curve) // 2], curve[-1]]
-        lines.append(f'| {name} | ' + ' | '.join(
-            f'{mean.mean:+.3f} [{mean.low:+.3f}, {mean.high:+.3f}]' for _, mean in shown) + ' |')
+        lines.append(f'| {name} | ' + ' | '.join(str(mean) for _, mean in shown) + ' |')
     text = '\n'.join(lines) + '\n'
     replace_file(options.output / 'randomization.md', text.encode())
     figure, ((ax,),) = panels(1, 1, 8, 4)

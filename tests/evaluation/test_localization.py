@@ -1,4 +1,6 @@
 """MaxBoxAccV2, constant boxes, cross-fitting, intervals, randomisation: known answers, naive loops, peers."""
+import math
+
 import pytest
 import timm
 import torch
@@ -100,7 +102,10 @@ def test_mean_interval():
     assert found.n == 400
     assert found.mean == pytest.approx(float(values.mean()), abs=1e-6)
     assert [found.low, found.high] == pytest.approx([found.mean - half, found.mean + half], abs=0.02)
-    assert mean_interval(torch.full((9,), 0.25)).low == 0.25
+    assert mean_interval(torch.full((10,), 0.25)).low == 0.25
+    few = mean_interval(torch.full((9,), 0.25))
+    assert (few.mean, few.n, few.holds_zero) == (0.25, 9, True)  # no claim
+    assert math.isnan(few.low)
     other = values + 0.1 * torch.randn(400, generator=g) - 0.05
     difference = mean_interval(values - other)
     assert not difference.holds_zero

@@ -191,7 +191,7 @@ def test_randomization(flags, tmp_path, capsys):
     model = timm.create_model(MODEL, num_classes=2)
     for name in ('evidence', 'α'):
         assert [step['layer'] for step in result[name]] == [layer for layer, _ in learned_modules(model)]
-        assert all(-1 <= step['low'] <= step['mean'] <= step['high'] <= 1 for step in result[name])
+        assert all(-1 <= step['mean'] <= 1 and step['low'] is None for step in result[name])  # three say no interval
     text = (tmp_path / 'randomization.md').read_text()
     assert text in capsys.readouterr().out
     assert f"{result['evidence'][-1]['mean']:+.3f}" in text

@@ -183,8 +183,7 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 class Completeness(PerImage):
     """How far a map's parts are from adding up to what they explain: |Σ parts − v·z| / max(1, |v·z|).
 
-    Completeness is an axiom of M. Sundararajan et al., "Axiomatic Attribution for Deep Networks", ICML 2017. It is the
-    infidelity of an image of which nothing is hidden.
+    Completeness is an axiom of M. Sundararajan et al., "Axiomatic Attribution for Deep Networks", ICML 2017.
     """
 
     def measure(self, parts: torch.Tensor, explained: torch.Tensor) -> torch.Tensor:

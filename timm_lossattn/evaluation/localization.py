@@ -24,7 +24,8 @@ class MaxBoxAccV2(PerImage):
     A map is scaled to [0, 1] between its smallest and largest value; for each threshold, every connected region above
     it has a box, and an image is hit if one of them has the IoU with one of the true boxes. J. Choe et al., "Evaluating
     Weakly Supervised Object Localization Methods Right", CVPR 2020; the threshold is chosen by
-    ``cross_fitted_accuracy``, while the paper's maximum is taken over the images that are judged.
+    ``cross_fitted_accuracy``, while the paper's maximum is taken over the images that are judged. Thresholds are 0.02
+    apart, and maps are not smoothed.
     """
     hits: list[torch.Tensor]
 

@@ -16,7 +16,8 @@ __all__ = ['EnergyPointing', 'GridPointing', 'PointingGame', 'choose_grids', 'ma
 class PointingGame(PerImage):
     """Whether the hottest pixel lies in one of the image's boxes; of several hottest ones, the share that does.
 
-    J. Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016, without its margin of 15 pixels.
+    J. Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016, without its margin of 15 pixels,
+    and averaged over images, not over categories.
     """
 
     def measure(self, heat: torch.Tensor, boxes: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -92,15 +92,17 @@ class Judge:
             for form, values in forms.items():
                 for i in range(B):
                     rows[i][form] = {measure: column[i] for measure, column in values.items()}
-        if all(len(truth) for truth in boxes):
+        given = [i for i, truth in enumerate(boxes) if len(truth)]
+        if given:
             low, high = patch_boxes[:, :2].amin(0), patch_boxes[:, 2:].amax(0)
+            true = [boxes[i] for i in given]
             constant = {
-                'box: whole image': whole_hits(torch.tensor([0, 0, W, H]), boxes),
-                'box: all patches': whole_hits(torch.cat([low, high]), boxes),
-                'box: best centred square': square_hits((H, W), boxes)}
+                'box: whole image': whole_hits(torch.tensor([0, 0, W, H]), true),
+                'box: all patches': whole_hits(torch.cat([low, high]), true),
+                'box: best centred square': square_hits((H, W), true)}
             for form, hits in constant.items():
-                for i in range(B):
-                    rows[i][form] = {'boxes': hits_to_text(hits[i])}
+                for i, hit in zip(given, hits):
+                    rows[i][form] = {'boxes': hits_to_text(hit)}
         return rows
 
     def other_forms(self, name: str, answer: Answer, patch_boxes: torch.Tensor) -> list[tuple[str, Answer]]:
@@ -122,10 +124,15 @@ class Judge:
             drops: torch.Tensor | None) -> dict[str, list[Any]]:
         """Measure -> B values."""
         found: dict[str, list[Any]] = {}
-        if all(len(truth) for truth in boxes):
-            found['boxes'] = [hits_to_text(hits) for hits in MaxBoxAccV2().measure(answer.heat, boxes)]
-            found['pointing'] = PointingGame().measure(answer.heat, boxes).tolist()
-            found['energy'] = EnergyPointing().measure(answer.heat, boxes).tolist()
+        given = [i for i, truth in enumerate(boxes) if len(truth)]
+        if given:
+            heat, true = answer.heat[given], [boxes[i] for i in given]
+            hits = [hits_to_text(one) for one in MaxBoxAccV2().measure(heat, true)]
+            for name, values in (('boxes', hits), ('pointing', PointingGame().measure(heat, true).tolist()),
+                                 ('energy', EnergyPointing().measure(heat, true).tolist())):
+                found[name] = [None] * len(boxes)
+                for i, value in zip(given, values):
+                    found[name][i] = value
         for unit in self.settings.removal:
             if unit == 'pixels':
                 place: Any = (answer.heat, question.target)
