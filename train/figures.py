@@ -3,7 +3,7 @@
 
     python train/figures.py --figure 4 --model local-dir:output/tiny/hub --dataset hfds/data/tiny_imagenet
 
-Figure 4: what each patch adds to the label's lead over the other classes (multi-label: to its logit), as a heat map.
+Figure 4: what each patch adds to the label's lead over its rivals (multi-label: to its logit), as a heat map.
 Figure 5: the selected patches, brighter the larger their weight. Figure 6: the estimated box and the true ones, with
 their IoU. Images are the first --images that the model classifies correctly, in a fixed random order. Figures 4 and 5
 need no boxes.
