@@ -226,7 +226,8 @@ def test_parts(hub, api, model, download):
     """Observed: with a chunk_size in the batch, one PUT for each part and a POST that lists their ETags."""
     hub.hub.part_size = 5 * 10**6
     upload(api, model)
-    assert [len(requests(hub, 'PUT', f'/{n}')) for n in (1, 2, 3)] == [1, 1, 1]
+    paths = [r.path for r in requests(hub, 'PUT')]  # the digest before the number may begin with any digit
+    assert [sum(path.endswith(f'/{n}') for path in paths) for n in (1, 2, 3)] == [1, 1, 1]
     assert download() == CONTENT
 
 
