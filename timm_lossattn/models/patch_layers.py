@@ -37,22 +37,6 @@ def check_patch_size(x: torch.Tensor, backbone_stride: int, padding: int, kernel
             f'{x.shape[-2]}x{x.shape[-1]} feature map. patch_padding={kernel // 2} takes any.')
 
 
-def patch_convolution(
-        in_chs: int, out_chs: int, stride: int, padding: int, device: Any = None, dtype: Any = None) -> ConvNormAct:
-    """The convolution that makes patches: 9×9, with bias, batch norm and ReLU.
-
-    Raises:
-        ValueError: a stride or a padding that is not allowed; with more padding than half the kernel, a patch could lie
-            outside of the map.
-    """
-    if stride not in PATCH_STRIDES:
-        raise ValueError(f'patch_stride must be one of {PATCH_STRIDES}, got {stride!r}.')
-    if padding not in range(PATCH_KERNEL // 2 + 1):
-        raise ValueError(f'patch_padding must lie in 0 to {PATCH_KERNEL // 2}, got {padding!r}.')
-    return ConvNormAct(
-        in_chs, out_chs, PATCH_KERNEL, stride=stride, padding=padding, bias=True, device=device, dtype=dtype)
-
-
 class NoPatchLayers(nn.Module):
     """For plain classifiers: each position of the backbone's feature map is a patch.
 
@@ -76,18 +60,43 @@ class NoPatchLayers(nn.Module):
         return x
 
 
-class ConvPatchLayers(nn.Module):
+class WindowLayers(nn.Module):
+    """Base of the layers whose patches are windows of 9×9 positions of the backbone's feature map.
+
+    Args:
+        backbone_stride: for the error message on images that are too small.
+        patch_stride: positions from one window to the next, 4 or 2.
+        patch_padding: zeros around the feature map, 0 to 4; with more, a window could lie outside of the map.
+
+    Raises:
+        ValueError: another stride or padding.
+    """
+    kernel = PATCH_KERNEL
+
+    def __init__(self, backbone_stride: int, patch_stride: int, patch_padding: int) -> None:
+        super().__init__()
+        if patch_stride not in PATCH_STRIDES:
+            raise ValueError(f'patch_stride must be one of {PATCH_STRIDES}, got {patch_stride!r}.')
+        if patch_padding not in range(PATCH_KERNEL // 2 + 1):
+            raise ValueError(f'patch_padding must lie in 0 to {PATCH_KERNEL // 2}, got {patch_padding!r}.')
+        self.backbone_stride, self.stride, self.padding = backbone_stride, patch_stride, patch_padding
+
+    def window_convolution(self, in_chs: int, out_chs: int, device: Any = None, dtype: Any = None) -> ConvNormAct:
+        """The convolution over the windows: with bias, batch norm and ReLU."""
+        return ConvNormAct(
+            in_chs, out_chs, PATCH_KERNEL, stride=self.stride, padding=self.padding, bias=True, device=device,
+            dtype=dtype)
+
+
+class ConvPatchLayers(WindowLayers):
     """9×9 convolution and 1×1 convolution, each with batch norm and ReLU.
 
     Args:
         in_chs: channels of the backbone. Wider than ``width``: a 1×1 convolution, BN, ReLU comes first.
         width: 512 in the paper.
-        backbone_stride: for the error message on images that are too small.
-        patch_stride: of the 9×9 convolution, 4 or 2.
-        patch_padding: zeros around the feature map, 0 to 4.
+        backbone_stride, patch_stride, patch_padding: see WindowLayers.
         width_mult: of ``width``.
     """
-    kernel = PATCH_KERNEL
     head = ConvPatchHead
     default_pool = 'lossattn'
 
@@ -103,14 +112,12 @@ class ConvPatchLayers(nn.Module):
             dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__()
+        super().__init__(backbone_stride, patch_stride, patch_padding)
         width = scale_width(width, width_mult)
-        self.backbone_stride = backbone_stride
-        self.stride, self.padding = patch_stride, patch_padding
         self.num_features = width
         self.capsules = 0
         self.reduce = ConvNormAct(in_chs, width, 1, bias=True, **dd) if in_chs > width else nn.Identity()
-        self.conv1 = patch_convolution(min(in_chs, width), width, patch_stride, patch_padding, **dd)
+        self.conv1 = self.window_convolution(min(in_chs, width), width, **dd)
         self.conv2 = ConvNormAct(width, width, 1, bias=True, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,7 +126,7 @@ class ConvPatchLayers(nn.Module):
         return self.conv2(self.conv1(self.reduce(x)))
 
 
-class PrimaryCapsules(nn.Module):
+class PrimaryCapsules(WindowLayers):
     """Primary capsules: one 9×9 convolution to ``capsules`` channels × ``capsule_dim``, BN, ReLU.
 
     Output channel c·D + d is dimension d of capsule channel c.
@@ -128,12 +135,9 @@ class PrimaryCapsules(nn.Module):
         in_chs: channels of the backbone.
         capsules: 32 in the paper.
         capsule_dim: D, 16 in the paper.
-        backbone_stride: for the error message on images that are too small.
-        patch_stride: of the 9×9 convolution, 4 or 2.
-        patch_padding: zeros around the feature map, 0 to 4.
+        backbone_stride, patch_stride, patch_padding: see WindowLayers.
         width_mult: of ``capsule_dim``.
     """
-    kernel = PATCH_KERNEL
     head = DynamicRoutingHead
     default_pool = 'routing'
 
@@ -149,13 +153,10 @@ class PrimaryCapsules(nn.Module):
             device=None,
             dtype=None,
     ) -> None:
-        super().__init__()
-        self.backbone_stride = backbone_stride
-        self.stride, self.padding = patch_stride, patch_padding
+        super().__init__(backbone_stride, patch_stride, patch_padding)
         self.capsules = capsules
         self.num_features = capsules * scale_width(capsule_dim, width_mult)
-        self.conv = patch_convolution(
-            in_chs, self.num_features, patch_stride, patch_padding, device=device, dtype=dtype)
+        self.conv = self.window_convolution(in_chs, self.num_features, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, H, W) to (B, capsules·D, H', W'). Raises ValueError if H or W is less than 9 − 2 · padding."""
@@ -187,7 +188,7 @@ class CapsuleLength(nn.Module):
         return torch.relu(torch.linalg.vector_norm(u, dim=2).to(x.dtype) - self.offset)
 
 
-class CapsulePatchLayers(nn.Module):
+class CapsulePatchLayers(WindowLayers):
     """Primary capsules, their lengths (Eq. 11), and a 1×1 convolution to the second capsule layer, BN, ReLU.
 
     Each layer is one convolution; the paper's public code runs one small convolution per capsule unit.
@@ -196,12 +197,9 @@ class CapsulePatchLayers(nn.Module):
         in_chs: channels of the backbone.
         primary: (channels, dimension) of the primary capsules, (32, 16) in the paper.
         secondary: (channels, dimension) of the second layer, (64, 128) in the paper.
-        backbone_stride: for the error message on images that are too small.
-        patch_stride: of the 9×9 convolution, 4 or 2.
-        patch_padding: zeros around the feature map, 0 to 4.
+        backbone_stride, patch_stride, patch_padding: see WindowLayers.
         width_mult: of the dimensions of all capsules, not of their numbers.
     """
-    kernel = PATCH_KERNEL
     head = CapsuleLossAttentionHead
     default_pool = 'lossattn'
 
@@ -218,10 +216,9 @@ class CapsulePatchLayers(nn.Module):
             dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__()
+        super().__init__(backbone_stride, patch_stride, patch_padding)
         self.capsules = secondary[0]
         self.num_features = secondary[0] * scale_width(secondary[1], width_mult)
-        self.stride, self.padding = patch_stride, patch_padding
         self.primary = PrimaryCapsules(
             in_chs, *primary, backbone_stride, patch_stride, patch_padding, width_mult, **dd)
         self.length = CapsuleLength(primary[0], **dd)
