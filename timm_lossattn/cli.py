@@ -16,12 +16,10 @@ from rich.text import Text
 
 from .evaluation.check import check_model
 from .evaluation.check_all import check_all, read_checks
-from .explanation import Explanation, class_labels, explain, open_image, patch_model, preprocess
+from .explanation import Explanation, class_labels, explain, open_image, preprocess
 from .explanation.labels import find_class, known_classes
 from .export import FORMATS, OUTPUTS, check_target, export_model
-from .loading import backbone_name, full_name, list_patch_models, load_model
-from .models.lossattn import refuse_early
-from .models.probe import NoPatchSum
+from .loading import full_name, list_patch_models, load_patch_model
 from .report.command import add_report_command
 from .script_runner import run_script
 from .text import shorten
@@ -44,18 +42,6 @@ def unique_stems(paths: Sequence[Path]) -> list[str]:
         seen.add(stem.casefold())
         stems.append(stem)
     return stems
-
-
-def load_patch_model(name: str | None, checkpoint: str | None, device: str) -> Any:
-    """``load_model``, by default the small model that ships; a stock timm model gets patches of equal weight."""
-    name = name or (None if checkpoint else DEFAULT_MODEL)
-    try:
-        if name and not checkpoint and timm.is_model(backbone_name(name)):
-            refuse_early(backbone_name(name), {})  # before anything is downloaded
-        loaded = load_model(name, checkpoint, device)
-        return patch_model(loaded)
-    except (NoPatchSum, TypeError) as error:
-        raise ValueError(f'model: {name or checkpoint}: {error}') from error
 
 
 def print_error(console: Console, error: Exception) -> None:
@@ -98,7 +84,7 @@ def class_slug(k: int, labels: Sequence[str]) -> str:
 
 def run_explain(args: argparse.Namespace, console: Console) -> int:
     """One PNG and one JSON for each image; unreadable images are reported and skipped. Returns the exit code."""
-    model = load_patch_model(args.model, args.checkpoint, args.device)
+    model = load_patch_model(args.model or (None if args.checkpoint else DEFAULT_MODEL), args.checkpoint, args.device)
     labels = class_labels(model, model.num_classes)
     target, against = (None if value is None else find_class(flag, value, labels)
                        for flag, value in (('--target', args.target), ('--against', args.against)))

@@ -15,12 +15,16 @@ import timm
 import torch
 from timm.models import is_model_pretrained
 
+from .explanation import patch_model
 from .explanation.preprocessing import PREPROCESSING
 from .models.lite_weights import lite_overlay
+from .models.lossattn import refuse_early
+from .models.probe import NoPatchSum
 from .text import one_line
 
 __all__ = [
-    'MODEL_CONFIG', 'check_name', 'full_name', 'list_patch_models', 'load_model', 'model_config', 'read_checkpoint',
+    'MODEL_CONFIG', 'check_name', 'full_name', 'list_patch_models', 'load_model', 'load_patch_model', 'model_config',
+    'read_checkpoint',
 ]
 
 MODEL_CONFIG = 'model_config'
@@ -84,8 +88,6 @@ def read_checkpoint(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
                 content = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
                 config = content.get(MODEL_CONFIG) or {} if isinstance(content, dict) else {}
             return timm.models.load_state_dict(str(file)), config
-    except IndexError as error:  # "pop from empty list": of a file that is no pickle
-        raise ValueError(f'checkpoint: {file} is no checkpoint: neither .safetensors nor of torch.save.') from error
     except Exception as error:  # a broken file raises whatever its reader raises
         raise ValueError(f'checkpoint: cannot read {file}: {one_line(error)}') from error
 
@@ -146,6 +148,8 @@ def load_model(
         model: Any = timm.create_model(name, pretrained=state is None, **model_args)
         if state is not None:
             model.load_state_dict(state)
+    except NoPatchSum as error:
+        raise ValueError(f'model: {name}: {error}') from error
     except Exception as error:  # broken folders, weights that do not fit, no network: many kinds
         what = f'cannot load {checkpoint} into {name}' if state is not None else f'cannot load {name}'
         raise ValueError(f'{"checkpoint" if state is not None else "model"}: {what}: {one_line(error)}') from error
@@ -153,6 +157,27 @@ def load_model(
         return model.eval().to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
         raise ValueError(f'device: cannot use {str(device)!r}: {one_line(error)}') from None
+
+
+def load_patch_model(
+        name: str | None = None, checkpoint: str | Path | None = None, device: str | torch.device = 'cpu',
+        **kwargs: Any) -> Any:
+    """``load_model``; a stock timm model gets patches of equal weight, see ``patch_model``.
+
+    Raises:
+        ValueError: what ``load_model`` raises, or the logits are no sum over patches, which is said before weights are
+            downloaded.
+    """
+    try:
+        if name and checkpoint is None and timm.is_model(name) and not name.startswith('lossattn'):
+            refuse_early(name, kwargs)  # lossattn does so itself
+    except NoPatchSum as error:
+        raise ValueError(f'model: {name}: {error}') from error
+    model = load_model(name, checkpoint, device, **kwargs)
+    try:
+        return patch_model(model)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'model: {name or checkpoint}: {error}') from error
 
 
 def check_has_weights(name: str) -> None:

@@ -272,8 +272,7 @@ def test_stock_model_and_its_errors(folder, tmp_path, monkeypatch, capsys):
     common = ['report', str(folder), '--no-labels', '--workers', '0']
     from timm_lossattn import loading
     load = loading.load_model
-    from timm_lossattn.report import command
-    monkeypatch.setattr(command, 'load_model', lambda name, file, device: load(name, file, device, num_classes=10))
+    monkeypatch.setattr(loading, 'load_model', lambda name, file, device: load(name, file, device, num_classes=10))
     assert main([*common, '--model', 'test_resnet', '--checkpoint', 'stock.pth', '--out', 'stock']) == 0
     table = ReportTable('stock/report.parquet')
     assert table.grid == (5, 5)
@@ -282,6 +281,6 @@ def test_stock_model_and_its_errors(folder, tmp_path, monkeypatch, capsys):
     torch.save(stock.state_dict(), 'nan.pth')
     assert main([*common, '--model', 'test_resnet', '--checkpoint', 'nan.pth', '--out', 'nan']) == 2
     assert 'of image bird/0.png is not finite' in ' '.join(capsys.readouterr().err.split())
-    monkeypatch.setattr(command, 'load_model', lambda *args: timm.create_model('test_resnet', num_classes=1).eval())
+    monkeypatch.setattr(loading, 'load_model', lambda *args: timm.create_model('test_resnet', num_classes=1).eval())
     assert main([*common, '--model', 'test_resnet', '--out', 'one']) == 2
     assert 'must have two classes or more, got 1' in ' '.join(capsys.readouterr().err.split())

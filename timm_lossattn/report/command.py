@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ..explanation import Preprocessing, class_labels, input_config, patch_model
-from ..loading import load_model
+from ..explanation import Preprocessing, class_labels, input_config
+from ..loading import full_name, load_patch_model
 
 __all__ = ['add_report_command', 'run_report']
 
@@ -69,12 +69,8 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     local_rank, rank, world_size = (int(os.environ.get(name, default)) for name, default in (
         ('LOCAL_RANK', 0), ('RANK', 0), ('WORLD_SIZE', 1)))
     device = f'cuda:{local_rank}' if args.device == 'cuda' and world_size > 1 else args.device
-    model = load_model(args.model, args.checkpoint, device)
-    name = args.model or model.pretrained_cfg.get('architecture') or type(model).__name__
-    try:
-        model = patch_model(model)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'model: {name}: {error}') from error
+    model = load_patch_model(args.model, args.checkpoint, device)
+    name = args.model or full_name(model)
     if model.num_classes < 2:
         raise ValueError(f'model: {name} must have two classes or more, got {model.num_classes}.')
     config = input_config(model)

@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_lossattn import freeze_backbone
-from timm_lossattn.explanation import patch_model
-from timm_lossattn.loading import check_name, list_patch_models, load_model
+from timm_lossattn.loading import check_name, list_patch_models, load_model, load_patch_model
 
 from .options import EvalOptions, TrainOptions
 from .process import Process
@@ -36,13 +35,9 @@ def load_trained(options: EvalOptions, device: torch.device | str = 'cpu', patch
         ValueError: no such model or weights, or with ``patches`` one whose logits are no sum over them.
     """
     given = {'xi': options.xi, 'num_classes': options.num_classes, 'in_chans': options.in_chans}
-    model = load_model(
+    return (load_patch_model if patches else load_model)(
         options.model, options.checkpoint, device,
         **{key: value for key, value in given.items() if value is not None}, **options.model_kwargs)
-    try:
-        return patch_model(model) if patches else model
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'--model: {options.name}: {error}') from error
 
 
 def model_args(options: TrainOptions) -> dict[str, Any]:
