@@ -37,7 +37,7 @@ from lib.boxes import collate_boxes, open_patch_model
 from lib.comparison import Judge, Settings, grid_entries
 from lib.explainers import OURS, Question, create_tools
 from lib.flags import flag, parse, positive_int
-from lib.image_records import Records, means_and_differences
+from lib.image_records import Records, Table, means_and_differences
 from lib.options import EvalOptions
 from lib.plots import ORANGE, draw_box, images_of, panels, save, show_heat
 from lib.record import command_line, environment
@@ -138,17 +138,16 @@ def measure_grids(options: CompareOptions, judge: Judge, boxed: Any, n: int, rec
                       'rows': rows}])
 
 
-def markdown(options: CompareOptions, records: Records, command: str) -> str:
+def markdown(tables: dict[str, Table], records: Records, scalar: str, command: str) -> str:
     """Two tables for the images and for each kind of grids: means, and what ours is ahead, with intervals."""
     lines = []
-    for kind in ('image', *(f'grid {n}' for n in options.grids)):
+    for kind, table in tables.items():
         entries = records.of(kind)
-        table = means_and_differences(entries, OURS)
         measures = [m for m in MEASURES if any(m in row for row in table.values())]
         if not entries or not measures:
             continue
         what = f'{len(entries):,} images' if kind == 'image' else f'{len(entries)} grids of {kind[5:]}×{kind[5:]}'
-        lines += [f'{what}, what is explained: the {"lead" if against_of(options) else "logit"}; `{command}`', '']
+        lines += [f'{what}, what is explained: the {scalar}; `{command}`', '']
         titles = [f'{MEASURES[m][0]} {"↑" if MEASURES[m][1] > 0 else "↓"}' for m in measures]
         lines += ['| | ' + ' | '.join(titles) + ' |', '|---|' + '--:|' * len(titles)]
         for row, cells in table.items():
@@ -222,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         options.removal, options.blanks, options.steps, options.single_deletion, options.multi_label,
         options.spread))
     indices = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
-    asked = {
+    asked: dict[str, Any] = {
         'model': options.name, 'weights': repr(model.patch_weights), 'dataset': options.dataset,
         'split': options.val_split, 'input_size': list(config['input_size']), 'crop_pct': config['crop_pct'],
         'scalar': 'lead' if against_of(options) else 'logit', 'tools': list(tools), 'removal': options.removal,
@@ -232,14 +231,15 @@ def main(argv: list[str] | None = None) -> int:
     measure_images(options, judge, boxed, indices, records)
     for n in options.grids:
         measure_grids(options, judge, boxed, n, records)
-    text = markdown(options, records, command)
+    tables = {kind: means_and_differences(records.of(kind), OURS)
+              for kind in ('image', *(f'grid {n}' for n in options.grids))}
+    text = markdown(tables, records, asked['scalar'], command)
     replace_file(options.output / 'compare.md', text.encode())
     write_json(options.output / 'compare.json', {
         **asked, 'command': command, **environment(), 'images': len(records.of('image')), 'accuracy': statistics.mean(
             entry['right'] for entry in records.of('image')),
-        **{kind: {row: {m: mean.to_dict() for m, (mean, _) in cells.items()} for row, cells in
-                  means_and_differences(records.of(kind), OURS).items()}
-           for kind in ('image', *(f'grid {n}' for n in options.grids))}})
+        **{kind: {row: {m: mean.to_dict() for m, (mean, _) in cells.items()} for row, cells in table.items()}
+           for kind, table in tables.items()}})
     draw(options, judge, boxed, indices, config, labels)
     print(f'{text}\n{options.output}: images.jsonl, compare.json, .md, .png')
     return 0

@@ -48,9 +48,10 @@ class Records:
 
     def add(self, entries: list[dict[str, Any]]) -> None:
         """Append, on disk at once."""
+        entries = [rounded(entry) for entry in entries]
         with self.path.open('a') as file:
-            file.writelines(json.dumps(rounded(entry), ensure_ascii=False) + '\n' for entry in entries)
-        self.entries += [rounded(entry) for entry in entries]
+            file.writelines(json.dumps(entry, ensure_ascii=False) + '\n' for entry in entries)
+        self.entries += entries
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """Entries of one kind, in the order of their index."""
@@ -100,8 +101,10 @@ def column(entries: list[dict[str, Any]], row: str, measure: str) -> torch.Tenso
 def means_and_differences(entries: list[dict[str, Any]], ours: str) -> Table:
     """Mean of every row and measure, and the paired difference of ours to it, over images or grids."""
     table: Table = {}
-    for row, measure in rows_of(entries):
-        values, own = column(entries, row, measure), column(entries, ours, measure)
+    columns = {(row, measure): column(entries, row, measure) for row, measure in rows_of(entries)}
+    nothing = torch.full((len(entries),), torch.nan)
+    for (row, measure), values in columns.items():
+        own = columns.get((ours, measure), nothing)
         other = None if row == ours or own.isnan().all() else mean_interval(own - values)
         table.setdefault(row, {})[measure] = mean_interval(values), other
     return table
