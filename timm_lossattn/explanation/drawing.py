@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..text import shorten
+from .evidence import AGAINST
 from .labels import known_classes
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ def draw_explanation(explanation: Any, index: int, title: str = '') -> Figure:
     if explanation.against is None:
         evidence_name += f'\n(logit {total:.2f})'
     elif isinstance(explanation.against, str):
-        others = 'its rivals' if explanation.against == 'rest' else 'the mean of the others'
-        evidence_name += f'\nover {others} ({total:+.2f})'
+        evidence_name += f'\nover {AGAINST[explanation.against]} ({total:+.2f})'
     else:
         evidence_name += f'\nand not "{shorten(labels[int(explanation.against[index])], 20)}" ({total:+.2f})'
 

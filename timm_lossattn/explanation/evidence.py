@@ -10,7 +10,7 @@ import torch
 
 __all__ = ['AGAINST', 'Against', 'direction', 'direction_over_rivals', 'evidence_along']
 
-AGAINST = ('rest', 'mean')
+AGAINST = {'rest': 'its rivals', 'mean': 'the mean of the others'}  # and what they are called
 Against = Union[torch.Tensor, Literal['rest', 'mean'], None]
 
 

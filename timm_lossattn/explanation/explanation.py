@@ -126,7 +126,7 @@ class Explanation:
         if self.against is None:
             question = f'{label}, its logit'
         elif isinstance(self.against, str):
-            question = f'{label} over {"its rivals" if self.against == "rest" else "the mean of the others"}'
+            question = f'{label} over {AGAINST[self.against]}'
         else:
             question = f'{label} over {self.labels[int(self.against[index])]}'
         count = f'{int((evidence > 0).sum())} of {len(evidence)} patches for it'
