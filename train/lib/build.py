@@ -71,9 +71,8 @@ def create_optimizer(options: TrainOptions, task: TrainingTask) -> torch.optim.O
     """
     module: Any = task.get_trainable_module()
     kwargs = optimizer_kwargs(cfg=options) | options.opt_kwargs
-    exempt: set[str] = getattr(module, 'no_weight_decay', set)()
-    if exempt and not kwargs.get('filter_bias_and_bn', True) and options.layer_decay is None:
-        kwargs['param_group_fn'] = lambda model: [{'params': [p for p in model.parameters() if p.requires_grad]}]
+    if not kwargs.get('filter_bias_and_bn', True) and options.layer_decay is None:
+        module = [p for p in module.parameters() if p.requires_grad]  # without names nothing is exempt
     return create_optimizer_v2(module, **kwargs)
 
 
