@@ -6,8 +6,8 @@
 FOLDER has a sub-folder for each synset (n01440764, ...); classes are those of ImageNet-1k. For each model, features are
 computed once; the stock head (mean pooling) and loss attention at each ξ read them. *gained* and *lost* are images that
 loss attention gets right and the stock model wrong, and the other way round; p is that of the exact two-sided McNemar
-test (binomial on those images), the interval of the difference a paired bootstrap over images (10,000 draws). Writes
-pools.json, with the correctness of every image, and pools.md.
+test (binomial on those images), the interval of the difference a paired bootstrap over images. Writes pools.json,
+with the correctness of every image, and pools.md.
 """
 import argparse
 import math
@@ -23,25 +23,18 @@ from tqdm import tqdm
 from lib.record import command_line, environment
 from lib.script import script
 from timm_lossattn import load_model, loss_attention
+from timm_lossattn.evaluation.intervals import mean_interval
 from timm_lossattn.explanation import Preprocessing, input_config, open_image
 from timm_lossattn.files import replace_file, write_json
 from timm_lossattn.models.probe import split_patches
 
 XIS = (0., 0.1, 0.5, 1.)
-DRAWS = 10_000
 
 
 def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact p of so many gains and losses, if both were as likely."""
     n, k = gained + lost, min(gained, lost)
     return min(1., 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)
-
-
-def interval(difference: torch.Tensor) -> list[float]:
-    """95 % of the bootstrap's means of paired differences (N,), in percent."""
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(difference), (DRAWS, len(difference)), generator=generator)
-    return (100 * difference[draws].mean(1).quantile(torch.tensor([0.025, 0.975]))).tolist()
 
 
 @torch.inference_mode()
@@ -69,10 +62,10 @@ def compare(name: str, files: list[Path], batch_size: int) -> dict[str, Any]:
     for xi in XIS:
         difference = right[str(xi)] - right['stock']
         gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
-        low, high = interval(difference)
+        found = mean_interval(100 * difference)
         rows[str(xi)] = {
-            'top1': 100 * float(right[str(xi)].mean()), 'difference': 100 * float(difference.mean()), 'low': low,
-            'high': high, 'gained': gained, 'lost': lost, 'p': mcnemar(gained, lost),
+            'top1': 100 * float(right[str(xi)].mean()), 'difference': found.mean, 'low': found.low,
+            'high': found.high, 'gained': gained, 'lost': lost, 'p': mcnemar(gained, lost),
             'zero_patches': 100 * zero[xi] / len(files)}
     return {'rows': rows, 'correct': {key: ''.join('01'[v] for v in values) for key, values in correct.items()}}
 

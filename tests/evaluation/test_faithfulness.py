@@ -96,6 +96,20 @@ def test_pixels_against_a_loop():
         assert found[b].item() == pytest.approx(sum(a + c for a, c in pairwise(curve)) / 8, abs=1e-5)
 
 
+@pytest.mark.parametrize(('units', 'steps'), [(36, 8), (4, 3), (49, 10), (7, 7)])
+def test_reached_in_whole_numbers(units, steps):
+    """After step s as many units are gone as units·s/steps rounded, a half upwards: no float32 rounding decides."""
+    images, order = torch.ones(1, 1, 1, units), torch.arange(units, 0, -1).float()[None, None]
+    gone: list[int] = []
+
+    def model(x):
+        gone.extend((x == 0).flatten(1).sum(1).tolist())
+        return torch.zeros(len(x), 2)
+
+    Deletion(steps=steps).measure(model, images, order, torch.tensor([0]))
+    assert gone == [(2 * units * s + steps) // (2 * steps) for s in range(steps + 1)]
+
+
 def test_removal_refuses():
     for order, boxes in ((torch.ones(1, 3), BOXES), (torch.ones(1, 6, 5), None)):
         with pytest.raises(ValueError, match='order must be'):

@@ -33,6 +33,15 @@ def test_energy_pointing():
     assert found[2].isnan()
 
 
+def test_broken_boxes():
+    """A pixel lies in a box if its middle does: 0.5 to 1.5 holds that of pixel 0 and not that of pixel 1."""
+    heat = torch.tensor([[[1., 2.], [4., 8.]]])
+    box = torch.tensor([[0.5, 0., 1.5, 1.2]])
+    assert EnergyPointing().measure(heat, [box]).item() == pytest.approx(1 / 15)
+    assert PointingGame().measure(heat, [box + torch.tensor([1., 1., 1., 1.])]).item() == 1.
+    assert EnergyPointing().measure(heat, [torch.tensor([[0.6, 0., 1.4, 2.]])]).isnan().all()  # no middle at all
+
+
 @pytest.mark.parametrize('n', [2, 3])
 def test_grid_pointing(n):
     """Against a loop over cells; a flat map has 1/n²."""

@@ -1,5 +1,6 @@
 """train/compare_explanations.py, figures.py, receptive_field.py: files, numbers, known boxes and fields."""
 import json
+import time
 
 import numpy
 import pytest
@@ -14,7 +15,8 @@ import figures
 import prepare
 import randomization
 import receptive_field
-from lib.explainers import Question, create_tools, raw_cam
+from lib.comparison import Judge, Settings
+from lib.explainers import Answer, Question, create_tools, raw_cam
 from lib.image_records import hits_to_text, text_to_hits
 from timm_lossattn import loss_attention
 from timm_lossattn.evaluation.randomization import learned_modules
@@ -121,6 +123,29 @@ def test_compare_multi_label(coco_folder, tmp_path):  # noqa: F811
         assert len(boxes)
 
 
+def test_only_the_answer_is_timed(flags):
+    """What a tool's parts should add up to is found out after the stopwatch."""
+    options = compare_explanations.parse(compare_explanations.CompareOptions, '', flags)
+    model, _, boxed, _ = compare_explanations.open_patch_model(options)
+    boxes = model.patch_boxes(64, 64)
+    called = []
+
+    def quick(question):
+        def total():
+            called.append(1)
+            time.sleep(0.2)
+            return torch.ones(1)
+        scores = torch.ones(1, len(boxes))
+        return Answer(torch.ones(1, 64, 64), scores, scores, total)
+
+    judge = Judge(model, {'ours': quick}, Settings([], [], 1, False, False))
+    question = Question(boxed[0][0][None], torch.tensor([0]), torch.tensor([[1., 0.]]), [0])
+    [rows] = judge.images(question, [torch.zeros(0, 4)])
+    assert called
+    assert rows['ours']['ms'] < 100
+    assert rows['ours']['complete'] == pytest.approx(len(boxes) - 1)
+
+
 def test_hits_as_text():
     hits = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     assert torch.equal(text_to_hits(hits_to_text(hits)), hits)
@@ -155,7 +180,7 @@ def test_one_image_for_all_classes():
     for tool in create_tools(model, 'rest', 4).values():
         once, twice = tool(Question(x, target, v, [0, 1])), tool(Question(x.repeat(2, 1, 1, 1), target, v, [0, 1]))
         torch.testing.assert_close(once.heat, twice.heat, equal_nan=True, rtol=1e-4, atol=1e-5)
-        assert once.total is None or torch.allclose(once.total, twice.total, atol=1e-5)
+        assert once.total is None or torch.allclose(once.total(), twice.total(), atol=1e-5)
 
 
 def test_gradients_by_hand():

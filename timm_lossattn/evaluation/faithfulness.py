@@ -43,7 +43,7 @@ def blank_image(images: torch.Tensor, blank: Blank) -> torch.Tensor:
 
 
 def ranks_of_pixels(order: torch.Tensor, size: tuple[int, int], patch_boxes: torch.Tensor | None) -> torch.Tensor:
-    """When each pixel is reached, as a share of all units in [0, 1).
+    """How many units come before each pixel.
 
     Args:
         order: (B, M) scores of patches; or (B, H, W) of pixels, if there are no patch_boxes.
@@ -51,15 +51,17 @@ def ranks_of_pixels(order: torch.Tensor, size: tuple[int, int], patch_boxes: tor
         patch_boxes: (M, 4).
 
     Returns:
-        (B, H, W); infinite for pixels of no patch. A pixel of several patches is reached with the first of them.
+        (B, H, W) integers from 0; M for pixels of no patch. A pixel of several patches
+        is reached with the first of them.
     """
     flat = order.flatten(1).nan_to_num(-torch.inf)
     B, N = flat.shape
-    ranks = torch.empty_like(flat).scatter_(
-        1, flat.argsort(dim=1, descending=True, stable=True), torch.arange(N).expand(B, N).to(flat) / N)
+    order_of_units = flat.argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(order_of_units).scatter_(
+        1, order_of_units, torch.arange(N, device=flat.device).expand(B, N))
     if patch_boxes is None:
         return ranks.view_as(order)
-    result = ranks.new_full((B, *size), torch.inf)
+    result = ranks.new_full((B, *size), N)
     for m, (x0, y0, x1, y1) in enumerate(patch_boxes.tolist()):
         result[:, y0:y1, x0:x1] = result[:, y0:y1, x0:x1].minimum(ranks[:, m, None, None])
     return result
@@ -107,14 +109,16 @@ class Removal(PerImage):
             raise ValueError(f'order must be {shape} and target ({B},), got {tuple(order.shape)}, '
                              f'{tuple(target.shape)}.')
         ranks = ranks_of_pixels(order, (H, W), patch_boxes).to(images.device)
-        removed, steps = blank_image(images, self.blank), self.steps or order[0].numel()
-        shares = torch.arange(steps + 1, device=images.device) / steps - 0.5 / order[0].numel()  # between two ranks
+        units = order[0].numel()
+        removed, steps = blank_image(images, self.blank), self.steps or units
+        # in integers, so that no rounding decides: a unit of rank r is reached at step s if r + 1/2 <= units·s / steps
+        reach = 2 * units * torch.arange(steps + 1, device=images.device)
         areas = []
         for image, other, rank, k in zip(images, removed, ranks, target.tolist()):
             curve = []
-            for part in shares.split(self.batch_size):  # a chunk of changed copies at a time
-                reached = (rank <= part[:, None, None]).unsqueeze(1)  # (n, 1, H, W)
-                keep = reached | rank.isinf() if self.inserting else ~reached
+            for part in reach.split(self.batch_size):  # a chunk of changed copies at a time
+                reached = ((2 * rank + 1) * steps <= part[:, None, None]).unsqueeze(1)  # (n, 1, H, W)
+                keep = reached | (rank == units) if self.inserting else ~reached
                 logits = model(torch.where(keep, image, other)).float()
                 curve.append((logits.sigmoid() if self.multi_label else logits.softmax(dim=1))[:, k].cpu())
             areas.append(torch.trapezoid(torch.cat(curve), dx=1 / steps))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..explanation.geometry import inside_boxes
 from .per_image import PerImage
 
 __all__ = ['EnergyPointing', 'GridPointing', 'PointingGame', 'choose_grids', 'make_grids']
@@ -23,7 +24,7 @@ class PointingGame(PerImage):
     def measure(self, heat: torch.Tensor, boxes: Sequence[torch.Tensor]) -> torch.Tensor:
         """Heat maps (B, H, W) and B tensors of boxes (L, 4) to (B,) in [0, 1]; NaN for an image without box or map."""
         result = []
-        for one, inside in zip(heat, masks_of(heat, boxes)):
+        for one, inside in zip(heat, inside_boxes(boxes, (heat.shape[1], heat.shape[2])).to(heat.device)):
             hottest = one == one.nan_to_num(-torch.inf).max()
             result.append(inside[hottest].float().mean() if inside.any() else heat.new_tensor(torch.nan))
         return torch.stack(result)
@@ -37,7 +38,7 @@ class EnergyPointing(PerImage):
 
     def measure(self, heat: torch.Tensor, boxes: Sequence[torch.Tensor]) -> torch.Tensor:
         """Heat maps (B, H, W) and B tensors of boxes (L, 4) to (B,) in [0, 1]; NaN for an image without box."""
-        inside = masks_of(heat, boxes)
+        inside = inside_boxes(boxes, (heat.shape[1], heat.shape[2])).to(heat.device)
         return share_of_positive(heat, inside).where(inside.flatten(1).any(dim=1), torch.nan)
 
 
@@ -68,17 +69,6 @@ class GridPointing(PerImage):
         columns = torch.arange(W, device=heat.device) // (W // self.n)
         which = rows[:, None] * self.n + columns
         return share_of_positive(heat, which == cell.to(heat.device).view(B, 1, 1))
-
-
-def masks_of(heat: torch.Tensor, boxes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Pixels whose upper left corner lies in one of the boxes: B tensors (L, 4) to (B, H, W) bool."""
-    _, H, W = heat.shape
-    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing='ij')
-    result = []
-    for truth in boxes:
-        x0, y0, x1, y1 = truth.cpu().reshape(-1, 4).T[..., None, None]
-        result.append(((x >= x0) & (x < x1) & (y >= y0) & (y < y1)).any(dim=0))
-    return torch.stack(result).to(heat.device)
 
 
 def share_of_positive(heat: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:

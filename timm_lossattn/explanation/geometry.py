@@ -1,8 +1,10 @@
 """From patches to pixels: heat maps and boxes in the coordinates of the model's input."""
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
-__all__ = ['patches_to_pixels', 'spread_over_neighbours', 'square_box']
+__all__ = ['inside_boxes', 'patches_to_pixels', 'spread_over_neighbours', 'square_box']
 
 
 def patches_to_pixels(values: torch.Tensor, patch_boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -51,6 +53,24 @@ def spread_over_neighbours(values: torch.Tensor, grid: tuple[int, int], sigma: f
     x = values.double().view(-1, 1, *grid)
     inside = F.conv2d(torch.ones_like(x[:1]), kernel, padding=reach)  # share of each patch's Gaussian within the grid
     return F.conv2d(x / inside, kernel, padding=reach).flatten(1).to(values.dtype)
+
+
+def inside_boxes(boxes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+    """Pixels whose middle lies in one of an image's boxes.
+
+    Args:
+        boxes: B tensors (L, 4), x0, y0, x1, y1 in pixels, of whole or broken numbers; L may be 0.
+        size: (H, W).
+
+    Returns:
+        (B, H, W) bool, on the CPU.
+    """
+    y, x = torch.arange(size[0])[:, None] + 0.5, torch.arange(size[1])[None] + 0.5
+    result = torch.zeros(len(boxes), *size, dtype=torch.bool)
+    for mask, truth in zip(result, boxes):
+        x0, y0, x1, y1 = truth.cpu().reshape(-1, 4).T[..., None, None]
+        mask |= ((x >= x0) & (x < x1) & (y >= y0) & (y < y1)).any(dim=0)
+    return result
 
 
 def square_box(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

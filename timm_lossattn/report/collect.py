@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..explanation import Explanation, explain
+from ..explanation.geometry import inside_boxes
 from ..explanation.preprocessing import boxes_to_image, boxes_to_input
 from .dataset import Item, ReportImages, split_readable
 from .table import half, make_schema, map_array, merge_shards, read_notes, write_shard
@@ -44,19 +45,13 @@ def positive_share(explanation: Explanation, boxes: list[torch.Tensor]) -> list[
         boxes: B tensors (L, 4) in pixels of the model's input.
 
     Returns:
-        In [0, 1]; None without a box in the input, or without positive evidence.
+        In [0, 1]; None if no pixel lies in a box, or without positive evidence.
     """
     maps = explanation.pixel_map(explanation.evidence.double()).nan_to_num(0.).clamp(min=0)
-    height, width = explanation.input_size
-    y, x = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None] + 0.5
     shares: list[float | None] = []
-    for values, found in zip(maps, boxes):
-        found = found[(found[:, 2:] > found[:, :2]).all(dim=1)]
-        inside = torch.zeros(height, width, dtype=torch.bool)
-        for x0, y0, x1, y1 in found.tolist():
-            inside |= (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+    for values, inside in zip(maps, inside_boxes(boxes, explanation.input_size)):
         total = float(values.sum())
-        shares.append(float(values[inside].sum()) / total if len(found) and total > 0 else None)
+        shares.append(float(values[inside].sum()) / total if inside.any() and total > 0 else None)
     return shares
 
 

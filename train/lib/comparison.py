@@ -148,7 +148,7 @@ class Judge:
         if drops is not None:
             found['single'] = self.single.measure(answer.heat, drops).tolist()
         if answer.parts is not None and answer.total is not None:
-            found['complete'] = Completeness().measure(answer.parts, answer.total).tolist()
+            found['complete'] = Completeness().measure(answer.parts, answer.total()).tolist()
         return found
 
 

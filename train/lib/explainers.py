@@ -61,12 +61,12 @@ class Answer:
         heat: (B, H, W) in pixels; NaN where it says nothing.
         scores: (B, M) of patches, or None for a tool of pixels.
         parts: (B, ...) what should add up to ``total``, or None for a tool that does not say.
-        total: (B,).
+        total: gives these (B,) sums; a function, because a tool that does not know them is not timed with them.
     """
     heat: torch.Tensor
     scores: torch.Tensor | None
     parts: torch.Tensor | None = None
-    total: torch.Tensor | None = None
+    total: Callable[[], torch.Tensor] | None = None
 
 
 Tool = Callable[[Question], Answer]
@@ -146,7 +146,8 @@ def create_tools(model: Any, against: str | None, ig_steps: int) -> dict[str, To
         shared = len(question.v) > len(question.x)  # one pass answers for every class
         evidence = evidence_along(
             e.prediction.contributions.expand(len(question.v), -1, -1), question.v) if shared else e.evidence
-        return Answer(place(evidence, question), evidence, evidence, (e.prediction.logits * question.v).sum(dim=1))
+        return Answer(place(evidence, question), evidence, evidence,
+                      lambda: (e.prediction.logits * question.v).sum(dim=1))
 
     def alpha(question: Question) -> Answer:
         with torch.no_grad():
@@ -156,7 +157,7 @@ def create_tools(model: Any, against: str | None, ig_steps: int) -> dict[str, To
     def cam(method: Any) -> Tool:
         def tool(question: Question) -> Answer:
             scores = raw_cam(method, model, question)
-            return Answer(place(scores, question), scores, scores, explained(question, question.x))
+            return Answer(place(scores, question), scores, scores, lambda: explained(question, question.x))
         return tool
 
     def along(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -166,13 +167,13 @@ def create_tools(model: Any, against: str | None, ig_steps: int) -> dict[str, To
         parts = IntegratedGradients(along).attribute(
             question.images, additional_forward_args=question.v, n_steps=ig_steps,
             internal_batch_size=len(question.v)).detach()
-        total = explained(question, question.x) - explained(question, torch.zeros_like(question.x))
-        return Answer(parts.sum(dim=1), None, parts, total)
+        return Answer(parts.sum(dim=1), None, parts, lambda: (
+            explained(question, question.x) - explained(question, torch.zeros_like(question.x))))
 
     def input_x_gradient(question: Question) -> Answer:
         parts = InputXGradient(along).attribute(
             question.images.clone().requires_grad_(), additional_forward_args=question.v).detach()
-        return Answer(parts.sum(dim=1), None, parts, explained(question, question.x))
+        return Answer(parts.sum(dim=1), None, parts, lambda: explained(question, question.x))
 
     def random(question: Question) -> Answer:
         M = len(model.patch_boxes(*question.x.shape[-2:]))
