@@ -16,7 +16,7 @@ boxes (lib/explainers.py). Rows that need no model, and α alone, stand beside t
   ms          wall time an image at --batch-size, tools by turns in changing order, median
 --grids also measures, on grids of rightly classified images of distinct classes, the most confident first and each
 at most once, the share of the positive heat for a class in its own cell. The model sees the whole grid. --spread adds
-a row for each map of patches, whoever made it, after it was spread over neighbouring patches with its sum unchanged.
+a row for each map of patches, whoever made it, after it was spread over similar neighbours, its sum unchanged.
 
 Boxes, pointing and energy need boxes (prepare.py). With --multi-label an image is explained for the label with the
 largest logit, by that logit. Writes images.jsonl, a line an image, which an interrupted run goes on with and from which

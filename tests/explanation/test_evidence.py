@@ -92,25 +92,38 @@ def test_direction_of_an_explanation():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10 ** 6), st.integers(1, 6), st.integers(1, 6), st.floats(0.2, 3.))
+@given(st.integers(0, 10 ** 6), st.integers(1, 5), st.integers(1, 5), st.floats(0.2, 3.))
 def test_spread_keeps_the_sum(seed, rows, columns, sigma):
-    """Against a loop: every patch gives all of its value away, by a Gaussian over the patches that there are."""
-    values = torch.randn(2, rows * columns, generator=torch.Generator().manual_seed(seed))
-    found = spread_over_neighbours(values, (rows, columns), sigma)
-    reach = max(1, round(3 * sigma))
-    expected = torch.zeros(2, rows, columns, dtype=torch.float64)
-    for r in range(rows):
-        for c in range(columns):
-            weights = {(y, x): math.exp(-((y - r) ** 2 + (x - c) ** 2) / (2 * sigma ** 2))
-                       for y in range(rows) for x in range(columns) if max(abs(y - r), abs(x - c)) <= reach}
-            for (y, x), weight in weights.items():
-                expected[:, y, x] += values[:, r * columns + c].double() * weight / sum(weights.values())
-    torch.testing.assert_close(found.double(), expected.flatten(1), rtol=1e-4, atol=1e-5)
+    """Against a loop: every patch gives all of its value away, most to near patches that say what it says."""
+    g = torch.Generator().manual_seed(seed)
+    M = rows * columns
+    values, logits = torch.randn(2, M, generator=g), 3 * torch.randn(2, M, 4, generator=g)
+    found = spread_over_neighbours(values, logits, (rows, columns), sigma)
+    p = logits.double().softmax(2)
+    expected = torch.zeros(2, M, dtype=torch.float64)
+    for b in range(2):
+        for m in range(M):
+            parts = []
+            for n in range(M):
+                d2 = (m // columns - n // columns) ** 2 + (m % columns - n % columns) ** 2
+                alike = sum(math.sqrt(float(p[b, m, k] * p[b, n, k])) for k in range(4))
+                parts.append(math.exp(-d2 / (2 * sigma ** 2)) * alike ** 2)
+            expected[b] += values[b, m].double() * torch.tensor(parts, dtype=torch.float64) / sum(parts)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.sum(1), values.sum(1), rtol=1e-4, atol=1e-4)
+    one = spread_over_neighbours(values, logits[:1], (rows, columns), sigma)  # the same image asked twice
+    torch.testing.assert_close(one[0], found[0])
+
+
+def test_spread_stops_at_a_border():
+    """Between patches that say another class nothing is shared, between patches that say the same it is."""
+    logits = torch.tensor([[[50., 0.], [50., 0.], [0., 50.], [0., 50.]]])
+    found = spread_over_neighbours(torch.tensor([[4., 0., 0., -2.]]), logits, (1, 4), 100.)
+    torch.testing.assert_close(found, torch.tensor([[2., 2., -1., -1.]]), atol=1e-3, rtol=0.)
 
 
 def test_spread_refuses():
-    values = torch.randn(1, 4)
-    assert torch.equal(spread_over_neighbours(values, (2, 2), 0.), values)
+    values, logits = torch.randn(1, 4), torch.randn(1, 4, 3)
+    assert torch.equal(spread_over_neighbours(values, logits, (2, 2), 0.), values)
     with pytest.raises(ValueError, match='sigma must not be negative, got -1'):
-        spread_over_neighbours(values, (2, 2), -1.)
+        spread_over_neighbours(values, logits, (2, 2), -1.)

@@ -44,7 +44,7 @@ SMALL = ['--batch-size', '2', '--ig-steps', '8', '--rows', '2', '--steps', '4', 
 
 def test_compare(flags, tmp_path, capsys):
     """Every tool has every measure, ours adds up, pixel tools stand twice, and constant boxes stand beside them."""
-    run = [*flags, *SMALL, '--images', '4', '--single-deletion', '--spread', '0.75', '--output', str(tmp_path)]
+    run = [*flags, *SMALL, '--images', '4', '--single-deletion', '--spread', '2', '--output', str(tmp_path)]
     assert compare_explanations.main(run) == 0
     table = json.loads((tmp_path / 'compare.json').read_text())['image']
     tools = ['ours', 'α alone', 'Grad-CAM', 'HiResCAM', 'LayerCAM', 'random', 'centre']

@@ -92,16 +92,16 @@ class Explanation:
         """
         return direction(self.prediction.logits, self.target, self.against)
 
-    def spread_evidence(self, sigma: float = 0.75) -> torch.Tensor:
-        """(B, M) evidence, spread over neighbouring patches, which a patch of a deep network has seen as well.
+    def spread_evidence(self, sigma: float = 2.) -> torch.Tensor:
+        """(B, M) evidence, shared among patches nearby that the model takes for the same thing.
 
         It sums to the same number. Noise of neighbours cancels and what is for the class comes out more clearly:
-        docs/reading_explanations.md measures how much.
+        docs/leaderboard.md measures how much.
 
         Args:
             sigma: of the Gaussian, in steps of the grid, see ``spread_over_neighbours``.
         """
-        return spread_over_neighbours(self.evidence, self.grid, sigma)
+        return spread_over_neighbours(self.evidence, self.prediction.patch_logits, self.grid, sigma)
 
     def versus(self, against: Classes | None) -> Explanation:
         """The same explanation, its target compared with something else; nothing is computed anew.

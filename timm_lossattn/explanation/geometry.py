@@ -2,7 +2,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional as F
 
 __all__ = ['inside_boxes', 'patches_to_pixels', 'spread_over_neighbours', 'square_box']
 
@@ -26,14 +25,19 @@ def patches_to_pixels(values: torch.Tensor, patch_boxes: torch.Tensor, size: tup
     return total / count.where(count > 0, torch.nan)
 
 
-def spread_over_neighbours(values: torch.Tensor, grid: tuple[int, int], sigma: float) -> torch.Tensor:
-    """Spread what each patch says over the patches around it, which it has seen as well. The sum stays what it is.
+def spread_over_neighbours(
+        values: torch.Tensor, patch_logits: torch.Tensor, grid: tuple[int, int], sigma: float) -> torch.Tensor:
+    """Spread what each patch says over the patches near it that the model takes for the same. The sum stays what it is.
 
-    Each patch gives its value away by a Gaussian over the grid, of which the part that would leave the grid stays with
-    the patches inside.
+    Patch m gives its value away in parts proportional to exp(−d²/2σ²) · (Σ_k √(p_mk p_nk))², with d the distance to
+    patch n and p the softmax of a patch's logits; the sum over k is the coefficient of A. Bhattacharyya (1943), 1 for
+    patches that say the same and 0 for those that have no class in common. So a map is smoothed within what the model
+    takes for one thing, and not across its border: as a bilateral filter does with colours (C. Tomasi and
+    R. Manduchi, 1998).
 
     Args:
         values: (B, M), of any sign.
+        patch_logits: (B, M, K), or (1, M, K) for all B.
         grid: (H', W') with H'·W' = M.
         sigma: σ of the Gaussian, in steps of the grid; 0 leaves the values as they are.
 
@@ -47,12 +51,13 @@ def spread_over_neighbours(values: torch.Tensor, grid: tuple[int, int], sigma: f
         raise ValueError(f'sigma must not be negative, got {sigma}.')
     if sigma == 0:
         return values
-    reach = max(1, round(3 * sigma))
-    line = torch.exp(-torch.arange(-reach, reach + 1, device=values.device).double() ** 2 / (2. * sigma ** 2))
-    kernel = torch.outer(line, line)[None, None] / line.sum() ** 2
-    x = values.double().view(-1, 1, *grid)
-    inside = F.conv2d(torch.ones_like(x[:1]), kernel, padding=reach)  # share of each patch's Gaussian within the grid
-    return F.conv2d(x / inside, kernel, padding=reach).flatten(1).to(values.dtype)
+    rows, columns = (torch.arange(n, device=values.device).double() for n in grid)
+    places = torch.cartesian_prod(rows, columns).view(-1, 2)
+    near = torch.exp(-torch.cdist(places, places) ** 2 / (2. * sigma ** 2))  # (M, M)
+    roots = patch_logits.double().softmax(dim=2).sqrt()
+    parts = near * torch.bmm(roots, roots.transpose(1, 2)) ** 2  # (B or 1, M, M)
+    parts = parts / parts.sum(dim=2, keepdim=True)  # what patch m gives to each patch n
+    return (values.double().unsqueeze(1) @ parts).squeeze(1).to(values.dtype)
 
 
 def inside_boxes(boxes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:

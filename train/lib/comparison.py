@@ -61,6 +61,11 @@ class Judge:
         self.model, self.tools, self.settings = model, tools, settings
         self.single = SingleDeletion()
 
+    @torch.no_grad()
+    def patch_logits(self, x: torch.Tensor) -> torch.Tensor | None:
+        """(B, M, K), if maps are to be spread."""
+        return self.model.forward_patches(x).patch_logits if self.settings.spread else None
+
     def images(
             self, question: Question, boxes: Sequence[torch.Tensor], reverse: bool = False, timed: bool = True,
     ) -> list[Rows]:
@@ -75,7 +80,7 @@ class Judge:
         B, (H, W) = len(question.index), question.x.shape[-2:]
         patch_boxes = self.model.patch_boxes(H, W)
         drops = self.single.drops(self.model, question.x, question.v) if self.settings.single else None
-        answers, seconds = {}, {}
+        answers, seconds, patch_logits = {}, {}, self.patch_logits(question.x)
         for name, tool in list(self.tools.items())[::-1 if reverse else 1]:
             start = time.perf_counter()
             answers[name] = tool(question)
@@ -87,7 +92,7 @@ class Judge:
             if timed:
                 found['ms'] = [1000 * seconds[name] / B] * B
             forms = {name: found}
-            for form, other in self.other_forms(name, answer, patch_boxes):
+            for form, other in self.other_forms(name, answer, patch_boxes, patch_logits):
                 forms[form] = self.measures(question, other, boxes, patch_boxes, drops)
             for form, values in forms.items():
                 for i in range(B):
@@ -105,15 +110,18 @@ class Judge:
                     rows[i][form] = {'boxes': hits_to_text(hit)}
         return rows
 
-    def other_forms(self, name: str, answer: Answer, patch_boxes: torch.Tensor) -> list[tuple[str, Answer]]:
+    def other_forms(
+            self, name: str, answer: Answer, patch_boxes: torch.Tensor, patch_logits: torch.Tensor | None,
+    ) -> list[tuple[str, Answer]]:
         """The answer of a tool of pixels by patch, and if asked for, the answers by patch spread over neighbours."""
         forms = []
         if answer.scores is None:
             name, answer = f'{name}, by patch', pooled(answer, patch_boxes)
             forms.append((name, answer))
-        if self.settings.spread and answer.scores is not None:
+        if patch_logits is not None and answer.scores is not None:
             H, W = answer.heat.shape[-2:]
-            scores = spread_over_neighbours(answer.scores, self.model.patch_grid(H, W), self.settings.spread)
+            scores = spread_over_neighbours(
+                answer.scores, patch_logits, self.model.patch_grid(H, W), self.settings.spread)
             heat = patches_to_pixels(scores, patch_boxes, (H, W))
             parts = scores if answer.parts is not None and answer.parts.shape == scores.shape else None
             forms.append((f'{name}, spread', Answer(heat, scores, parts, answer.total)))
@@ -169,6 +177,7 @@ def grid_entries(
     model, grid, pointing = judge.model, make_grids(x, n), GridPointing(n)
     with torch.no_grad():
         logits = model(grid).float()
+    patch_logits = judge.patch_logits(grid)
     rows: Rows = {}
     for part in torch.arange(n * n).split(max(1, batch_size // n ** 2)):
         v = direction(logits.expand(len(part), -1), target[part], against)
@@ -176,7 +185,7 @@ def grid_entries(
         patch_boxes = model.patch_boxes(*grid.shape[-2:])
         for name, tool in judge.tools.items():
             answer = tool(question)
-            for form, one in [(name, answer), *judge.other_forms(name, answer, patch_boxes)]:
+            for form, one in [(name, answer), *judge.other_forms(name, answer, patch_boxes, patch_logits)]:
                 shares = pointing.measure(one.heat, part)
                 rows.setdefault(form, {}).setdefault('grid', []).extend(shares.tolist())
     return {form: {'grid': sum(shares['grid']) / n ** 2} for form, shares in rows.items()}
