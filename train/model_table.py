@@ -95,7 +95,7 @@ BOARD = (  # title, kind of entry, measure, row of the comparison
 
 
 def leaderboard_table() -> str:
-    """A row for each model of train/results/leaderboard, and one of what needs no model."""
+    """A row for each model of train/results/leaderboard, for its α alone, and for what needs no model."""
     lines = [BEGIN, '', '| model | weights of patches | accuracy (%) | grids, 3×3 and 2×2 | '
              + ' | '.join(f'{title} ↑' for title, *_ in BOARD) + ' |', '|---|---|--:|--:|' + '--:|' * len(BOARD)]
     results = [json.loads(file.read_text()) for file in sorted((RESULTS / 'leaderboard').glob('*/compare.json'))]
@@ -104,16 +104,25 @@ def leaderboard_table() -> str:
         found = [result.get(kind, {}).get(rows.get(row, row), {}).get(measure) for _, kind, measure, row in BOARD]
         return ' | '.join(f'{one["mean"]:.3f} ± {(one["high"] - one["low"]) / 2:.3f}' if one else '–' for one in found)
 
+    def names(result: dict[str, Any]) -> tuple[str, str]:
+        return f'`{result["model"].removeprefix("lossattn.")}`', pool_name(result['weights'])
+
+    def baseline(result: dict[str, Any], row: str, title: str) -> str:
+        return f'| {title} | – | – | – | {cells(result, {"ours": row, "ours, spread": f"{row}, spread"})} |'
+
     def counts(result: dict[str, Any]) -> str:
         return ', '.join(str(result[kind]['ours']['grid']['n']) for kind in ('grid 3', 'grid 2'))
 
     for result in results:
-        lines.append(f'| `{result["model"].removeprefix("lossattn.")}` | {pool_name(result["weights"])} | '
-                     f'{100 * result["accuracy"]:.1f} | {counts(result)} | {cells(result, {})} |')
+        model, weights = names(result)
+        accuracy = f'{100 * result["accuracy"]:.1f}'
+        lines.append(f'| {model} | {weights} | {accuracy} | {counts(result)} | {cells(result, {})} |')
+    for result in results:
+        if not result['weights'].startswith('Mean'):  # whose α is the same everywhere
+            model, weights = names(result)
+            lines.append(baseline(result, 'α alone', f'α alone of {model}, {weights}'))
     if results:
-        for row in ('random', 'centre'):
-            rows = {'ours': row, 'ours, spread': f'{row}, spread'}
-            lines.append(f'| {row} | – | – | – | {cells(results[0], rows)} |')
+        lines += [baseline(results[0], row, row) for row in ('random', 'centre')]
         square = results[0]['image'].get('box: best centred square', {}).get('boxes')
         if square:
             half = (square['high'] - square['low']) / 2
