@@ -1,0 +1,352 @@
+"""The demo: drop an image, see what a model takes it for, and which patches decided for one class and against another.
+
+Runs as it is on a machine without a network (``make space``) and as a Hugging Face Space, which has only this folder.
+"""
+from __future__ import annotations
+
+import functools
+import html
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+import timm
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.transforms import Bbox
+from PIL import Image
+
+from timm_lossattn import Explanation, explain
+from timm_lossattn.explanation import class_labels, open_image
+from timm_lossattn.explanation.labels import known_classes
+from timm_lossattn.loading import check_name, load_patch_model
+from timm_lossattn.models.lite_weights import LITE_MODELS, lite_file
+from timm_lossattn.models.pretrained import list_bundled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+MAX_PIXELS = 60_000_000  # 50 megapixels take 0.6 GB of memory, 0.8 with transparency, 1.3 from 16-bit grey
+MAX_ASPECT = 100  # the shorter side is resized to the model's input, so a line of pixels would grow to gigabytes
+MAX_FILE_SIZE = '100mb'
+MAX_PARAMETERS = 350_000_000  # any visitor may name a model, and four are kept
+FEW_CLASSES = 12
+PANELS = 4  # at most, of a picture
+DEFAULT = ''  # in a menu of classes: the predicted class, or its rivals, all others by their softmax
+# part of a tag -> what the weights are trained on, in a word and in a sentence; the longer of two that begin alike first
+DATA = {
+    'in1k': ('photographs', 'photographs (ImageNet-1k)'),
+    'pbc': ('blood cells', 'microscope images of single blood cells (PBC)'),
+    'cifar100': ('thumbnails', 'thumbnails of 32×32 pixels (CIFAR-100)'),
+    'cifar10': ('thumbnails', 'thumbnails of 32×32 pixels (CIFAR-10)'),
+    'tiny_imagenet_mini': ('small photographs', 'photographs of 64×64 pixels (ten classes of Tiny ImageNet)'),
+    'tiny_imagenet': ('small photographs', 'photographs of 64×64 pixels (Tiny ImageNet)'),
+    'in12k': ('photographs', 'photographs (ImageNet-12k)'),
+    'in21k': ('photographs', 'photographs (ImageNet-21k)'),
+    'in22k': ('photographs', 'photographs (ImageNet-22k)'),
+}
+CSS = """
+#examples img[src*="cifar"] { image-rendering: pixelated; }
+.message:not(:has(p)) { display: none; }
+.message p { padding: 0.75em 1em; border: 1px solid var(--error-border-color); border-radius: var(--radius-md);
+             background: var(--error-background-fill); color: var(--error-text-color); font-size: var(--text-lg); }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); }
+.panels .image-container > button { background: white; }
+"""
+INTRODUCTION = """
+# Which part of the image decided?
+The image's logits *are* the sum of what its patches contribute, so the pictures show the computation itself.
+"""
+READING = """
+**How to read it.** Evidence is what each patch adds to the class's lead over what it is compared with: above zero for it,
+below zero against it; the sum, in brackets, is that lead. The sum is exact, but a patch of a deep network has seen more
+than its box, often most of the image. A model that is named without `lossattn.` is explained as it is, all patches alike.
+"""
+
+from gradio.events import Dependency
+
+class ImageFile(gr.Image):
+    """An image that is handed on as the file that was uploaded, so that ``read_image`` can say what is wrong with it."""
+    is_template = True  # for gradio: looks like its base class
+
+    def preprocess(self, payload: Any) -> str | None:
+        """Path of the file."""
+        return payload and payload.path
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+def data_of(name: str) -> list[str]:
+    """Keys of DATA in a model's name or tag, in their order: what it was trained on, and then on what."""
+    return re.findall(rf'(?:^|[._])({"|".join(DATA)})(?=_|$)', name)
+
+
+@functools.cache
+def list_models() -> list[str]:
+    """Tagged names of the patch models whose weights are on this machine, those for photographs first."""
+    names = [f'lossattn.{name}.in1k' for name in LITE_MODELS if lite_file(name)] + [
+        name for name in list_bundled()
+        if name.startswith('lossattn.') or hasattr(timm.create_model(name, device='meta'), 'forward_patches')]
+    order = list(DATA)
+    return sorted(names, key=lambda name: (
+        [order.index(data) for data in data_of(name)] or [len(order)], '_lossattn_conv' not in name, name))
+
+
+def model_choices() -> list[tuple[str, str]]:
+    """Their names for a menu, each with what it was trained on."""
+    return [(f'{DATA[data[-1]][0]} · {name}' if (data := data_of(name)) else name, name) for name in list_models()]
+
+
+def list_examples() -> list[Path]:
+    """Images to try, in the order of ``DATA``; those of the tests where there is a checkout around this folder."""
+    found = {path.name: path for pattern in ('tests/data/photo_*', 'tests/data/pbc_*', 'hub/space/examples/*')
+             for path in sorted(HERE.parents[1].glob(pattern))}
+    found |= {path.name: path for path in sorted(HERE.glob('examples/*'))}
+    order = list(DATA)
+    return sorted(found.values(), key=lambda path: order.index(data) if (data := example_data(path)) in DATA else 99)
+
+
+def example_data(path: Path) -> str:
+    """Key of DATA for an example, which its name begins with: what models are good for it."""
+    kind = path.stem.split('_')[0]
+    return {'photo': 'in1k'}.get(kind, kind)
+
+
+@functools.lru_cache(maxsize=4)
+def load_model(name: str) -> Any:
+    """Patch model in eval mode, of any name that timm knows or ``hf-hub:ORG/NAME``.
+
+    Raises:
+        ValueError: it cannot be had, its logits are no sum over patches, or it is too large; the message is for the page.
+    """
+    try:
+        if name.partition(':')[0] not in (name, 'hf-hub'):  # local-dir: a visitor has no business with our files
+            raise ValueError(f'{name} is no name of a model.')
+        check_name(name)
+        size = count_parameters(name)
+        if size > MAX_PARAMETERS:
+            raise ValueError(f'{name} has {size / 1e6:,.0f} million parameters; at most {MAX_PARAMETERS / 1e6:.0f}, please.')
+        return load_patch_model(name)
+    except ValueError as error:  # what follows the first sentence is for programmers
+        sentence = str(error).removeprefix('model: ').split('. ')[0].rstrip('.')
+        raise ValueError(f'{sentence}.') from error
+
+
+def count_parameters(name: str) -> int:
+    """Of a model that is made without numbers; 0 if that does not work: whatever is wrong shows when it is loaded."""
+    try:
+        with torch.device('meta'):
+            return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+    except Exception:
+        return 0
+
+
+def read_image(path: str) -> Image.Image:
+    """Image of an uploaded file, upright RGB.
+
+    Raises:
+        ValueError: no image, or one whose size would exhaust the memory; the message is for the page.
+    """
+    name = Path(path).name
+    try:
+        with Image.open(path) as file:  # only the header
+            width, height = file.size
+    except Image.DecompressionBombError:
+        width = height = MAX_PIXELS
+    except Exception:  # broken files raise all sorts; open_image says what is wrong
+        width = height = 1
+    if width * height > MAX_PIXELS:
+        raise ValueError(f'{name} is too large: at most {MAX_PIXELS // 1_000_000} megapixels, please.')
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f'{name} is {width}×{height}: at most {MAX_ASPECT} times as long as wide, please.')
+    try:
+        return open_image(path)
+    except ValueError as error:
+        raise ValueError(f'{name} is no image that can be read.') from error
+
+
+def explain_file(name: str, path: str, target: str = DEFAULT, against: str = DEFAULT) -> Explanation:
+    """Explanation of one image file.
+
+    Args:
+        name: of a model.
+        path: of the file.
+        target: name of the class to explain; by default, or if the model does not know it, the predicted one.
+        against: class to compare it with; by default, or if the model does not know it, all others, by their softmax.
+
+    Raises:
+        ValueError: see ``load_model`` and ``read_image``, or a class would be compared with itself; the message is for
+            the page.
+    """
+    model = load_model(name)
+    labels = class_labels(model, model.num_classes)
+    explanation = explain(model, read_image(path), target=labels.index(target) if target in labels else None)
+    if against not in labels:
+        return explanation
+    if labels[int(explanation.target)] == against:
+        raise ValueError(f'The evidence is for "{against}": compare it with another class.')
+    return explanation.versus(labels.index(against))
+
+
+def describe(name: str, *asked: str) -> str:
+    """What a model is, was trained on, and can answer at all; and which of the classes asked for it does not know."""
+    model = load_model(name)
+    labels = class_labels(model, model.num_classes)
+    data = ', then '.join(DATA[key][1] for key in data_of((model.pretrained_cfg or {}).get('tag') or ''))
+    known = known_classes(labels)
+    if len(labels) <= FEW_CLASSES:
+        known = f'{known.split(":")[0]}: {", ".join(labels)}'
+    text = f'`{name}`: trained on {data or "data that its name does not tell"}; {known}. '
+    text += 'Whatever is in the image, it calls it one of these.'
+    for label in asked:
+        if label != DEFAULT and label not in labels:
+            text += f' It does not know "{label}".'
+    return text
+
+
+def panels_of(figure: Figure) -> list[tuple[str, Bbox]]:
+    """Title and place, in inches, of each panel of a picture with its colour bar: on a phone they stand one below another."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    panels = []
+    for ax in figure.axes:
+        if ax.images:  # a colour bar has none
+            bars = [image.colorbar.ax for image in ax.images if image.colorbar]
+            box = Bbox.union([part.get_tightbbox(renderer) for part in (ax, *bars)]).padded(6)
+            title = ' '.join(ax.get_title().split())
+            panels.append((title, box.transformed(figure.dpi_scale_trans.inverted())))
+    return panels
+
+
+def answer(name: str, path: str | None, target: str, against: str) -> Iterator[list[Any]]:
+    """What the page shows of one model, once.
+
+    Yields:
+        Visibility of its column, HTML of the message, the model's description, probabilities of the best five classes,
+        the evidence in a line, the PANELS pictures, and the buttons' updates with the whole picture and the numbers.
+        All are empty where there is no image, all but the message where something is wrong.
+    """
+    nothing = ['', None, '', *[gr.update(value=None, visible=False)] * PANELS,
+               *[gr.update(value=None, interactive=False)] * 2]
+    column = gr.update(visible=bool(name))
+    if not name or path is None:
+        yield [column, '', *nothing]
+        return
+    try:
+        explanation = explain_file(name, path, target, against)
+        about = describe(name, target, against)
+    except ValueError as error:
+        yield [column, f'<p role="alert">{html.escape(str(error), quote=False)}</p>', *nothing]
+        return
+    file = Path(path)
+    top = {entry['label']: entry['probability'] for entry in explanation.to_dict()['top5']}
+    figure = explanation.figure(0, f'{file.name} · {name}')
+    with tempfile.TemporaryDirectory() as folder:  # while we wait in the yield, gradio copies them to its cache
+        picture, numbers = (Path(folder, f'{file.stem}{end}') for end in ('.png', '.json'))
+        figure.savefig(picture, dpi=160)
+        numbers.write_text(explanation.to_json(image=file.name, model=name))
+        panels = []
+        for number, (title, box) in enumerate(panels_of(figure)[:PANELS]):
+            panel = Path(folder, f'{file.stem}_{number}.png')
+            figure.savefig(panel, dpi=160, bbox_inches=box)
+            panels.append(gr.update(value=str(panel), alt_text=title, visible=True))
+        panels += [gr.update(value=None, visible=False)] * (PANELS - len(panels))
+        yield [column, '', about, top, explanation.answer(), *panels,
+               *(gr.update(value=str(download), interactive=True) for download in (picture, numbers))]
+
+
+def class_menus(name: str, target: str = DEFAULT, against: str = DEFAULT) -> list[gr.Dropdown]:
+    """The two menus of classes for a model; what was chosen stays chosen if it knows it."""
+    try:
+        model = load_model(name)
+        labels = class_labels(model, model.num_classes)
+    except ValueError:  # the answer says it
+        labels = []
+    return [
+        gr.Dropdown(choices=[(default, DEFAULT), *((label, label) for label in labels)], label=label, info=info,
+                    value=chosen if chosen in labels else DEFAULT, min_width=220, elem_id=elem_id)
+        for default, label, info, chosen, elem_id in (
+            ('the predicted class', 'Evidence for', 'type to search', target, 'target'),
+            ('its rivals', 'Why not this one?', 'type to search', against, 'against'))]
+
+
+def build_column(number: int) -> list[Any]:
+    """What is shown of one model, see ``answer``."""
+    with gr.Column(visible=number == 0, min_width=340, elem_classes='answer') as column:
+        message = gr.HTML(elem_classes='message')
+        about = gr.Markdown()
+        top = gr.Label(label='Top 5', show_label=False, elem_classes='top')
+        evidence = gr.Markdown()
+        with gr.Row(elem_classes='panels'):
+            panels = [gr.Image(show_label=False, type='filepath', interactive=False, visible=False,
+                               buttons=['fullscreen']) for _ in range(PANELS)]
+        with gr.Row():
+            downloads = [gr.DownloadButton(f'Download the {what}', size='sm', interactive=False, elem_classes=name)
+                         for what, name in (('picture (PNG)', 'picture'), ('numbers (JSON)', 'numbers'))]
+    return [column, message, about, top, evidence, *panels, *downloads]
+
+
+def build() -> gr.Blocks:
+    """The page. Whatever changes in its inputs, the answer follows by itself."""
+    names, choices, samples = list_models(), model_choices(), list_examples()
+    first = next((path for path in samples if example_data(path) in data_of(names[0])), None)
+    with gr.Blocks(title='Which part of the image decided?', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column(min_width=300):
+                image = ImageFile(first and str(first), label='Image', height=260, sources=['upload', 'clipboard'],
+                                  buttons=[], elem_id='image')
+                examples = gr.Dataset(
+                    components=[gr.Image(render=False)], samples=[[str(path)] for path in samples], type='index',
+                    label='or one of these', elem_id='examples', visible=bool(samples), samples_per_page=24)
+            with gr.Column(min_width=300):
+                model = gr.Dropdown(
+                    choices, value=names[0], label='Model', allow_custom_value=True, elem_id='model',
+                    info="choose, or type any timm model's name, such as lossattn.resnet50: "
+                         'its weights come from the Hugging Face Hub')
+                with gr.Row():
+                    target, against = class_menus(names[0])
+                other = gr.Dropdown(
+                    [('none', ''), *choices], value='', label='Second model, side by side', allow_custom_value=True,
+                    elem_id='other')
+        with gr.Row():
+            columns = [build_column(number) for number in range(2)]
+        gr.Markdown(READING)
+
+        def example(index: int, name: str) -> tuple[str, str]:
+            """An example, and a model for its kind of image, unless the chosen one is of that kind."""
+            data = example_data(samples[index])
+            fitting = [known for known in list_models() if data in data_of(known)]
+            return str(samples[index]), name if data in data_of(name) or not fitting else fitting[0]
+
+        for shown, outputs in zip((model, other), columns):
+            gr.on([page.load, image.change, target.input, against.input, shown.change], answer,
+                  [shown, image, target, against], outputs, trigger_mode='always_last', concurrency_id='answer')
+        model.change(class_menus, [model, target, against], [target, against], show_progress='hidden')
+        examples.click(example, [examples, model], [image, model], show_progress='hidden')
+    return page
+
+
+def hub_in_reach() -> bool:
+    """Whether the Hub answers; where it does not, its client would try for the better part of a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # no network, a proxy that refuses, or offline mode
+        return False
+    return True
+
+
+demo = build()
+
+if __name__ == '__main__':
+    constants.HF_HUB_OFFLINE = not hub_in_reach()
+    # ssr_mode: the page as it was tested, on a Space too; run_history would keep the images in the visitor's browser
+    demo.launch(css=CSS, footer_links=[], run_history=False, ssr_mode=False, max_file_size=MAX_FILE_SIZE)
