@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+import numpy as np
 import timm
 import torch
 from huggingface_hub import constants
@@ -38,45 +39,41 @@ MAX_FILE_SIZE = '100mb'
 MAX_PARAMETERS = 350_000_000  # any visitor may name a model, and four are kept
 FEW_CLASSES = 12
 PANELS = 4  # at most, of a picture
+DPI = 160
 DEFAULT = ''  # in a menu of classes: the predicted class, or its rivals, all others by their softmax
-# part of a tag -> what the weights are trained on, in a word and in a sentence; the longer of two that begin alike first
+# part of a tag -> what the weights are trained on, in a word and in a sentence
 DATA = {
     'in1k': ('photographs', 'photographs (ImageNet-1k)'),
     'pbc': ('blood cells', 'microscope images of single blood cells (PBC)'),
-    'cifar100': ('thumbnails', 'thumbnails of 32×32 pixels (CIFAR-100)'),
     'cifar10': ('thumbnails', 'thumbnails of 32×32 pixels (CIFAR-10)'),
-    'tiny_imagenet_mini': ('small photographs', 'photographs of 64×64 pixels (ten classes of Tiny ImageNet)'),
-    'tiny_imagenet': ('small photographs', 'photographs of 64×64 pixels (Tiny ImageNet)'),
+    'cifar100': ('thumbnails', 'thumbnails of 32×32 pixels (CIFAR-100)'),
+    'tiny_imagenet_mini': ('thumbnails', 'thumbnails of 64×64 pixels (ten classes of Tiny ImageNet)'),
+    'tiny_imagenet': ('thumbnails', 'thumbnails of 64×64 pixels (Tiny ImageNet)'),
     'in12k': ('photographs', 'photographs (ImageNet-12k)'),
     'in21k': ('photographs', 'photographs (ImageNet-21k)'),
     'in22k': ('photographs', 'photographs (ImageNet-22k)'),
 }
 CSS = """
 #examples img[src*="cifar"] { image-rendering: pixelated; }
+#examples .gallery-item > * { width: 4rem; height: 4rem; }
+#model input, #other input { text-overflow: ellipsis; margin-right: 1.5rem; }
 .message:not(:has(p)) { display: none; }
 .message p { padding: 0.75em 1em; border: 1px solid var(--error-border-color); border-radius: var(--radius-md);
              background: var(--error-background-fill); color: var(--error-text-color); font-size: var(--text-lg); }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); }
 .panels .image-container > button { background: white; }
+.answer h2 { margin: 0; }
 """
 INTRODUCTION = """
 # Which part of the image decided?
 The image's logits *are* the sum of what its patches contribute, so the pictures show the computation itself.
 """
 READING = """
-**How to read it.** Evidence is what each patch adds to the class's lead over what it is compared with: above zero for it,
-below zero against it; the sum, in brackets, is that lead. The sum is exact, but a patch of a deep network has seen more
-than its box, often most of the image. A model that is named without `lossattn.` is explained as it is, all patches alike.
+**How to read it.** Evidence is what each patch adds to the class's lead over what it is compared with: above zero for
+it, below zero against it; the sum, in brackets, is that lead. The sum is exact, but a patch of a deep network has seen
+more than its box, often most of the image. A timm model named without `lossattn.` is explained as it is, all its
+patches alike.
 """
-
-
-class ImageFile(gr.Image):
-    """An image that is handed on as the file that was uploaded, so that ``read_image`` can say what is wrong with it."""
-    is_template = True  # for gradio: looks like its base class
-
-    def preprocess(self, payload: Any) -> str | None:
-        """Path of the file."""
-        return payload and payload.path
 
 
 def data_of(name: str) -> list[str]:
@@ -120,7 +117,8 @@ def load_model(name: str) -> Any:
     """Patch model in eval mode, of any name that timm knows or ``hf-hub:ORG/NAME``.
 
     Raises:
-        ValueError: it cannot be had, its logits are no sum over patches, or it is too large; the message is for the page.
+        ValueError: it cannot be had, its logits are no sum over patches, or it is too large; the message is one
+            sentence for the page.
     """
     try:
         if name.partition(':')[0] not in (name, 'hf-hub'):  # local-dir: a visitor has no business with our files
@@ -128,7 +126,8 @@ def load_model(name: str) -> Any:
         check_name(name)
         size = count_parameters(name)
         if size > MAX_PARAMETERS:
-            raise ValueError(f'{name} has {size / 1e6:,.0f} million parameters; at most {MAX_PARAMETERS / 1e6:.0f}, please.')
+            raise ValueError(
+                f'{name} has {size / 1e6:,.0f} million parameters: at most {MAX_PARAMETERS / 1e6:.0f}, please.')
         return load_patch_model(name)
     except ValueError as error:  # what follows the first sentence is for programmers
         sentence = str(error).removeprefix('model: ').split('. ')[0].rstrip('.')
@@ -142,6 +141,11 @@ def count_parameters(name: str) -> int:
             return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
     except Exception:
         return 0
+
+
+def uploaded_file(payload: Any) -> str | None:
+    """Path of the file that a gr.Image got."""
+    return None if payload is None else payload.path
 
 
 def read_image(path: str) -> Image.Image:
@@ -207,28 +211,41 @@ def describe(name: str, *asked: str) -> str:
     return text
 
 
-def panels_of(figure: Figure) -> list[tuple[str, Bbox]]:
-    """Title and place, in inches, of each panel of a picture with its colour bar: on a phone they stand one below another."""
+def save_panels(figure: Figure, folder: Path, stem: str) -> list[tuple[Path, str]]:
+    """Each panel of a picture with its colour bar in a file of its own: on a phone they stand one below another.
+
+    They get the same margins, so that the images are of one size. Nothing else of the figure is visible afterwards.
+
+    Returns:
+        Files and titles.
+    """
     renderer = FigureCanvasAgg(figure).get_renderer()
-    panels = []
-    for ax in figure.axes:
-        if ax.images:  # a colour bar has none
-            bars = [image.colorbar.ax for image in ax.images if image.colorbar]
-            box = Bbox.union([part.get_tightbbox(renderer) for part in (ax, *bars)]).padded(6)
-            title = ' '.join(ax.get_title().split())
-            panels.append((title, box.transformed(figure.dpi_scale_trans.inverted())))
-    return panels
+    panels = {ax: [ax, *(image.colorbar.ax for image in ax.images if image.colorbar)]
+              for ax in figure.axes if ax.images}  # a colour bar has none
+    edges = np.array([
+        Bbox.union(list(filter(None, (part.get_tightbbox(renderer) for part in parts)))).extents - ax.bbox.extents
+        for ax, parts in panels.items()])
+    margins = [*edges[:, :2].min(axis=0) - 6, *edges[:, 2:].max(axis=0) + 6]
+    result = []
+    for number, (ax, parts) in enumerate(panels.items()):
+        for artist in (*figure.axes, *figure.texts, *figure.legends):
+            artist.set_visible(artist in parts)
+        box = Bbox.from_extents(ax.bbox.extents + margins).transformed(figure.dpi_scale_trans.inverted())
+        file = folder / f'{stem}_{number}.png'
+        figure.savefig(file, dpi=DPI, bbox_inches=box)
+        result.append((file, ' '.join(ax.get_title().split())))
+    return result
 
 
 def answer(name: str, path: str | None, target: str, against: str) -> Iterator[list[Any]]:
     """What the page shows of one model, once.
 
     Yields:
-        Visibility of its column, HTML of the message, the model's description, probabilities of the best five classes,
-        the evidence in a line, the PANELS pictures, and the buttons' updates with the whole picture and the numbers.
-        All are empty where there is no image, all but the message where something is wrong.
+        Visibility of its column, HTML of the message, what it says with the evidence in a line, the PANELS pictures,
+        probabilities of the best five classes, the model's description, and the buttons' updates with the whole picture
+        and the numbers. All are empty where there is no image, all but the message where something is wrong.
     """
-    nothing = ['', None, '', *[gr.update(value=None, visible=False)] * PANELS,
+    nothing = ['', *[gr.update(value=None, visible=False)] * PANELS, None, '',
                *[gr.update(value=None, interactive=False)] * 2]
     column = gr.update(visible=bool(name))
     if not name or path is None:
@@ -242,18 +259,16 @@ def answer(name: str, path: str | None, target: str, against: str) -> Iterator[l
         return
     file = Path(path)
     top = {entry['label']: entry['probability'] for entry in explanation.to_dict()['top5']}
+    best, probability = next(iter(top.items()))
     figure = explanation.figure(0, f'{file.name} · {name}')
     with tempfile.TemporaryDirectory() as folder:  # while we wait in the yield, gradio copies them to its cache
         picture, numbers = (Path(folder, f'{file.stem}{end}') for end in ('.png', '.json'))
-        figure.savefig(picture, dpi=160)
+        figure.savefig(picture, dpi=DPI)
         numbers.write_text(explanation.to_json(image=file.name, model=name))
-        panels = []
-        for number, (title, box) in enumerate(panels_of(figure)[:PANELS]):
-            panel = Path(folder, f'{file.stem}_{number}.png')
-            figure.savefig(panel, dpi=160, bbox_inches=box)
-            panels.append(gr.update(value=str(panel), alt_text=title, visible=True))
+        panels = [gr.update(value=str(panel), alt_text=title, visible=True)
+                  for panel, title in save_panels(figure, Path(folder), file.stem)[:PANELS]]
         panels += [gr.update(value=None, visible=False)] * (PANELS - len(panels))
-        yield [column, '', about, top, explanation.answer(), *panels,
+        yield [column, '', f'## {best} {100 * probability:.0f} %\n{explanation.answer()}', *panels, top, about,
                *(gr.update(value=str(download), interactive=True) for download in (picture, numbers))]
 
 
@@ -265,47 +280,54 @@ def class_menus(name: str, target: str = DEFAULT, against: str = DEFAULT) -> lis
     except ValueError:  # the answer says it
         labels = []
     return [
-        gr.Dropdown(choices=[(default, DEFAULT), *((label, label) for label in labels)], label=label, info=info,
-                    value=chosen if chosen in labels else DEFAULT, min_width=220, elem_id=elem_id)
-        for default, label, info, chosen, elem_id in (
-            ('the predicted class', 'Evidence for', 'type to search', target, 'target'),
-            ('its rivals', 'Why not this one?', 'type to search', against, 'against'))]
+        gr.Dropdown(choices=[(default, DEFAULT), *((label, label) for label in labels)], label=label,
+                    info=f'{len(labels):,} classes, type to search', value=chosen if chosen in labels else DEFAULT,
+                    min_width=200)
+        for default, label, chosen in (
+            ('the predicted class', 'Evidence for', target), ('its rivals', 'Why not this one?', against))]
 
 
 def build_column(number: int) -> list[Any]:
     """What is shown of one model, see ``answer``."""
     with gr.Column(visible=number == 0, min_width=340, elem_classes='answer') as column:
         message = gr.HTML(elem_classes='message')
-        about = gr.Markdown()
-        top = gr.Label(label='Top 5', show_label=False, elem_classes='top')
-        evidence = gr.Markdown()
+        says = gr.Markdown(elem_classes='says')
         with gr.Row(elem_classes='panels'):
             panels = [gr.Image(show_label=False, type='filepath', interactive=False, visible=False,
                                buttons=['fullscreen']) for _ in range(PANELS)]
         with gr.Row():
-            downloads = [gr.DownloadButton(f'Download the {what}', size='sm', interactive=False, elem_classes=name)
-                         for what, name in (('picture (PNG)', 'picture'), ('numbers (JSON)', 'numbers'))]
-    return [column, message, about, top, evidence, *panels, *downloads]
+            with gr.Column(min_width=300):
+                top = gr.Label(show_label=False, show_heading=False, elem_classes='top')
+            with gr.Column(min_width=300):
+                about = gr.Markdown(elem_classes='about')
+                with gr.Row():
+                    downloads = [
+                        gr.DownloadButton(text, size='sm', interactive=False, min_width=140, elem_classes=name)
+                        for text, name in (('Picture (PNG)', 'picture'), ('Numbers (JSON)', 'numbers'))]
+    return [column, message, says, *panels, top, about, *downloads]
 
 
 def build() -> gr.Blocks:
     """The page. Whatever changes in its inputs, the answer follows by itself."""
     names, choices, samples = list_models(), model_choices(), list_examples()
     first = next((path for path in samples if example_data(path) in data_of(names[0])), None)
-    with gr.Blocks(title='Which part of the image decided?', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(
+            title='Which part of the image decided?', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(min_width=300):
-                image = ImageFile(first and str(first), label='Image', height=260, sources=['upload', 'clipboard'],
-                                  buttons=[], elem_id='image')
+                image = gr.Image(
+                    str(first) if first else None, type='filepath', label='Image', height=260, buttons=[],
+                    sources=['upload', 'clipboard'], elem_id='image')
+                # the file as it was uploaded: gr.Image decodes and encodes it, or fails on it, before we see it
+                image.preprocess = uploaded_file  # type: ignore[method-assign]
                 examples = gr.Dataset(
                     components=[gr.Image(render=False)], samples=[[str(path)] for path in samples], type='index',
                     label='or one of these', elem_id='examples', visible=bool(samples), samples_per_page=24)
             with gr.Column(min_width=300):
                 model = gr.Dropdown(
                     choices, value=names[0], label='Model', allow_custom_value=True, elem_id='model',
-                    info="choose, or type any timm model's name, such as lossattn.resnet50: "
-                         'its weights come from the Hugging Face Hub')
+                    info='choose, or type the name of any timm model, such as lossattn.resnet50 (from the Hub)')
                 with gr.Row():
                     target, against = class_menus(names[0])
                 other = gr.Dropdown(
