@@ -38,7 +38,7 @@ MAX_ASPECT = 100  # the shorter side is resized to the model's input, so a line 
 MAX_FILE_SIZE = '100mb'
 MAX_PARAMETERS = 350_000_000  # any visitor may name a model, and four are kept
 FEW_CLASSES = 12
-PANELS = 4  # at most, of a picture
+PANELS = 3  # at most, of a picture
 DPI = 160
 DEFAULT = ''  # in a menu of classes: the predicted class, or its rivals, all others by their softmax
 # part of a tag -> what the weights are trained on, in a word and in a sentence
@@ -55,7 +55,7 @@ DATA = {
 }
 CSS = """
 #examples img[src*="cifar"] { image-rendering: pixelated; }
-#examples .gallery-item > * { width: 4rem; height: 4rem; }
+#examples .container.gallery { width: 3.5rem; height: 3.5rem; }
 #model input, #other input { text-overflow: ellipsis; margin-right: 1.5rem; }
 .message:not(:has(p)) { display: none; }
 .message p { padding: 0.75em 1em; border: 1px solid var(--error-border-color); border-radius: var(--radius-md);
@@ -199,11 +199,12 @@ def describe(name: str, *asked: str) -> str:
     """What a model is, was trained on, and can answer at all; and which of the classes asked for it does not know."""
     model = load_model(name)
     labels = class_labels(model, model.num_classes)
-    data = ', then '.join(DATA[key][1] for key in data_of((model.pretrained_cfg or {}).get('tag') or ''))
+    tag = '' if ':' in name else (model.pretrained_cfg or {}).get('tag') or ''  # a repository may keep an older one
+    data = ', then '.join(DATA[key][1] for key in data_of(tag))
     known = known_classes(labels)
     if len(labels) <= FEW_CLASSES:
         known = f'{known.split(":")[0]}: {", ".join(labels)}'
-    text = f'`{name}`: trained on {data or "data that its name does not tell"}; {known}. '
+    text = f'Trained on {data or "data that its name does not tell"}; {known}. '
     text += 'Whatever is in the image, it calls it one of these.'
     for label in asked:
         if label != DEFAULT and label not in labels:
@@ -223,16 +224,19 @@ def save_panels(figure: Figure, folder: Path, stem: str) -> list[tuple[Path, str
     panels = {ax: [ax, *(image.colorbar.ax for image in ax.images if image.colorbar)]
               for ax in figure.axes if ax.images}  # a colour bar has none
     edges = np.array([
-        Bbox.union(list(filter(None, (part.get_tightbbox(renderer) for part in parts)))).extents - ax.bbox.extents
-        for ax, parts in panels.items()])
-    margins = [*edges[:, :2].min(axis=0) - 6, *edges[:, 2:].max(axis=0) + 6]
+        np.subtract(Bbox.union(list(filter(None, (part.get_tightbbox(renderer) for part in parts)))).extents,
+                    ax.bbox.extents) for ax, parts in panels.items()])
+    left, bottom = edges[:, :2].min(axis=0) - 6
+    right, top = edges[:, 2:].max(axis=0) + 6
+    middle = (right - left) / 2
     result = []
     for number, (ax, parts) in enumerate(panels.items()):
         for artist in (*figure.axes, *figure.texts, *figure.legends):
             artist.set_visible(artist in parts)
-        box = Bbox.from_extents(ax.bbox.extents + margins).transformed(figure.dpi_scale_trans.inverted())
+        sides = (left, right) if len(parts) > 1 else (-middle, middle)  # without a colour bar: in the middle
+        box = Bbox.from_extents(*np.add(ax.bbox.extents, [sides[0], bottom, sides[1], top]))
         file = folder / f'{stem}_{number}.png'
-        figure.savefig(file, dpi=DPI, bbox_inches=box)
+        figure.savefig(file, dpi=DPI, bbox_inches=box.transformed(figure.dpi_scale_trans.inverted()))
         result.append((file, ' '.join(ax.get_title().split())))
     return result
 
@@ -241,13 +245,12 @@ def answer(name: str, path: str | None, target: str, against: str) -> Iterator[l
     """What the page shows of one model, once.
 
     Yields:
-        Visibility of its column, HTML of the message, what it says with the evidence in a line, the PANELS pictures,
-        probabilities of the best five classes, the model's description, and the buttons' updates with the whole picture
-        and the numbers. All are empty where there is no image, all but the message where something is wrong.
+        Visibility of its column, HTML of the message, visibility of the rest; what the model says, with the evidence in
+        a line, the PANELS pictures, probabilities of the best five classes, the model's description, and the whole
+        picture and the numbers as files. The rest is empty where there is no image or something is wrong.
     """
-    nothing = ['', *[gr.update(value=None, visible=False)] * PANELS, None, '',
-               *[gr.update(value=None, interactive=False)] * 2]
     column = gr.update(visible=bool(name))
+    nothing = [gr.update(visible=False), '', *[None] * PANELS, None, '', None, None]
     if not name or path is None:
         yield [column, '', *nothing]
         return
@@ -260,6 +263,7 @@ def answer(name: str, path: str | None, target: str, against: str) -> Iterator[l
     file = Path(path)
     top = {entry['label']: entry['probability'] for entry in explanation.to_dict()['top5']}
     best, probability = next(iter(top.items()))
+    says = f'`{name}`\n## {best} {100 * probability:.0f} %\n{explanation.answer()}'
     figure = explanation.figure(0, f'{file.name} · {name}')
     with tempfile.TemporaryDirectory() as folder:  # while we wait in the yield, gradio copies them to its cache
         picture, numbers = (Path(folder, f'{file.stem}{end}') for end in ('.png', '.json'))
@@ -268,8 +272,7 @@ def answer(name: str, path: str | None, target: str, against: str) -> Iterator[l
         panels = [gr.update(value=str(panel), alt_text=title, visible=True)
                   for panel, title in save_panels(figure, Path(folder), file.stem)[:PANELS]]
         panels += [gr.update(value=None, visible=False)] * (PANELS - len(panels))
-        yield [column, '', f'## {best} {100 * probability:.0f} %\n{explanation.answer()}', *panels, top, about,
-               *(gr.update(value=str(download), interactive=True) for download in (picture, numbers))]
+        yield [column, '', gr.update(visible=True), says, *panels, top, about, str(picture), str(numbers)]
 
 
 def class_menus(name: str, target: str = DEFAULT, against: str = DEFAULT) -> list[gr.Dropdown]:
@@ -281,8 +284,8 @@ def class_menus(name: str, target: str = DEFAULT, against: str = DEFAULT) -> lis
         labels = []
     return [
         gr.Dropdown(choices=[(default, DEFAULT), *((label, label) for label in labels)], label=label,
-                    info=f'{len(labels):,} classes, type to search', value=chosen if chosen in labels else DEFAULT,
-                    min_width=200)
+                    info=f'{len(labels):,} classes, type to search' if labels else None,
+                    value=chosen if chosen in labels else DEFAULT, min_width=200)
         for default, label, chosen in (
             ('the predicted class', 'Evidence for', target), ('its rivals', 'Why not this one?', against))]
 
@@ -291,20 +294,20 @@ def build_column(number: int) -> list[Any]:
     """What is shown of one model, see ``answer``."""
     with gr.Column(visible=number == 0, min_width=340, elem_classes='answer') as column:
         message = gr.HTML(elem_classes='message')
-        says = gr.Markdown(elem_classes='says')
-        with gr.Row(elem_classes='panels'):
-            panels = [gr.Image(show_label=False, type='filepath', interactive=False, visible=False,
-                               buttons=['fullscreen']) for _ in range(PANELS)]
-        with gr.Row():
-            with gr.Column(min_width=300):
-                top = gr.Label(show_label=False, show_heading=False, elem_classes='top')
-            with gr.Column(min_width=300):
-                about = gr.Markdown(elem_classes='about')
-                with gr.Row():
-                    downloads = [
-                        gr.DownloadButton(text, size='sm', interactive=False, min_width=140, elem_classes=name)
-                        for text, name in (('Picture (PNG)', 'picture'), ('Numbers (JSON)', 'numbers'))]
-    return [column, message, says, *panels, top, about, *downloads]
+        with gr.Column(visible=False) as rest:
+            says = gr.Markdown(elem_classes='says')
+            with gr.Row(elem_classes='panels'):
+                panels = [gr.Image(show_label=False, type='filepath', interactive=False, buttons=['fullscreen'])
+                          for _ in range(PANELS)]
+            with gr.Row():
+                with gr.Column(min_width=300):
+                    top = gr.Label(show_label=False, show_heading=False, elem_classes='top')
+                with gr.Column(min_width=300):
+                    about = gr.Markdown(elem_classes='about')
+                    with gr.Row():
+                        downloads = [gr.DownloadButton(text, size='sm', min_width=140, elem_classes=name)
+                                     for text, name in (('Picture (PNG)', 'picture'), ('Numbers (JSON)', 'numbers'))]
+    return [column, message, rest, says, *panels, top, about, *downloads]
 
 
 def build() -> gr.Blocks:
