@@ -35,6 +35,7 @@ SPACE = ROOT / 'hub' / 'space'
 DATA = SPACE / 'examples'
 CAT, SHIP = DATA / 'cifar10_test_00000_cat.png', DATA / 'cifar10_test_00001_ship.png'
 PHOTO = DATA / 'photo_cat.jpg'
+SECOND = 'Second model, side by side'
 CONV, CAPS = 'resnet18_lossattn_conv_nano.cifar10', 'resnet18_lossattn_caps_nano.cifar10'
 LITE, STOCK = 'lossattn.tf_efficientnet_lite0.in1k', 'tf_efficientnet_lite0'
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -401,16 +402,17 @@ def next_picture(page, old, column=0):
 
 def choose(page, label, option, typed=''):
     """Choose from a menu as a visitor does, searching if something is typed."""
-    page.get_by_label(label).click()
+    page.get_by_label(label, exact=True).click()
     if typed:
-        page.get_by_label(label).fill(typed)
+        page.keyboard.press('Control+a')
+        page.keyboard.type(typed)
     page.get_by_role('option', name=option).click()
 
 
 def name_model(page, label, name):
     """Type the name of a model."""
-    page.get_by_label(label).fill(name)
-    page.get_by_label(label).press('Enter')
+    page.get_by_label(label, exact=True).fill(name)
+    page.get_by_label(label, exact=True).press('Enter')
 
 
 def assert_nothing_is_cut(page):
@@ -455,7 +457,7 @@ def test_page(page, tmp_path):
     picture = next_picture(page, picture)
     name_model(page, 'Model', CAPS)
     next_picture(page, picture)
-    assert page.get_by_label('Evidence for').input_value() == 'cat'
+    assert page.get_by_label('Evidence for', exact=True).input_value() == 'cat'
     assert 'cat over truck' in page.locator('.says').first.inner_text()
     assert_nothing_is_cut(page)
 
@@ -466,13 +468,12 @@ def test_two_models(page, tmp_path):
     choose(page, 'Why not this one?', 'tabby', typed='tabb')
     picture = next_picture(page, page.picture)
     assert 'Egyptian cat over tabby' in page.locator('.says').first.inner_text()
-    choose(page, 'Second model', CONV)
+    choose(page, SECOND, CONV)
     next_picture(page, '', column=1)
     assert 'does not know "tabby"' in page.locator('.about').nth(1).inner_text()
-    name_model(page, 'Second model', STOCK)
+    name_model(page, SECOND, STOCK)
     page.locator('.says').nth(1).get_by_text('Egyptian cat over tabby').wait_for()
     next_picture(page, picture, column=1)
-    assert page.locator('.panels img').first.get_attribute('src') == picture or page.locator('.panels img').count() > 3
     first, second = (page.locator('.answer').nth(k).bounding_box() for k in range(2))
     if page.viewport_size['width'] > 1000:
         assert second['x'] >= first['x'] + first['width'] > 600
@@ -486,11 +487,11 @@ def test_two_models(page, tmp_path):
     page.screenshot(path=tmp_path / 'space.png', full_page=True)
     assert (tmp_path / 'space.png').stat().st_size > 50_000
 
-    name_model(page, 'Second model', 'vit_tiny_patch16_224')
+    name_model(page, SECOND, 'vit_tiny_patch16_224')
     page.get_by_role('alert').filter(has_text='class token decides').wait_for()
     assert page.locator('.says').first.is_visible()
     assert not page.locator('.says').nth(1).is_visible()
-    choose(page, 'Second model', 'none')
+    choose(page, SECOND, 'none')
     page.locator('.answer').nth(1).wait_for(state='hidden')
 
 
