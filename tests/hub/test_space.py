@@ -409,6 +409,11 @@ def choose(page, label, option, typed=''):
     page.get_by_role('option', name=option).click()
 
 
+def part(page, name, column=0):
+    """What is shown of a model, by the name of its class."""
+    return page.locator('.answer').nth(column).locator(f'.{name}').first
+
+
 def name_model(page, label, name):
     """Type the name of a model."""
     page.get_by_label(label, exact=True).fill(name)
@@ -435,19 +440,19 @@ def test_page(page, tmp_path):
     print(f'{page.viewport_size["width"]} pixels: {seconds:.2f} s from click to picture')
     assert seconds < 30  # about 1 s on two cores with one training on them, 9 s with a load of 14: this only sees hangs
     expected = explain(timm.create_model(CONV, pretrained=True).eval(), [SHIP])
-    page.locator('.says').get_by_text(expected.answer()).wait_for()
-    top = page.locator('.top').first.inner_text().split()
+    part(page, 'says').get_by_text(expected.answer()).wait_for()
+    top = part(page, 'top').inner_text().split()
     for label in (expected.labels[k] for k in expected.probabilities[0].topk(5).indices):
         assert label in top
     assert f'{100 * float(expected.probabilities.max()):.0f}%' in top
-    assert 'CIFAR-10' in page.locator('.about').first.inner_text()
-    assert not page.locator('.message').first.is_visible()
+    assert 'CIFAR-10' in part(page, 'about').inner_text()
+    assert not part(page, 'message').is_visible()
     assert page.locator('#image img').evaluate('image => image.complete && image.offsetHeight > 100')
 
     choose(page, 'Why not this one?', 'truck')
     picture = next_picture(page, picture)
     with page.expect_download() as download:
-        page.locator('.numbers').first.click()
+        part(page, 'numbers').click()
     numbers = json.loads(Path(download.value.path()).read_text())
     assert download.value.suggested_filename == f'{SHIP.stem}.json'
     assert numbers['target']['label'] == 'ship'
@@ -458,7 +463,7 @@ def test_page(page, tmp_path):
     name_model(page, 'Model', CAPS)
     next_picture(page, picture)
     assert page.get_by_label('Evidence for', exact=True).input_value() == 'cat'
-    assert 'cat over truck' in page.locator('.says').first.inner_text()
+    assert 'cat over truck' in part(page, 'says').inner_text()
     assert_nothing_is_cut(page)
 
 
@@ -467,12 +472,12 @@ def test_two_models(page, tmp_path):
     """A photograph, one of 1,000 classes by search, and a second model beside or, on a phone, below the first."""
     choose(page, 'Why not this one?', 'tabby', typed='tabb')
     picture = next_picture(page, page.picture)
-    assert 'Egyptian cat over tabby' in page.locator('.says').first.inner_text()
+    assert 'Egyptian cat over tabby' in part(page, 'says').inner_text()
     choose(page, SECOND, CONV)
     next_picture(page, '', column=1)
-    assert 'does not know "tabby"' in page.locator('.about').nth(1).inner_text()
+    assert 'does not know "tabby"' in part(page, 'about', 1).inner_text()
     name_model(page, SECOND, STOCK)
-    page.locator('.says').nth(1).get_by_text('Egyptian cat over tabby').wait_for()
+    part(page, 'says', 1).get_by_text('Egyptian cat over tabby').wait_for()
     next_picture(page, picture, column=1)
     first, second = (page.locator('.answer').nth(k).bounding_box() for k in range(2))
     if page.viewport_size['width'] > 1000:
@@ -489,8 +494,8 @@ def test_two_models(page, tmp_path):
 
     name_model(page, SECOND, 'vit_tiny_patch16_224')
     page.get_by_role('alert').filter(has_text='class token decides').wait_for()
-    assert page.locator('.says').first.is_visible()
-    assert not page.locator('.says').nth(1).is_visible()
+    assert part(page, 'says').is_visible()
+    assert not part(page, 'says', 1).is_visible()
     choose(page, SECOND, 'none')
     page.locator('.answer').nth(1).wait_for(state='hidden')
 
@@ -501,13 +506,13 @@ def test_bad_upload_on_page(page, tmp_path):
     for name, content in (('text.png', b'not an image\n'), ('empty.png', b'')):
         (tmp_path / name).write_bytes(content)
         page.get_by_label('Remove Image').click()
-        page.locator('.panels').first.wait_for(state='hidden')
+        part(page, 'panels').wait_for(state='hidden')
         page.set_input_files('#image input[type=file]', tmp_path / name)
         page.get_by_role('alert').filter(has_text=f'{name} is no image that can be read').wait_for()
-        assert not page.locator('.says').first.is_visible()
+        assert not part(page, 'says').is_visible()
         assert 'Error' not in page.locator('body').inner_text()
     page.get_by_label('Remove Image').click()
     page.set_input_files('#image input[type=file]', PHOTO)
     next_picture(page, '')
-    assert not page.locator('.message').first.is_visible()
+    assert not part(page, 'message').is_visible()
     assert_nothing_is_cut(page)
