@@ -1,4 +1,4 @@
-# make demo: explain the images in tests/data with the shipped weights.   make space: a web page that explains an image.
+# make demo: explain the images in tests/data with the shipped weights.   make space: the same in a web page.
 # make test: the tests.
 PYTHON ?= python3
 VENV ?= .venv

@@ -10,16 +10,13 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
-import numpy as np
 import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.transforms import Bbox
 from PIL import Image
 
 from timm_lossattn import Explanation, explain
@@ -29,17 +26,13 @@ from timm_lossattn.loading import check_name, load_patch_model
 from timm_lossattn.models.lite_weights import LITE_MODELS, lite_file
 from timm_lossattn.models.pretrained import list_bundled
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 HERE = Path(__file__).resolve().parent
 MAX_PIXELS = 60_000_000  # 50 megapixels take 0.6 GB of memory, 0.8 with transparency, 1.3 from 16-bit grey
 MAX_ASPECT = 100  # the shorter side is resized to the model's input, so a line of pixels would grow to gigabytes
 MAX_FILE_SIZE = '100mb'
 MAX_PARAMETERS = 350_000_000  # any visitor may name a model, and four are kept
 FEW_CLASSES = 12
-PANELS = 3  # at most, of a picture
-DPI = 160
+QUICK = {'compress_level': 1}  # by default the encoder takes as long as the drawing
 DEFAULT = ''  # in a menu of classes: the predicted class, or its rivals, all others by their softmax
 # part of a tag -> what the weights are trained on, in a word and in a sentence
 DATA = {
@@ -60,19 +53,21 @@ CSS = """
 .message:not(:has(p)) { display: none; }
 .message p { padding: 0.75em 1em; border: 1px solid var(--error-border-color); border-radius: var(--radius-md);
              background: var(--error-background-fill); color: var(--error-text-color); font-size: var(--text-lg); }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); }
-.panels .image-container > button { background: white; }
-.answer h2 { margin: 0; }
+.picture .image-container > button { background: white; }
+.picture.in-row { display: none; }
+@media (min-width: 900px) {  /* wide enough to read panels in a row, but not those of two models */
+  .answer:only-child .picture.in-row { display: block; }
+  .answer:only-child .picture.stacked { display: none; }
+}
 """
 INTRODUCTION = """
 # Which part of the image decided?
 The image's logits *are* the sum of what its patches contribute, so the pictures show the computation itself.
 """
 READING = """
-**How to read it.** Evidence is what each patch adds to the class's lead over what it is compared with: above zero for
-it, below zero against it; the sum, in brackets, is that lead. The sum is exact, but a patch of a deep network has seen
-more than its box, often most of the image. A timm model named without `lossattn.` is explained as it is, all its
-patches alike.
+**How to read it.** Evidence is what each patch adds to the class's lead over what it is compared with: orange for it,
+purple against it. It sums to that lead exactly, but a patch of a deep network has seen more than its box, often most of
+the image. A timm model named without `lossattn.` is explained as it is, all its patches alike.
 """
 
 
@@ -212,45 +207,17 @@ def describe(name: str, *asked: str) -> str:
     return text
 
 
-def save_panels(figure: Figure, folder: Path, stem: str) -> list[tuple[Path, str]]:
-    """Each panel of a picture with its colour bar in a file of its own: on a phone they stand one below another.
-
-    They get the same margins, so that the images are of one size. Nothing else of the figure is visible afterwards.
-
-    Returns:
-        Files and titles.
-    """
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    panels = {ax: [ax, *(image.colorbar.ax for image in ax.images if image.colorbar)]
-              for ax in figure.axes if ax.images}  # a colour bar has none
-    edges = np.array([
-        np.subtract(Bbox.union(list(filter(None, (part.get_tightbbox(renderer) for part in parts)))).extents,
-                    ax.bbox.extents) for ax, parts in panels.items()])
-    left, bottom = edges[:, :2].min(axis=0) - 6
-    right, top = edges[:, 2:].max(axis=0) + 6
-    middle = (right - left) / 2
-    result = []
-    for number, (ax, parts) in enumerate(panels.items()):
-        for artist in (*figure.axes, *figure.texts, *figure.legends):
-            artist.set_visible(artist in parts)
-        sides = (left, right) if len(parts) > 1 else (-middle, middle)  # without a colour bar: in the middle
-        box = Bbox.from_extents(*np.add(ax.bbox.extents, [sides[0], bottom, sides[1], top]))
-        file = folder / f'{stem}_{number}.png'
-        figure.savefig(file, dpi=DPI, bbox_inches=box.transformed(figure.dpi_scale_trans.inverted()))
-        result.append((file, ' '.join(ax.get_title().split())))
-    return result
-
-
 def answer(name: str, path: str | None, target: str, against: str) -> Iterator[list[Any]]:
     """What the page shows of one model, once.
 
     Yields:
         Visibility of its column, HTML of the message, visibility of the rest; what the model says, with the evidence in
-        a line, the PANELS pictures, probabilities of the best five classes, the model's description, and the whole
-        picture and the numbers as files. The rest is empty where there is no image or something is wrong.
+        a line, the picture, its panels in a row and one below another, probabilities of the best five classes, the
+        model's description, and picture and numbers as files. The rest is empty where there is no image or something is
+        wrong.
     """
     column = gr.update(visible=bool(name))
-    nothing = [gr.update(visible=False), '', *[None] * PANELS, None, '', None, None]
+    nothing = [gr.update(visible=False), '', None, None, None, '', None, None]
     if not name or path is None:
         yield [column, '', *nothing]
         return
@@ -262,17 +229,13 @@ def answer(name: str, path: str | None, target: str, against: str) -> Iterator[l
         return
     file = Path(path)
     top = {entry['label']: entry['probability'] for entry in explanation.to_dict()['top5']}
-    best, probability = next(iter(top.items()))
-    says = f'`{name}`\n## {best} {100 * probability:.0f} %\n{explanation.answer()}'
-    figure = explanation.figure(0, f'{file.name} · {name}')
+    says = f'`{name}`: {explanation.answer()}'
     with tempfile.TemporaryDirectory() as folder:  # while we wait in the yield, gradio copies them to its cache
-        picture, numbers = (Path(folder, f'{file.stem}{end}') for end in ('.png', '.json'))
-        figure.savefig(picture, dpi=DPI)
-        numbers.write_text(explanation.to_json(image=file.name, model=name))
-        panels = [gr.update(value=str(panel), alt_text=title, visible=True)
-                  for panel, title in save_panels(figure, Path(folder), file.stem)[:PANELS]]
-        panels += [gr.update(value=None, visible=False)] * (PANELS - len(panels))
-        yield [column, '', gr.update(visible=True), says, *panels, top, about, str(picture), str(numbers)]
+        row, stacked, numbers = (str(Path(folder, f'{file.stem}{end}')) for end in ('.png', '_stacked.png', '.json'))
+        explanation.figure(0, f'{file.name} · {name}').savefig(row, pil_kwargs=QUICK)
+        explanation.figure(0, file.name, stacked=True).savefig(stacked, pil_kwargs=QUICK)
+        Path(numbers).write_text(explanation.to_json(image=file.name, model=name))
+        yield [column, '', gr.update(visible=True), says, row, stacked, top, about, row, numbers]
 
 
 def class_menus(name: str, target: str = DEFAULT, against: str = DEFAULT) -> list[gr.Dropdown]:
@@ -296,9 +259,9 @@ def build_column(number: int) -> list[Any]:
         message = gr.HTML(elem_classes='message')
         with gr.Column(visible=False) as rest:
             says = gr.Markdown(elem_classes='says')
-            with gr.Row(elem_classes='panels'):
-                panels = [gr.Image(show_label=False, type='filepath', interactive=False, buttons=['fullscreen'])
-                          for _ in range(PANELS)]
+            pictures = [gr.Image(show_label=False, type='filepath', interactive=False, buttons=['fullscreen'],
+                                 alt_text='The image, evidence for the class, why not another class',
+                                 elem_classes=['picture', form]) for form in ('in-row', 'stacked')]
             with gr.Row():
                 with gr.Column(min_width=300):
                     top = gr.Label(show_label=False, show_heading=False, elem_classes='top')
@@ -306,8 +269,8 @@ def build_column(number: int) -> list[Any]:
                     about = gr.Markdown(elem_classes='about')
                     with gr.Row():
                         downloads = [gr.DownloadButton(text, size='sm', min_width=140, elem_classes=name)
-                                     for text, name in (('Picture (PNG)', 'picture'), ('Numbers (JSON)', 'numbers'))]
-    return [column, message, rest, says, *panels, top, about, *downloads]
+                                     for text, name in (('Picture (PNG)', 'png'), ('Numbers (JSON)', 'json'))]
+    return [column, message, rest, says, *pictures, top, about, *downloads]
 
 
 def build() -> gr.Blocks:
