@@ -451,6 +451,7 @@ def test_two_models(page, tmp_path):
     assert 'does not know "tabby"' in part(page, 'about', 1).inner_text()
     name_model(page, SECOND, STOCK)
     part(page, 'says', 1).get_by_text('Egyptian cat over tabby').wait_for()
+    page.locator('.answer').nth(1).locator('.picture:visible').scroll_into_view_if_needed()  # loaded when it is seen
     next_picture(page, picture, column=1)
     first, second = (page.locator('.answer').nth(k).bounding_box() for k in range(2))
     if page.viewport_size['width'] > 1000:
