@@ -25,9 +25,9 @@ $(VENV)/.space: $(VENV)/.viz
 	$(BIN)/pip install --quiet -e '.[space]'
 	touch $@
 
-# needs no network once it is installed; prints its address, Ctrl-C ends it
+# needs no network once it is installed, only for models of the Hub; prints its address, Ctrl-C ends it
 space: $(VENV)/.space
-	HF_HUB_OFFLINE=1 $(BIN)/python hub/space/app.py
+	$(BIN)/python hub/space/app.py
 
 # one thread a worker process: more would only wait for each other
 test: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""The demo: drop an image, see the classes, and which patches decided for one and against another.
+"""The demo: drop an image, see what a model takes it for, and which patches decided for one class and against another.
 
 Runs as it is on a machine without a network (``make space``) and as a Hugging Face Space, which has only this folder.
 """
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import html
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,52 +14,133 @@ from typing import Any
 
 import gradio as gr
 import timm
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from PIL import Image
 
-import timm_lossattn
-from timm_lossattn import Explanation, explain, list_patch_models
-from timm_lossattn.cli import DEFAULT_MODEL
+from timm_lossattn import Explanation, explain
 from timm_lossattn.explanation import class_labels, open_image
+from timm_lossattn.explanation.labels import known_classes
+from timm_lossattn.loading import check_name, load_patch_model
+from timm_lossattn.models.lite_weights import LITE_MODELS, lite_file
+from timm_lossattn.models.pretrained import list_bundled
 
-EXAMPLES = sorted((Path(__file__).resolve().parent / 'examples').glob('*.png'))
+HERE = Path(__file__).resolve().parent
 MAX_PIXELS = 60_000_000  # 50 megapixels take 0.6 GB of memory, 0.8 with transparency, 1.3 from 16-bit grey
 MAX_ASPECT = 100  # the shorter side is resized to the model's input, so a line of pixels would grow to gigabytes
 MAX_FILE_SIZE = '100mb'
-DEFAULT = -1  # in a menu of classes: the predicted class, or its rivals, all others by their softmax
+MAX_PARAMETERS = 350_000_000  # any visitor may name a model, and four are kept
+FEW_CLASSES = 12
+QUICK = {'compress_level': 1}  # by default the encoder takes as long as the drawing
+DEFAULT = ''  # in a menu of classes: the predicted class, or its rivals, all others by their softmax
+# part of a tag -> what the weights are trained on, in a word and in a sentence
+DATA = {
+    'in1k': ('photographs', 'photographs (ImageNet-1k)'),
+    'pbc': ('blood cells', 'microscope images of single blood cells (PBC)'),
+    'cifar10': ('thumbnails', 'thumbnails of 32×32 pixels (CIFAR-10)'),
+    'cifar100': ('thumbnails', 'thumbnails of 32×32 pixels (CIFAR-100)'),
+    'tiny_imagenet_mini': ('thumbnails', 'thumbnails of 64×64 pixels (ten classes of Tiny ImageNet)'),
+    'tiny_imagenet': ('thumbnails', 'thumbnails of 64×64 pixels (Tiny ImageNet)'),
+    'in12k': ('photographs', 'photographs (ImageNet-12k)'),
+    'in21k': ('photographs', 'photographs (ImageNet-21k)'),
+    'in22k': ('photographs', 'photographs (ImageNet-22k)'),
+}
 CSS = """
-#examples img { image-rendering: pixelated; }
-#message:not(:has(p)) { display: none; }
-#message p { padding: 0.75em 1em; border: 1px solid var(--error-border-color); border-radius: var(--radius-md);
+#examples img[src*="cifar"] { image-rendering: pixelated; }
+#examples .container.gallery { width: 3.5rem; height: 3.5rem; }
+#model input, #other input { text-overflow: ellipsis; margin-right: 1.5rem; }
+.message:not(:has(p)) { display: none; }
+.message p { padding: 0.75em 1em; border: 1px solid var(--error-border-color); border-radius: var(--radius-md);
              background: var(--error-background-fill); color: var(--error-text-color); font-size: var(--text-lg); }
-#picture .image-container { overflow-x: auto; }
-#picture .image-container > button { width: max(100%, 52rem); background: white; }  /* on a phone: scroll to read it */
+.picture .image-container > button { background: white; }
+.picture.in-row { display: none; }
+@media (min-width: 900px) {  /* wide enough to read panels in a row, but not those of two models */
+  .answer:only-child .picture.in-row { display: block; }
+  .answer:only-child .picture.stacked { display: none; }
+}
 """
 INTRODUCTION = """
 # Which part of the image decided?
 The image's logits *are* the sum of what its patches contribute, so the pictures show the computation itself.
-The models here see 32×32 or 64×64 pixels and know a few classes: whatever is shown to them, they call it one of those.
 """
 READING = """
-From left to right: the image; the weight α of each patch; what each patch adds to the class's lead over what it is
-compared with (orange for it, purple against it; the sum is in brackets); the patches with a weight at all and the
-smallest square around them.
+**How to read it.** Evidence is what each patch adds to the class's lead over what it is compared with: orange for it,
+purple against it. It sums to that lead exactly, but a patch of a deep network has seen more than its box, often most of
+the image. A timm model named without `lossattn.` is explained as it is, all its patches alike.
 """
 
 
-def list_models() -> list[str]:
-    """Tagged names of the patch models whose weights are on this machine, the default model first."""
-    tagged = [tag for name in list_patch_models() for tag in timm.list_pretrained(name)]
-    names = [
-        tag for tag in tagged
-        if Path(timm.get_pretrained_cfg_value(tag, 'file') or '').is_file()
-        and hasattr(timm.create_model(tag, device='meta'), 'forward_patches')]  # not so VGG with fully connected layers
-    return sorted(names, key=lambda name: (name.split('.')[0] != DEFAULT_MODEL, name))
+def data_of(name: str) -> list[str]:
+    """Keys of DATA in a model's name or tag, in their order: what it was trained on, and then on what."""
+    return re.findall(rf'(?:^|[._])({"|".join(DATA)})(?=_|$)', name)
 
 
 @functools.cache
+def list_models() -> list[str]:
+    """Tagged names of the patch models whose weights are on this machine, those for photographs first."""
+    names = [f'lossattn.{name}.in1k' for name in LITE_MODELS if lite_file(name)] + [
+        name for name in list_bundled()
+        if name.startswith('lossattn.') or hasattr(timm.create_model(name, device='meta'), 'forward_patches')]
+    order = list(DATA)
+    return sorted(names, key=lambda name: (
+        [order.index(data) for data in data_of(name)] or [len(order)], '_lossattn_conv' not in name, name))
+
+
+def model_choices() -> list[tuple[str, str]]:
+    """Their names for a menu, each with what it was trained on."""
+    return [(f'{DATA[data[-1]][0]} · {name}' if (data := data_of(name)) else name, name) for name in list_models()]
+
+
+def list_examples() -> list[Path]:
+    """Images to try, in the order of ``DATA``; those of the tests where there is a checkout around this folder."""
+    found = {path.name: path for pattern in ('tests/data/photo_*', 'tests/data/pbc_*', 'hub/space/examples/*')
+             for path in sorted(HERE.parents[1].glob(pattern))}
+    found |= {path.name: path for path in sorted(HERE.glob('examples/*'))}
+    order = list(DATA)
+    return sorted(found.values(), key=lambda path: order.index(data) if (data := example_data(path)) in DATA else 99)
+
+
+def example_data(path: Path) -> str:
+    """Key of DATA for an example, which its name begins with: what models are good for it."""
+    kind = path.stem.split('_')[0]
+    return {'photo': 'in1k'}.get(kind, kind)
+
+
+@functools.lru_cache(maxsize=4)
 def load_model(name: str) -> Any:
-    """Model in eval mode; each is loaded once."""
-    return timm_lossattn.load_model(name)
+    """Patch model in eval mode, of any name that timm knows or ``hf-hub:ORG/NAME``.
+
+    Raises:
+        ValueError: it cannot be had, its logits are no sum over patches, or it is too large; the message is one
+            sentence for the page.
+    """
+    try:
+        if name.partition(':')[0] not in (name, 'hf-hub'):  # local-dir: a visitor has no business with our files
+            raise ValueError(f'{name} is no name of a model.')
+        check_name(name)
+        size = count_parameters(name)
+        if size > MAX_PARAMETERS:
+            raise ValueError(
+                f'{name} has {size / 1e6:,.0f} million parameters: at most {MAX_PARAMETERS / 1e6:.0f}, please.')
+        return load_patch_model(name)
+    except ValueError as error:  # what follows the first sentence is for programmers
+        sentence = str(error).removeprefix('model: ').split('. ')[0].rstrip('.')
+        raise ValueError(f'{sentence}.') from error
+
+
+def count_parameters(name: str) -> int:
+    """Of a model that is made without numbers; 0 if that does not work: whatever is wrong shows when it is loaded."""
+    try:
+        with torch.device('meta'):
+            return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+    except Exception:
+        return 0
+
+
+def uploaded_file(payload: Any) -> str | None:
+    """Path of the file that a gr.Image got."""
+    return None if payload is None else payload.path
 
 
 def read_image(path: str) -> Image.Image:
@@ -85,93 +167,168 @@ def read_image(path: str) -> Image.Image:
         raise ValueError(f'{name} is no image that can be read.') from error
 
 
-def explain_file(name: str, path: str, target: int = DEFAULT, against: int = DEFAULT) -> Explanation:
+def explain_file(name: str, path: str, target: str = DEFAULT, against: str = DEFAULT) -> Explanation:
     """Explanation of one image file.
 
     Args:
-        name: one of ``list_models()``.
+        name: of a model.
         path: of the file.
-        target: class to explain; by default the predicted one.
-        against: class to compare it with; by default all others, by their softmax.
+        target: name of the class to explain; by default, or if the model does not know it, the predicted one.
+        against: class to compare it with; by default, or if the model does not know it, all others, by their softmax.
 
     Raises:
-        ValueError: see ``read_image``, or a class would be compared with itself; the message is for the page.
+        ValueError: see ``load_model`` and ``read_image``, or a class would be compared with itself; the message is for
+            the page.
     """
-    explanation = explain(load_model(name), read_image(path), target=None if target == DEFAULT else target)
-    if against == DEFAULT:
+    model = load_model(name)
+    labels = class_labels(model, model.num_classes)
+    explanation = explain(model, read_image(path), target=labels.index(target) if target in labels else None)
+    if against not in labels:
         return explanation
-    if int(explanation.target) == against:
-        raise ValueError(f'The evidence is for "{explanation.labels[against]}": compare it with another class.')
-    return explanation.versus(against)
+    if labels[int(explanation.target)] == against:
+        raise ValueError(f'The evidence is for "{against}": compare it with another class.')
+    return explanation.versus(labels.index(against))
 
 
-def answer(name: str, path: str | None, target: int, against: int) -> Iterator[tuple[Any, ...]]:
-    """What the page shows for its inputs, once.
+def describe(name: str, *asked: str) -> str:
+    """What a model is, was trained on, and can answer at all; and which of the classes asked for it does not know."""
+    model = load_model(name)
+    labels = class_labels(model, model.num_classes)
+    tag = '' if ':' in name else (model.pretrained_cfg or {}).get('tag') or ''  # a repository may keep an older one
+    data = ', then '.join(DATA[key][1] for key in data_of(tag))
+    known = known_classes(labels)
+    if len(labels) <= FEW_CLASSES:
+        known = f'{known.split(":")[0]}: {", ".join(labels)}'
+    text = f'Trained on {data or "data that its name does not tell"}; {known}. '
+    text += 'Whatever is in the image, it calls it one of these.'
+    for label in asked:
+        if label != DEFAULT and label not in labels:
+            text += f' It does not know "{label}".'
+    return text
+
+
+def answer(name: str, path: str | None, target: str, against: str) -> Iterator[list[Any]]:
+    """What the page shows of one model, once.
 
     Yields:
-        HTML of the message, probabilities of the best five classes, file of the picture, and the button's update with
-        the file of the numbers. All are empty where there is no image, all but the message where there is one.
+        Visibility of its column, HTML of the message, visibility of the rest; what the model says, with the evidence in
+        a line, the picture, its panels in a row and one below another, probabilities of the best five classes, the
+        model's description, and picture and numbers as files. The rest is empty where there is no image or something is
+        wrong.
     """
-    nothing = None, None, gr.update(value=None, interactive=False)
-    if path is None:
-        yield '', *nothing
+    column = gr.update(visible=bool(name))
+    nothing = [gr.update(visible=False), '', None, None, None, '', None, None]
+    if not name or path is None:
+        yield [column, '', *nothing]
         return
     try:
         explanation = explain_file(name, path, target, against)
+        about = describe(name, target, against)
     except ValueError as error:
-        yield f'<p role="alert">{html.escape(str(error), quote=False)}</p>', *nothing
+        yield [column, f'<p role="alert">{html.escape(str(error), quote=False)}</p>', *nothing]
         return
-    file, model = Path(path), name.split('.')[0]
+    file = Path(path)
+    top = {entry['label']: entry['probability'] for entry in explanation.to_dict()['top5']}
+    says = f'`{name}`: {explanation.answer()}'
     with tempfile.TemporaryDirectory() as folder:  # while we wait in the yield, gradio copies them to its cache
-        [picture] = explanation.save(folder, [file.stem], [f'{file.name} · {model}'], image=file.name, model=name)
-        top = {entry['label']: entry['probability'] for entry in explanation.to_dict()['top5']}
-        yield '', top, str(picture), gr.update(value=str(picture.with_suffix('.json')), interactive=True)
+        row, stacked, numbers = (str(Path(folder, f'{file.stem}{end}')) for end in ('.png', '_stacked.png', '.json'))
+        explanation.figure(0, f'{file.name} · {name}').savefig(row, pil_kwargs=QUICK)
+        explanation.figure(0, file.name, stacked=True).savefig(stacked, pil_kwargs=QUICK)
+        Path(numbers).write_text(explanation.to_json(image=file.name, model=name))
+        yield [column, '', gr.update(visible=True), says, row, stacked, top, about, row, numbers]
 
 
-def class_menus(name: str) -> list[gr.Dropdown]:
-    """The two menus of classes for a model, each with its default chosen."""
-    model = load_model(name)
-    labels = [(label, k) for k, label in enumerate(class_labels(model, model.num_classes))]
+def class_menus(name: str, target: str = DEFAULT, against: str = DEFAULT) -> list[gr.Dropdown]:
+    """The two menus of classes for a model; what was chosen stays chosen if it knows it."""
+    try:
+        model = load_model(name)
+        labels = class_labels(model, model.num_classes)
+    except ValueError:  # the answer says it
+        labels = []
     return [
-        gr.Dropdown(choices=[(default, DEFAULT), *labels], value=DEFAULT, label=label, min_width=220)
-        for default, label in (('the predicted class', 'Evidence for'),
-                               ('all others', 'compared with (why not this one?)'))]
+        gr.Dropdown(choices=[(default, DEFAULT), *((label, label) for label in labels)], label=label,
+                    info=f'{len(labels):,} classes, type to search' if labels else None,
+                    value=chosen if chosen in labels else DEFAULT, min_width=200)
+        for default, label, chosen in (
+            ('the predicted class', 'Evidence for', target), ('its rivals', 'Why not this one?', against))]
+
+
+def build_column(number: int) -> list[Any]:
+    """What is shown of one model, see ``answer``."""
+    with gr.Column(visible=number == 0, min_width=340, elem_classes='answer') as column:
+        message = gr.HTML(elem_classes='message')
+        with gr.Column(visible=False) as rest:
+            says = gr.Markdown(elem_classes='says')
+            pictures = [gr.Image(show_label=False, type='filepath', interactive=False, buttons=['fullscreen'],
+                                 alt_text='The image, evidence for the class, why not another class',
+                                 elem_classes=['picture', form]) for form in ('in-row', 'stacked')]
+            with gr.Row():
+                with gr.Column(min_width=300):
+                    top = gr.Label(show_label=False, show_heading=False, elem_classes='top')
+                with gr.Column(min_width=300):
+                    about = gr.Markdown(elem_classes='about')
+                    with gr.Row():
+                        downloads = [gr.DownloadButton(text, size='sm', min_width=140, elem_classes=name)
+                                     for text, name in (('Picture (PNG)', 'png'), ('Numbers (JSON)', 'json'))]
+    return [column, message, rest, says, *pictures, top, about, *downloads]
 
 
 def build() -> gr.Blocks:
     """The page. Whatever changes in its inputs, the answer follows by itself."""
-    names = list_models()
-    with gr.Blocks(title='Loss attention', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    names, choices, samples = list_models(), model_choices(), list_examples()
+    first = next((path for path in samples if example_data(path) in data_of(names[0])), None)
+    with gr.Blocks(
+            title='Which part of the image decided?', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
-            with gr.Column():
-                # A file, not gr.Image: that one decodes and encodes the image, or fails on it, before we see it.
-                file = gr.File(label='Image', height=140, elem_id='file')
+            with gr.Column(min_width=300):
+                image = gr.Image(
+                    str(first) if first else None, type='filepath', label='Image', height=260, buttons=[],
+                    sources=['upload', 'clipboard'], elem_id='image')
+                # the file as it was uploaded: gr.Image decodes and encodes it, or fails on it, before we see it
+                image.preprocess = uploaded_file  # type: ignore[method-assign]
                 examples = gr.Dataset(
-                    components=[gr.Image(render=False)], samples=[[str(path)] for path in EXAMPLES], type='index',
-                    label='or one of these', elem_id='examples', visible=bool(EXAMPLES))
-                model = gr.Dropdown(names, value=names[0], label='Model', elem_id='model')
-            with gr.Column():
-                message = gr.HTML(elem_id='message')
-                top = gr.Label(label='Top 5', elem_id='top')
+                    components=[gr.Image(render=False)], samples=[[str(path)] for path in samples], type='index',
+                    label='or one of these', elem_id='examples', visible=bool(samples), samples_per_page=24)
+            with gr.Column(min_width=300):
+                model = gr.Dropdown(
+                    choices, value=names[0], label='Model', allow_custom_value=True, elem_id='model',
+                    info='choose, or type the name of any timm model, such as lossattn.resnet50 (from the Hub)')
                 with gr.Row():
                     target, against = class_menus(names[0])
-        picture = gr.Image(
-            show_label=False, type='filepath', interactive=False, buttons=['download', 'fullscreen'],
-            elem_id='picture', alt_text='Image, patch weights, evidence, selected patches')
+                other = gr.Dropdown(
+                    [('none', ''), *choices], value='', label='Second model, side by side', allow_custom_value=True,
+                    elem_id='other')
+        with gr.Row():
+            columns = [build_column(number) for number in range(2)]
         gr.Markdown(READING)
-        numbers = gr.DownloadButton('Download the numbers (JSON)', size='md', interactive=False, elem_id='numbers')
 
-        examples.click(lambda index: str(EXAMPLES[index]), examples, file, show_progress='hidden')
-        reply: dict[str, Any] = dict(
-            fn=answer, inputs=[model, file, target, against], outputs=[message, top, picture, numbers])
-        gr.on([file.change, target.input, against.input], trigger_mode='always_last', **reply)
-        model.input(class_menus, model, [target, against], show_progress='hidden').then(**reply)
+        def example(index: int, name: str) -> tuple[str, str]:
+            """An example, and a model for its kind of image, unless the chosen one is of that kind."""
+            data = example_data(samples[index])
+            fitting = [known for known in list_models() if data in data_of(known)]
+            return str(samples[index]), name if data in data_of(name) or not fitting else fitting[0]
+
+        for shown, outputs in zip((model, other), columns):
+            gr.on([page.load, image.change, target.input, against.input, shown.change], answer,
+                  [shown, image, target, against], outputs, trigger_mode='always_last', concurrency_id='answer')
+        model.change(class_menus, [model, target, against], [target, against], show_progress='hidden')
+        examples.click(example, [examples, model], [image, model], show_progress='hidden')
     return page
+
+
+def hub_in_reach() -> bool:
+    """Whether the Hub answers; where it does not, its client would try for the better part of a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # no network, a proxy that refuses, or offline mode
+        return False
+    return True
 
 
 demo = build()
 
 if __name__ == '__main__':
+    constants.HF_HUB_OFFLINE = not hub_in_reach()
     # ssr_mode: the page as it was tested, on a Space too; run_history would keep the images in the visitor's browser
     demo.launch(css=CSS, footer_links=[], run_history=False, ssr_mode=False, max_file_size=MAX_FILE_SIZE)

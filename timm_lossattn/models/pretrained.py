@@ -19,7 +19,7 @@ from ..files import sha256_of
 
 __all__ = [
     'HUB_WEIGHTS', 'HUB_WEIGHTS_FILE', 'WEIGHTS_NAME', 'bundle_folder', 'bundled_weights', 'download_weights',
-    'packaged_file', 'verified_overlay', 'with_published',
+    'list_bundled', 'packaged_file', 'verified_overlay', 'with_published',
 ]
 
 WEIGHTS_NAME = 'model.safetensors'  # never a pickle
@@ -45,6 +45,13 @@ def bundled_weights(name: str) -> Optional[str]:
     """File with the weights of an ``arch.tag`` on this machine, None if there is none."""
     candidates = packaged_file(name), bundle_folder(name) / WEIGHTS_NAME
     return next((str(file) for file in candidates if file.is_file()), None)
+
+
+def list_bundled() -> list[str]:
+    """Names, ``arch.tag``, of all weights that ``bundled_weights`` finds."""
+    packaged = (file.name.removesuffix('.safetensors') for file in packaged_file('*').parent.glob('*.safetensors'))
+    in_checkout = (file.parent.name for file in bundle_folder('*').parent.glob(f'*/{WEIGHTS_NAME}'))
+    return sorted({*packaged, *in_checkout})
 
 
 def with_published(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
