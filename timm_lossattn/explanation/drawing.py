@@ -157,7 +157,7 @@ def draw_explanation(
 
     canvas = Canvas(explanation, index, len(panels), stacked)
     notes = footnotes(explanation, index, canvas)
-    lines = [(line, color) for note, color in notes for line in wrap(note, int(canvas.width * 14.5))]
+    lines = [(line, color) for note, color in notes for line in wrap(note, int((canvas.width - 0.3) * 13.5))]
     height = canvas.above + LINE_H * len(lines) + 0.12
     figure = Figure(figsize=(canvas.width, height), dpi=canvas.dpi)
     draw = Panels(figure, canvas, explanation, index, len(lines))
@@ -165,8 +165,7 @@ def draw_explanation(
     for number, name in enumerate(panels):
         getattr(draw, name.replace('-', '_'))(number)
     for n, (line, color) in enumerate(lines, start=1):
-        figure.text(0.15 / canvas.width, (0.17 + LINE_H * (len(lines) - n)) / height, line, fontsize=9, color=color, va='center',
-                    parse_math=False)  # a $ in a file's or a class's name is just that
+        draw.text(0.15, height - 0.17 - LINE_H * (len(lines) - n), line, fontsize=9, color=color)
     return figure
 
 
@@ -234,9 +233,9 @@ class Panels:
             true = int(explanation.true_class[index])
             color = 'black' if true == k else WRONG
             words = f'✓ {words}' if true == k else f'✗ {words}; it is {shorten(explanation.labels[true], 30)}'
-        fit = 150 * self.canvas.width
+        fit = 100. * (self.canvas.width - 0.3)  # points: a bold letter is 0.7 of its size wide
         self.text(0.15, 0.24, words, fontsize=min(15., fit / len(words)), fontweight='bold', color=color)
-        self.text(0.15, 0.52, shorten(title, int(self.canvas.width * 13.5)), fontsize=9, color=GREY)
+        self.text(0.15, 0.52, shorten(title, int((self.canvas.width - 0.3) * 13.5)), fontsize=9, color=GREY)
 
     def axes(self, number: int, name: str, detail: str) -> tuple[Any, float, float]:
         """Axes of a panel under its two lines of title; its left and its lower end in inches from left and top."""
@@ -294,7 +293,8 @@ class Panels:
         self.show(ax, self.canvas.pale)
         self.show(ax, signed_colors(self.canvas.smooth(evidence) / limit))
         self.grid(ax)
-        low, high = (shorten(end, 14) for end in ends)
+        room = int((self.canvas.cell_w if self.canvas.panel_w < 2 else self.canvas.panel_w) * 6.5) - 8
+        low, high = (shorten(end, room) for end in ends)
         ends = f'−{two_digits(limit)} {low}', f'{high} +{two_digits(limit)}'
         self.bar(left, lower, signed_colors(np.linspace(-1, 1, 256)[None]), ends)
 

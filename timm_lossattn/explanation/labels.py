@@ -58,9 +58,10 @@ def training_data(model: Any, labels: Sequence[str]) -> str:
     if not own:
         found = re.search(r'in(1|12|21|22)k', tag.split('_ft_')[-1])
         return f'ImageNet-{found[1]}k' if found and list(labels) != numbered(len(labels)) else ''
-    registered = timm.get_pretrained_cfg(f'{cfg.get("architecture")}.{tag}', allow_unregistered=False)
-    same = registered is not None and list(registered.label_names or ()) == list(labels)
-    return DATA_NAMES.get(tag, '') if same else ''
+    name = f'{cfg.get("architecture")}.{tag}'
+    if tag not in DATA_NAMES or not timm.is_model(name):
+        return ''
+    return DATA_NAMES[tag] if list(timm.get_pretrained_cfg_value(name, 'label_names') or ()) == list(labels) else ''
 
 
 def known_classes(labels: Sequence[str], data: str = '') -> str:
