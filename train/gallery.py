@@ -3,14 +3,12 @@
 
     python train/gallery.py [--only PART]
 
-Each command explains one image into the folder ``explanations``; the picture becomes docs/gallery/NAME.jpg, NAME being the
-one that the gallery shows under the command.
+Each command explains one image; its picture becomes a JPEG under the name that the gallery shows below the command.
 """
 import argparse
 import io
 import re
 import shlex
-import sys
 import tempfile
 from pathlib import Path
 
@@ -52,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()
