@@ -77,7 +77,8 @@ def test_tables_are_current(document, function):
     assert functions['with_included_files'](text) == text
 
 
-@pytest.mark.parametrize('document', [*DOCUMENTS, 'MODEL_CARD.md', 'train/TRAINING.md', 'hub/README.md', 'tests/data/README.md'])
+@pytest.mark.parametrize('document', [
+    *DOCUMENTS, 'MODEL_CARD.md', 'train/TRAINING.md', 'hub/README.md', 'tests/data/README.md'])
 def test_links_exist(document):
     """Relative links and pictures exist."""
     text = (ROOT / document).read_text()

@@ -117,8 +117,8 @@ def test_colors_of_the_evidence():
 
 def test_words_for_numbers():
     """Nothing is said to be certain, and nothing to be impossible."""
-    assert [percent(p) for p in (0., 0.0004, 0.004, 0.43, 0.993, 0.99999, 1.)] == [
-        '< 0.1 %', '< 0.1 %', '0.4 %', '43 %', '99.3 %', '> 99.9 %', '> 99.9 %']
+    assert [percent(p) for p in (0., 0.0004, 0.004, 0.0098, 0.43, 0.993, 0.99999, 1.)] == [
+        '< 0.1 %', '< 0.1 %', '0.4 %', '1 %', '43 %', '99.3 %', '> 99.9 %', '> 99.9 %']
     assert [two_digits(v) for v in (0.3, 1.449, 12.2)] == ['0.30', '1.4', '12']
 
 

@@ -175,7 +175,7 @@ def percent(probability: float) -> str:
         return '< 0.1 %'
     if probability > 0.999:
         return '> 99.9 %'
-    return f'{100 * probability:.{0 if 0.01 <= probability < 0.99 else 1}f} %'
+    return f'{100 * probability:.{0 if 0.0095 <= probability < 0.99 else 1}f} %'
 
 
 def two_digits(value: float) -> str:
