@@ -84,7 +84,7 @@ class Canvas:
         shown = self.source.image.crop(self.window)
         shown.thumbnail((MAX_PIXELS, MAX_PIXELS))
         self.photo = np.asarray(shown.convert('RGB'), dtype=float) / 255.
-        self.pale = 0.5 + 0.46 * np.asarray(shown.convert('L'), dtype=float)[..., None].repeat(3, axis=2) / 255.
+        self.pale = 0.6 + 0.38 * np.asarray(shown.convert('L'), dtype=float)[..., None].repeat(3, axis=2) / 255.
 
         # All sizes in inches; text has a place of its own, whatever the shape of the image.
         aspect = min(max((y1 - y0) / (x1 - x0), 1 / MAX_ASPECT), MAX_ASPECT)
@@ -157,7 +157,7 @@ def draw_explanation(
 
     canvas = Canvas(explanation, index, len(panels), stacked)
     notes = footnotes(explanation, index, canvas)
-    lines = [(line, color) for note, color in notes for line in wrap(note, int((canvas.width - 0.3) * 13.5))]
+    lines = [(line, color) for note, color in notes for line in wrap(note, int((canvas.width - 0.3) * 14.6))]
     height = canvas.above + LINE_H * len(lines) + 0.12
     figure = Figure(figsize=(canvas.width, height), dpi=canvas.dpi)
     draw = Panels(figure, canvas, explanation, index, len(lines))
