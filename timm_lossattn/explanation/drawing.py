@@ -183,6 +183,11 @@ def two_digits(value: float) -> str:
     return f'{value:#.2g}'.rstrip('.')
 
 
+def signed(values: Any) -> str:
+    """The sum of some values with its sign: +1.23, −0.08."""
+    return f'{float(values.sum()):+.2f}'.replace('-', '−')
+
+
 def footnotes(explanation: Explanation, index: int, canvas: Canvas) -> list[tuple[str, str]]:
     """What stands under the panels, each with its colour."""
     labels, logits = explanation.labels, explanation.prediction.logits[index]
@@ -323,7 +328,7 @@ class Panels:
         one = self.main
         values = one.evidence[self.index]
         total = 'its logit' if one.against is None else f'its lead over {AGAINST[str(one.against)]}'
-        self.signed(number, f'why {shorten(self.target, 24)}?', f'sum: {float(values.sum()):+.2f}, {total}', values,
+        self.signed(number, f'why {shorten(self.target, 24)}?', f'sum: {signed(values)}, {total}', values,
                     ('against', 'for'))
 
     def why_not(self, number: int) -> None:
@@ -331,7 +336,7 @@ class Panels:
         one = self.explanation.why_not()
         values, against = one.evidence[self.index], one.direction[self.index].argmin()
         rival = one.labels[int(against)]
-        self.signed(number, f'why not {shorten(rival, 22)}?', f'sum: {float(values.sum()):+.2f}, its lead over that',
+        self.signed(number, f'why not {shorten(rival, 22)}?', f'sum: {signed(values)}, its lead over that',
                     values, (rival, self.target))
 
     def alpha(self, number: int) -> None:
