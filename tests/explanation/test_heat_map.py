@@ -1,4 +1,6 @@
 """Heat maps in the image's own pixels, the patches that hold half of the evidence, and the class to compare with."""
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -80,11 +82,12 @@ def test_core_holds_its_share(seed, share):
 
 
 def test_core_of_nothing():
-    """No positive evidence, no patch; a share that is none is refused."""
-    model = random_model(NANO)
-    explanation = explain(model, CAT)
-    worst = explanation.prediction.logits.argmin(dim=1)
-    assert explain(model, CAT, target=worst).core().sum() <= (explain(model, CAT, target=worst).evidence > 0).sum()
+    """No positive evidence, no patch, and the picture says so; a share that is none is refused."""
+    explanation = explain(random_model(NANO), CAT, against=None)
+    prediction = explanation.prediction._replace(contributions=-explanation.prediction.contributions.abs())
+    against_all = dataclasses.replace(explanation, prediction=prediction)
+    assert not against_all.core().any()
+    assert 'no patch speaks for it' in [text.get_text() for text in against_all.figure().texts]
     with pytest.raises(ValueError, match=r'share must be in \(0, 1\], got 0'):
         explanation.core(0)
 
