@@ -1,16 +1,20 @@
-# make demo: explain the images in tests/data with the shipped weights.   make space: the same in a web page.
+# make demo: explain the photographs in tests/data with ImageNet weights of the package index, and CIFAR-10 images with the
+# weights that ship.   make space: the same in a web page.
 # make test: the tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.dev
+# make demo MODEL=lossattn.convnext_tiny.fb_in1k PHOTOS='my/*.jpg': any model of timm whose weights the Hub gives
+MODEL ?= lossattn.tf_efficientnet_lite2
+PHOTOS ?= tests/data/photo_*.jpg
 
 .PHONY: demo space test lint conformance conformance-quick benchmark clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.viz: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e '.[viz]'
+	$(BIN)/pip install --quiet -e '.[viz,imagenet]'
 	touch $@
 
 $(INSTALLED): $(VENV)/.viz
@@ -18,7 +22,9 @@ $(INSTALLED): $(VENV)/.viz
 	touch $@
 
 demo: $(VENV)/.viz
-	$(BIN)/timm-lossattn explain tests/data/cifar10_test_*.png --model resnet18_lossattn_conv_nano --out demo_output
+	$(BIN)/timm-lossattn explain $(PHOTOS) --model $(MODEL) --out demo_output
+	$(BIN)/timm-lossattn explain tests/data/cifar10_test_*.png --label name --model resnet18_lossattn_conv_nano \
+		--out demo_output
 	@echo "The pictures and their numbers are in $(CURDIR)/demo_output"
 
 $(VENV)/.space: $(VENV)/.viz

@@ -119,5 +119,6 @@ def make_card(
         labels=', '.join(labels) if len(labels) <= 20 else '', megabytes=f'{weights.stat().st_size / 1e6:.2f}',
         sha256=sha256_of(weights),
         measures=[{'name': METRICS[measure][1], 'value': f'{value:.2f}'} for measure, value in found.items()],
-        split=split, dataset_name=dataset, images=result.get('shipped', {}).get('images') if result else None,
+        split=split, dataset_name=words.dataset or f'the images in `{dataset}`',
+        images=result.get('shipped', {}).get('images') if result else None,
         note=words.note, source=source, load=load, training=training(result) if result else None)

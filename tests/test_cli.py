@@ -121,13 +121,13 @@ def test_checkpoint_names_its_model(models, tmp_path):
     ((32, 32), (0, 0, 32, 32)), ((400, 100), (150, 0, 250, 100)), ((100, 400), (0, 150, 100, 250)),
     ((3000, 5), (1497.5, 0, 1502.5, 5)), ((1, 1), (0, 0, 1, 1))])
 def test_shapes_of_images(run, tmp_path, size, frame):
-    """Pictures stay between 400 and 1800 pixels whatever the image; boxes are in its pixels, within the crop."""
+    """Pictures stay between 200 and 2600 pixels whatever the image; boxes are in its pixels, within the crop."""
     path = tmp_path / 'photo.png'
     Image.open(CAT).resize(size).save(path)
     assert run(path) == 0
     with Image.open(tmp_path / 'out' / 'photo.png') as picture:
         picture.load()
-        assert all(400 <= side <= 1800 for side in picture.size)
+        assert all(200 <= side <= 2600 for side in picture.size)
         low, high = picture.convert('L').getextrema()
     assert low < 50
     assert high == 255
@@ -212,6 +212,38 @@ def test_against_itself(run, models, tmp_path, capsys):
     assert len(written(tmp_path)) == (0 if other == best else 2)
 
 
+@pytest.mark.parametrize('label', ['truck', 'folder', 'name'])
+def test_label(run, models, tmp_path, capsys, label):
+    """What an image shows, as a class or from a name: in the file, and in the line if the prediction is another."""
+    (tmp_path / 'truck').mkdir()
+    image = tmp_path / 'truck' / 'photo_7_truck.png'
+    image.write_bytes(CAT.read_bytes())
+    assert run(image, '--label', label) == 0
+    numbers = json.loads((tmp_path / 'out' / f'{image.stem}.json').read_text())
+    assert numbers['true_class'] == {'class': 9, 'label': 'truck'}
+    assert (', wrong: truck' in capsys.readouterr().out) == (numbers['target']['class'] != 9)
+
+
+def test_label_that_is_no_class(run, capsys):
+    """A folder that is no class of the model is said to be none."""
+    assert run(CAT, '--label', 'folder') == 1
+    assert "--label: no class 'data'" in capsys.readouterr().out
+
+
+def test_panels(run, tmp_path, capsys):
+    """More panels make a wider picture, stacked ones a higher one; one that does not exist is refused."""
+    sizes = []
+    for flags in (['--panels', 'outline'], ['--panels', 'outline,alpha'], ['--panels', 'outline,alpha', '--stacked']):
+        assert run(CAT, *flags) == 0
+        sizes.append(Image.open(tmp_path / 'out' / f'{CAT.stem}.png').size)
+    assert sizes[0][0] < sizes[1][0]
+    assert sizes[2][0] == sizes[0][0]
+    assert sizes[0][1] < sizes[2][1]
+    capsys.readouterr()
+    assert run(CAT, '--panels', 'outline,heat') == 2
+    assert "--panels: no panel 'heat'" in error_line(capsys)
+
+
 def test_folder_of_a_run(tmp_path, capsys):
     """What train.py and publish.py leave, by local-dir:; a folder without a model is one clear line."""
     from timm.models import save_for_hf
@@ -267,7 +299,8 @@ def test_photo_for_thumbnails(run, tmp_path, capsys):
         Image.open(CAT).resize((400, 300)).save(tmp_path / name)
     assert run(CAT, tmp_path / 'a.png', tmp_path / 'b.png') == 0
     (hint,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('hint: ')]
-    assert hint.startswith('hint: a.png has 400×300 pixels; the model reads 32×32 and knows 10 classes: airplane …')
+    assert hint.startswith(
+        'hint: a.png: This image has 400×300 pixels; the model reads 32×32 and knows 10 classes of CIFAR-10:')
 
 
 def test_name_of_a_backbone(tmp_path):

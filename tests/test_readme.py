@@ -5,26 +5,68 @@ import runpy
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from gallery import commands, draw
 from lib.command import parse_args
+from timm_lossattn.cli import build_parser
+from timm_lossattn.explanation.explanation import PANELS
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = ['README.md', *sorted(f'docs/{file.name}' for file in (ROOT / 'docs').glob('*.md'))]
 
 
-def test_readme_snippets(monkeypatch, capsys):
-    """The Python snippets of the README, in order, in one session, from the root of the repository."""
+@pytest.mark.parametrize(('document', 'count'), [
+    ('README.md', 3), ('docs/explain.md', 3), ('docs/fine_tune.md', 1), ('docs/publish.md', 1)])
+def test_snippets(monkeypatch, document, count):
+    """The Python snippets of a document, in order, in one session, from the root of the repository."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    snippets = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), flags=re.DOTALL)
-    assert len(snippets) >= 4
+    snippets = re.findall(r'```python\n(.*?)```', (ROOT / document).read_text(), flags=re.DOTALL)
+    assert len(snippets) == count
     namespace: dict = {}
     for snippet in snippets:
-        exec(compile(snippet, 'README.md', 'exec'), namespace)
+        exec(compile(snippet, document, 'exec'), namespace)
+
+
+@pytest.mark.parametrize('document', DOCUMENTS)
+def test_commands_parse(document):
+    """The command line has every flag of every `timm-lossattn` command that a document prints, and every panel."""
+    text = (ROOT / document).read_text().replace('\\\n', ' ')
+    for block in re.findall(r'```bash\n(.*?)```', text, flags=re.DOTALL):
+        for command in re.findall(r'timm-lossattn ((?:explain|report|check|export|list) .*)', block):
+            args = build_parser().parse_args(shlex.split(command, comments=True))
+            assert set(getattr(args, 'panels', PANELS[0]).split(',')) <= set(PANELS)
+
+
+def test_gallery_is_drawn():
+    """Every picture of the gallery stands below the one command that draws it, and the README shows two of them."""
+    text = (ROOT / 'docs' / 'gallery.md').read_text()
+    drawn = commands(text)
+    assert list(drawn) == re.findall(r'!\[[^\]]*\]\(([^)]+)\)', text)
+    for picture, arguments in drawn.items():
+        assert arguments[0] == 'explain'
+        assert (ROOT / 'docs' / picture).is_file()
+        assert (ROOT / arguments[1]).is_file()
+    shown = re.findall(r'docs/(gallery/\w+\.jpg)', (ROOT / 'README.md').read_text())
+    assert shown
+    assert set(shown) <= set(drawn)
+
+
+def test_gallery_draws_again(tmp_path, monkeypatch):
+    """A command of the gallery draws the picture that is there: same size, hardly another pixel."""
+    monkeypatch.chdir(ROOT)
+    drawn = commands((ROOT / 'docs' / 'gallery.md').read_text())
+    draw(drawn['gallery/airplane.jpg'], tmp_path / 'again.jpg')
+    with Image.open(tmp_path / 'again.jpg') as again, Image.open(ROOT / 'docs' / 'gallery' / 'airplane.jpg') as there:
+        assert again.size == there.size
+        assert np.abs(np.asarray(again, dtype=float) - np.asarray(there)).mean() < 3  # fonts differ a little
 
 
 @pytest.mark.parametrize(('document', 'function'), [
-    ('README.md', 'model_table'), ('MODEL_CARD.md', 'weights_table'),
+    ('docs/models.md', 'model_table'), ('MODEL_CARD.md', 'weights_table'),
     ('docs/reading_explanations.md', 'receptive_field_table'), ('train/TRAINING.md', None),
     ('docs/timm_models.md', None), ('docs/leaderboard.md', 'leaderboard_table')])
 def test_tables_are_current(document, function):
@@ -36,8 +78,7 @@ def test_tables_are_current(document, function):
 
 
 @pytest.mark.parametrize('document', [
-    'README.md', 'MODEL_CARD.md', 'docs/paper_to_code.md', 'docs/reading_explanations.md', 'docs/architecture.md',
-    'docs/timm_models.md', 'docs/leaderboard.md', 'docs/report.md', 'train/TRAINING.md', 'hub/README.md'])
+    *DOCUMENTS, 'MODEL_CARD.md', 'train/TRAINING.md', 'hub/README.md', 'tests/data/README.md'])
 def test_links_exist(document):
     """Relative links and pictures exist."""
     text = (ROOT / document).read_text()
@@ -56,13 +97,13 @@ def test_paper_to_code_names_exist():
         pkgutil.resolve_name(f'timm_lossattn.{name}')
 
 
-@pytest.mark.parametrize('document', ['README.md', 'MODEL_CARD.md', 'train/TRAINING.md'])
+@pytest.mark.parametrize('document', [*DOCUMENTS, 'MODEL_CARD.md', 'train/TRAINING.md'])
 def test_training_commands_parse(document):
     """train.py accepts the flags of every command that a document prints."""
     text = (ROOT / document).read_text().replace('\\\n', ' ')
-    commands = re.findall(r'train/train\.py ([^`\n|]*)', text)
-    assert commands or document == 'README.md'
-    for command in commands:
+    found = re.findall(r'train/train\.py ([^`\n|#]*)', text)
+    assert found or document not in ('docs/fine_tune.md', 'MODEL_CARD.md', 'train/TRAINING.md')
+    for command in found:
         if not command.strip() or '...' in command:
             continue
         assert parse_args(shlex.split(command)).model

@@ -16,8 +16,9 @@ from rich.text import Text
 
 from .evaluation.check import check_model
 from .evaluation.check_all import check_all, read_checks
-from .explanation import Explanation, class_labels, explain, open_image, preprocess
-from .explanation.labels import find_class, known_classes
+from .explanation import class_labels, explain, open_image, preprocess
+from .explanation.explanation import PANELS
+from .explanation.labels import find_class
 from .export import FORMATS, OUTPUTS, check_target, export_model
 from .loading import full_name, list_patch_models, load_patch_model
 from .report.command import add_report_command
@@ -27,7 +28,6 @@ from .text import shorten
 __all__ = ['main']
 
 DEFAULT_MODEL = 'resnet18_lossattn_conv_nano'
-FEW_CLASSES = 20
 
 
 def unique_stems(paths: Sequence[Path]) -> list[str]:
@@ -92,6 +92,9 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
         raise ValueError(f'--against: {labels[target]} is --target as well; choose another class.')
     question = '' if target is None else f'-{class_slug(target, labels)}'
     question += '' if against is None else f'-vs-{class_slug(against, labels)}'
+    unknown = [name for name in args.panels.split(',') if name not in PANELS]
+    if unknown:
+        raise ValueError(f'--panels: no panel {unknown[0]!r}; choose some of {",".join(PANELS)}.')
     paths, out = image_files(args.images, console), Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +114,8 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
     for path, stem in zip(paths, stems):
         try:
             source = preprocess(model, open_image(path))
-            explanation = explain(model, source, target, multi_label=args.multi_label)
+            truth = None if args.label is None else true_class(args.label, path, labels)
+            explanation = explain(model, source, target, multi_label=args.multi_label, true_class=truth)
             if against is not None and int(explanation.target) == against:
                 raise ValueError(f'--against: {path.name}: {labels[against]} is what it is classified as; choose '
                                  'another class, or give the --target that it should be.')
@@ -122,25 +126,31 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
             failed += 1
             continue
         explanation.save(out, [stem], [f'{path.name} · {title}'], args.all_classes,
-                         image=str(path), model=model_name, architecture=architecture, checkpoint=args.checkpoint)
+                         args.panels.split(','), args.stacked, image=str(path), model=model_name,
+                         architecture=architecture, checkpoint=args.checkpoint)
         probability, best = explanation.probabilities[0].max(dim=0)
-        line = f'{path.name}: {labels[int(best)]} {100 * float(probability):.1f} %  ->  {out / stem}.png, .json'
+        line = f'{path.name}: {labels[int(best)]} {100 * float(probability):.1f} %'
+        if truth is not None and truth != int(best):
+            line += f', wrong: {labels[truth]}'
+        line += f'  ->  {out / stem}.png, .json'
         console.print(Text(line), soft_wrap=True)
         if question:
             console.print(Text(f'  {explanation.answer()}'), soft_wrap=True)
-        if not hinted and is_photo_for_thumbnails(explanation):
+        hint = explanation.unlike_training()
+        if hint and not hinted:
             hinted = True
-            width, height = source.image.size
-            console.print(Text(f'hint: {path.name} has {width}×{height} pixels; the model reads '
-                               f'{explanation.input_size[1]}×{explanation.input_size[0]} and {known_classes(labels)}. '
-                               'It answers with one of them whatever is in the image.'), soft_wrap=True)
+            console.print(Text(f'hint: {path.name}: {hint}'), soft_wrap=True)
     return 1 if failed else 0
 
 
-def is_photo_for_thumbnails(explanation: Explanation) -> bool:
-    """Whether an image is more than four times as large as the input of a model of few classes: hardly what it saw."""
-    larger = max(explanation.source(0).image.size) > 4 * max(explanation.input_size)
-    return larger and len(explanation.labels) <= FEW_CLASSES
+def true_class(label: str, file: Path, labels: Sequence[str]) -> int:
+    """The class that an image shows: as the user gives it, its folder's name, or the end of its own after the last "_".
+
+    Raises:
+        ValueError: the model has no such class.
+    """
+    name = {'folder': file.resolve().parent.name, 'name': file.stem.rpartition('_')[2]}.get(label, label)
+    return find_class('--label', name.replace('_', ' ') if name not in labels else name, labels)
 
 
 def run_export(args: argparse.Namespace, console: Console) -> int:
@@ -259,9 +269,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')
     command.add_argument('--against', metavar='CLASS', help='why not this class? (default: all, by their softmax)')
+    command.add_argument('--label', metavar='CLASS', help='what the images really show, so that wrong predictions are '
+                         'marked: a class, "folder" (the name of each image\'s folder) or "name" (the end of its own)')
     command.add_argument('--multi-label', action='store_true',
                          help='classes are independent: sigmoids, evidence in the logit')
     command.add_argument('--all-classes', action='store_true', help='JSON with the contributions to every class')
+    command.add_argument('--panels', default=','.join(PANELS[:3]), metavar='NAMES',
+                         help=f'of the picture, of {",".join(PANELS)} (default: the first three)')
+    command.add_argument('--stacked', action='store_true', help='panels one below the other, for narrow pages')
     command.add_argument('--out', default='explanations', metavar='DIR', help='default: explanations')
     command.add_argument('--device', default='cpu', metavar='DEVICE', help='default: cpu')
     command.set_defaults(run=run_explain)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Markdown tables of models, weights and measurements, for README.md, MODEL_CARD.md and docs/.
+"""Markdown tables of models, weights and measurements, for MODEL_CARD.md, train/TRAINING.md and docs/.
 
     python train/model_table.py [--write]
 
@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--write', action='store_true', help='replace the tables in the documents')
     args = parser.parse_args()
-    for name, table in (('README.md', model_table()), ('MODEL_CARD.md', weights_table()),
+    for name, table in (('docs/models.md', model_table()), ('MODEL_CARD.md', weights_table()),
                         ('docs/reading_explanations.md', receptive_field_table()), ('train/TRAINING.md', None),
                         ('docs/timm_models.md', None), ('docs/leaderboard.md', leaderboard_table())):
         if not args.write:

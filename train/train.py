@@ -31,7 +31,14 @@ from timm.utils import distribute_bn, random_seed
 from lib.build import create_optimizer, create_precision, create_scheduler, create_task, resolve_lr
 from lib.checkpoint import AtomicSaver, find_checkpoint, load_checkpoint, mend, save_checkpoint
 from lib.command import parse_args
-from lib.data import create_eval_loader, create_train_loader, input_config, label_names, open_dataset
+from lib.data import (
+    create_eval_loader,
+    create_train_loader,
+    input_config,
+    label_names,
+    open_dataset,
+    warn_of_few_steps,
+)
 from lib.engine import train_one_epoch, updates_in_epoch
 from lib.evaluate import evaluate_task
 from lib.model import create_model, model_args
@@ -140,6 +147,7 @@ def run(options: TrainOptions, command: str) -> None:
         options, options.val_split, model.num_classes, num_samples=options.val_num_samples, seed=options.seed)
     labels = label_names(train_set)
     train_loader = create_train_loader(options, process, train_set, data_config, model.num_classes)
+    warn_of_few_steps(options, process, train_set, train_loader)
     eval_loader = create_eval_loader(options, process, eval_set, data_config, options.validation_batch_size)
     updates = updates_in_epoch(options, train_loader)
     task = create_task(options, model, updates, process.device)

@@ -1,6 +1,7 @@
 """drawing.py: outlines, windows, and text that nothing covers."""
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -8,7 +9,16 @@ from PIL import Image
 
 from test_cli import CAT, NANO, random_model
 from timm_lossattn.explanation import explain
-from timm_lossattn.explanation.drawing import draw_explanation, outline, shorten, view_window
+from timm_lossattn.explanation.drawing import (
+    draw_explanation,
+    outline,
+    percent,
+    shorten,
+    signed_colors,
+    two_digits,
+    view_window,
+)
+from timm_lossattn.explanation.explanation import PANELS
 from timm_lossattn.explanation.preprocessing import preprocess
 
 
@@ -41,34 +51,36 @@ def test_shorten():
     assert shorten('abcdefghij', 6) == 'abc…ij'
 
 
-@pytest.mark.parametrize('against', ['rest', None, [1]])
-@pytest.mark.parametrize('size', [(32, 32), (400, 100), (100, 400), (3000, 20), (20, 3000)])
-@pytest.mark.parametrize('selected', [1, 36])
-def test_text_of_the_picture(size, against, selected):
-    """No text is clipped and none overlaps another, with long names too; a panel of all patches is left out."""
-    model = random_model(NANO)
-    source = preprocess(model, Image.open(CAT).resize(size))
-    explanation = explain(model, [source], against=against)
-    chosen = torch.zeros_like(explanation.selected)
-    chosen[0, :selected] = True
-    explanation = dataclasses.replace(
-        explanation, selected=chosen, labels=['American Staffordshire bull terrier'] * 10)
-    figure = draw_explanation(explanation, 0, title='long title ' * 30)
+def texts_of(figure):
+    """Every text of a figure, and where it is drawn."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    renderer = canvas.get_renderer()
-    texts = [*figure.texts, *(ax.title for ax in figure.axes)]
-    texts += [text for legend in figure.legends for text in legend.get_texts()]
-    for ax in figure.axes:
-        low, high = ax.get_ylim()  # ticks outside are not drawn
-        texts += [label for label, at in zip(ax.get_yticklabels(), ax.get_yticks()) if low <= at <= high]
-    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts if t.get_text()]
-    assert len(boxes) > 10
-    assert ('1 of 36 patches selected' in [text for text, _ in boxes]) == (selected == 1)
-    assert len(figure.legends) == (selected == 1)
-    caption = ' '.join(text.get_text() for text in figure.texts)
-    assert 'The model knows 10 classes: America' in caption
-    assert 'Grey: no patch, or cut off by the crop.' in caption  # 6 patches end before pixel 32
+    return [(t.get_text(), t.get_window_extent(canvas.get_renderer())) for t in figure.texts if t.get_text()]
+
+
+@pytest.mark.parametrize('size', [(32, 32), (400, 100), (100, 400), (3000, 20), (20, 3000)])
+@pytest.mark.parametrize(('panels', 'stacked', 'against'), [
+    (PANELS[:3], False, 'rest'), (PANELS[:2], False, [1]), (PANELS[:1], False, 'mean'), (PANELS, False, [1]),
+    (PANELS, True, None)])
+def test_text_of_the_picture(size, against, panels, stacked):
+    """No text is clipped and none overlaps another, with long names too; one panel fewer where nothing is compared."""
+    model = random_model(NANO)
+    source = preprocess(model, Image.open(CAT).resize(size))
+    explanation = explain(model, [source], against=against, true_class=2)
+    chosen = torch.zeros_like(explanation.selected)
+    chosen[0, 1] = True
+    labels = [f'American Staffordshire bull terrier {k}' for k in range(10)]
+    figure = draw_explanation(dataclasses.replace(explanation, selected=chosen, labels=labels), 0,
+                              'long title ' * 30, panels, stacked)
+    boxes = texts_of(figure)
+    caption = ' '.join(text for text, _ in boxes)
+    assert ('why not A' in caption) == ('why-not' in panels and against is not None)
+    assert ('1 of 36 patches selected' in caption) == ('selected' in panels)
+    assert '35 patches have no weight at all' in caption
+    assert 'knows 10 classes: America' in caption
+    if size == (32, 32):
+        assert 'it reads 32×32 pixels' in caption
+        assert 'Outside of the grid: not seen, or no patch.' in caption  # 6 patches end before pixel 32
     width, height = figure.get_size_inches() * figure.dpi
     for text, box in boxes:
         assert box.x0 >= 0, text
@@ -78,3 +90,42 @@ def test_text_of_the_picture(size, against, selected):
     for n, (text, box) in enumerate(boxes):
         for other, other_box in boxes[n + 1:]:
             assert not box.overlaps(other_box), (text, other)
+
+
+def test_right_or_wrong():
+    """The first line says whether the prediction is right, where that is known, and the third panel asks about it."""
+    model = random_model(NANO)
+    predicted = int(explain(model, CAT).predicted)
+    wrong = (predicted + 1) % 10
+    right, other, unknown = (
+        [text for text, _ in texts_of(explain(model, CAT, true_class=k).figure())] for k in (predicted, wrong, None))
+    assert right[0].startswith(f'✓ class {predicted}, ')
+    assert other[0].startswith(f'✗ class {predicted}, ')
+    assert other[0].endswith(f'; it is class {wrong}')
+    assert f'why not class {wrong}?' in other
+    assert unknown[0].startswith(f'class {predicted}, ')
+
+
+def test_colors_of_the_evidence():
+    """Orange where a patch speaks for the class, purple where against it, and nothing laid over where there is none."""
+    colors = signed_colors(np.array([[-1., 0., 0.5, 1.]]))[0]
+    assert colors[0, 2] > colors[0, 0] > colors[0, 1]
+    assert colors[3, 0] > colors[3, 1] > colors[3, 2]
+    assert colors[1, 3] == 0
+    assert 0 < colors[2, 3] < colors[3, 3] < 1
+
+
+def test_words_for_numbers():
+    """Nothing is said to be certain, and nothing to be impossible."""
+    assert [percent(p) for p in (0., 0.0004, 0.004, 0.0098, 0.43, 0.993, 0.99999, 1.)] == [
+        '< 0.1 %', '< 0.1 %', '0.4 %', '1 %', '43 %', '99.3 %', '> 99.9 %', '> 99.9 %']
+    assert [two_digits(v) for v in (0.3, 1.449, 12.2)] == ['0.30', '1.4', '12']
+
+
+def test_panels_that_do_not_exist():
+    """One error that names what there is; of a model with one class there is nothing to compare."""
+    explanation = explain(random_model(NANO), CAT)
+    with pytest.raises(ValueError, match='some of outline, evidence, why-not, alpha, selected, got heat'):
+        explanation.figure(panels=['heat'])
+    with pytest.raises(ValueError, match='got none'):
+        explanation.figure(panels=[])

@@ -18,7 +18,7 @@ from timm_lossattn import PatchPrediction
 from timm_lossattn.attention import AttentionWeights, GatedAttentionWeights, LossAttentionWeights, MeanWeights
 from timm_lossattn.attention.routing_head import RoutingWeights
 from timm_lossattn.explanation import class_labels, explain, patches_to_pixels, square_box
-from timm_lossattn.explanation.labels import find_class, known_classes
+from timm_lossattn.explanation.labels import find_class, known_classes, training_data
 from timm_lossattn.explanation.preprocessing import open_image, preprocess
 
 NANO = 'resnet18_lossattn_conv_nano'
@@ -426,9 +426,24 @@ def test_close_names_of_many_classes():
         find_class('--target', 'taby', labels)
 
 
+def test_training_data():
+    """What the tag says, where the classes are those of its weights; fine-tuned classes are of other data."""
+    model = timm.create_model('resnet18_lossattn_conv_nano', pretrained=True)
+    labels = class_labels(model, 10)
+    assert training_data(model, labels) == 'CIFAR-10'
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': ['ant', *labels[1:]]}
+    assert training_data(model, class_labels(model, 10)) == ''
+    for name, data in (('resnet18.a1_in1k', 'ImageNet-1k'), ('convnext_tiny.fb_in22k_ft_in1k', 'ImageNet-1k'),
+                       ('convnext_tiny.fb_in22k', 'ImageNet-22k')):
+        model = timm.create_model(name, device='meta')
+        assert training_data(model, class_labels(model, model.num_classes)) == data
+    assert training_data(timm.create_model('resnet18.a1_in1k', num_classes=5, device='meta'), ['class 0']) == ''
+
+
 def test_known_classes():
     """What a model knows, in a few words."""
     assert known_classes(['cat', 'dog', 'eel']) == 'knows 3 classes: cat … eel'
+    assert known_classes(['cat', 'dog'], 'PETS') == 'knows 2 classes of PETS: cat … dog'
     assert known_classes(['cell']) == 'knows 1 class: cell'
     assert known_classes([f'class {k}' for k in range(1000)]) == 'knows 1,000 classes, without names'
 

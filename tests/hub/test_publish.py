@@ -79,6 +79,7 @@ def test_from_images_to_card(folder, tmp_path):
     best = next(e for e in result['epochs'] if e['epoch'] == result['best']['epoch'])
     assert model_card.data.eval_results[0].metric_value == best['eval']['top1']
     assert model_card.data.datasets is None  # images on a disk have no id on the Hub
+    assert f'of the images in `{folder.name}`' in model_card.text
     assert result['commands'][0] in model_card.text
     model = timm.create_model(f'local-dir:{out}', pretrained=True)
     assert model.pretrained_cfg['label_names'] == numbers['labels']

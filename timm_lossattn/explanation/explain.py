@@ -10,7 +10,7 @@ from ..models.any_timm import loss_attention
 from ..prediction import PatchPrediction
 from .evidence import AGAINST
 from .explanation import Explanation
-from .labels import Classes, class_labels, classes_of
+from .labels import Classes, class_labels, classes_of, training_data
 from .preprocessing import Preprocessed, input_config, open_image, preprocess, to_rgb
 
 Source = Union[Preprocessed, Image.Image, str, Path]
@@ -25,6 +25,7 @@ def explain(
         target: Classes | None = None,
         against: Classes | None = 'rest',
         multi_label: bool = False,
+        true_class: Classes | None = None,
 ) -> Explanation:
     """Explain a batch of images in one forward pass without gradients.
 
@@ -38,6 +39,8 @@ def explain(
             their softmax; 'mean', the others alike; a class, for all images or for each, "why not that one?"; or None,
             nothing.
         multi_label: the classes are independent: probabilities are sigmoids, and 'rest' and 'mean' mean nothing.
+        true_class: what the images really show, for all or for each, if it is known: wrong predictions are marked, and
+            ``why_not`` is asked about it.
 
     Raises:
         TypeError: the model is no patch model and has no forward_features and forward_head.
@@ -82,6 +85,8 @@ def explain(
         statistics=(config['mean'], config['std']),
         labels=labels,
         against=None,
+        true_class=None if true_class is None else classes_of('true_class', true_class, B, labels),
+        data=training_data(model, labels),
     )
     independent = K == 1 or multi_label
     return explanation.versus(None if independent and isinstance(against, str) and against in AGAINST else against)

@@ -12,19 +12,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from ..files import replace_file
 from ..prediction import PatchPrediction
 from .evidence import AGAINST, Against, direction, evidence_along
-from .geometry import patches_to_pixels, spread_over_neighbours, square_box
-from .labels import Classes, classes_of
+from .geometry import interpolate, patches_to_pixels, spread_over_neighbours, square_box
+from .labels import Classes, classes_of, known_classes
 from .preprocessing import Preprocessed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['Explanation']
+__all__ = ['PANELS', 'Explanation']
+
+PANELS = ('outline', 'evidence', 'why-not', 'alpha', 'selected')  # of a picture; the first three are the default
+LARGER, FEW_CLASSES = 4, 20
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # tensors have no single truth, and their text is long
@@ -38,6 +42,7 @@ class Explanation:
             the logits themselves.
         target: (B,) the class that is explained, by default the predicted one.
         against: what the target is compared with: 'rest', 'mean', (B,) classes, or None.
+        true_class: (B,) what the images really show, None if it is not known.
         grid: (H', W') of the patch grid; M = H'·W'.
         input_size: (H, W) of the model's input in pixels.
         patch_boxes: (M, 4) nominal pixels of each patch.
@@ -45,6 +50,7 @@ class Explanation:
         images: what was explained: (B, C, H, W) tensor on the CPU or B preprocessed images.
         statistics: mean and std of the channels, to undo a tensor's normalisation.
         labels: K names of classes.
+        data: name of the data that the weights were trained on, '' if it is not known.
 
     Examples:
         >>> explanation = explain(model, ['cat.png'])
@@ -63,6 +69,8 @@ class Explanation:
     statistics: tuple[Sequence[float], Sequence[float]]
     labels: list[str]
     against: Against
+    true_class: torch.Tensor | None = None
+    data: str = ''
 
     def __len__(self) -> int:
         return len(self.target)
@@ -120,6 +128,43 @@ class Explanation:
                              f'given; got {classes.tolist()} for {self.target.tolist()}.')
         return replace(self, against=classes)
 
+    @property
+    def predicted(self) -> torch.Tensor:
+        """(B,) the class with the largest logit."""
+        return self.prediction.logits.argmax(dim=1)
+
+    def why_not(self) -> Explanation:
+        """The same target against one class: the one that is asked for, else the true class, else its runner-up.
+
+        The runner-up is the class with the largest logit of all others, for another target than the predicted class
+        thus the predicted one.
+
+        Raises:
+            ValueError: the model knows one class only.
+        """
+        if isinstance(self.against, torch.Tensor):
+            return self
+        logits = self.prediction.logits
+        if logits.shape[1] == 1:
+            raise ValueError('why_not: the model knows one class only; there is no other to compare it with.')
+        rival = logits.scatter(1, self.target.unsqueeze(1), float('-inf')).argmax(dim=1)
+        if self.true_class is not None:
+            rival = torch.where(self.true_class == self.target, rival, self.true_class)
+        return self.versus(rival)
+
+    def core(self, share: float = 0.5) -> torch.Tensor:
+        """(B, M) bool: the fewest patches that hold a share of all positive evidence; none where there is none.
+
+        Raises:
+            ValueError: share is not in (0, 1].
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f'share must be in (0, 1], got {share}.')
+        positive, order = self.evidence.double().clamp(min=0).sort(dim=1, descending=True)
+        before = positive.cumsum(dim=1) - positive
+        chosen = (before < share * positive.sum(dim=1, keepdim=True) * (1 - 1e-9)) & (positive > 0)
+        return torch.zeros_like(chosen).scatter(1, order, chosen)
+
     def answer(self, index: int = 0) -> str:
         """The evidence of one image in a line: "cat over dog: +1.23; 31 of 49 patches for it"."""
         evidence, label = self.evidence[index], self.labels[int(self.target[index])]
@@ -141,15 +186,63 @@ class Explanation:
         """(B, M) values of patches to (B, H, W) in pixels, see ``patches_to_pixels``."""
         return patches_to_pixels(values, self.patch_boxes, self.input_size)
 
+    def spans(self, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Start and end of each row (H', 2) and each column (W', 2) of patches, in pixels of the image as it was given.
+
+        They may lie outside of the image where timm's transform pads it.
+        """
+        source, boxes = self.source(index), self.patch_boxes.view(*self.grid, 4).double().numpy()
+        (ox, oy), (sx, sy) = source.offset, source.scale
+        return boxes[:, 0, 1::2] * sy + oy, boxes[0, :, 0::2] * sx + ox
+
+    def heat_map(self, index: int = 0, values: torch.Tensor | None = None, smooth: bool = True) -> np.ndarray:
+        """One image's evidence as an array over the image's own pixels, to lay over it.
+
+        Between the middles of the patches it is interpolated, so that the sum over pixels means nothing: numbers are
+        those of ``evidence``. ``pixel_map`` has the model's input pixels instead, and NaN where there is no patch.
+
+        Args:
+            index: which image.
+            values: (M,) other values of its patches, ``prediction.alpha[index]`` say.
+            smooth: False gives each pixel the value of the patch whose middle is nearest.
+
+        Returns:
+            (H, W) float32 of the image as it was given, 0 where there is no patch (outside of the crop, say).
+
+        Raises:
+            ValueError: values are not one for each patch.
+        """
+        values = self.evidence[index] if values is None else values
+        if values.shape != self.patch_boxes.shape[:1]:
+            raise ValueError(f'values must have the shape ({len(self.patch_boxes)},), got {tuple(values.shape)}.')
+        width, height = self.source(index).image.size
+        rows, columns = self.spans(index)
+        return interpolate(values.view(self.grid).double().numpy(), rows, columns, np.arange(height) + 0.5,
+                           np.arange(width) + 0.5, smooth).astype(np.float32)
+
+    def unlike_training(self, index: int = 0) -> str:
+        """What makes an image one that the model can hardly know, in a sentence; '' if nothing is found.
+
+        All that is looked at is the size: a photograph, more than four times as large as the input of a model of at
+        most twenty classes, is no such thumbnail. Of what an image shows it says nothing.
+        """
+        width, height = self.source(index).image.size
+        if max(width, height) <= LARGER * max(self.input_size) or len(self.labels) > FEW_CLASSES:
+            return ''
+        size = f'{self.input_size[1]}×{self.input_size[0]}'
+        return (f'This image has {width}×{height} pixels; the model reads {size} and '
+                f'{known_classes(self.labels, self.data)}. It answers with one of them whatever is in the image.')
+
     def source(self, index: int) -> Preprocessed:
         """The image as it was given; a tensor's normalisation is undone."""
         image = self.images[index]
         return image if isinstance(image, Preprocessed) else Preprocessed.from_input(image, *self.statistics)
 
-    def figure(self, index: int = 0, title: str = '') -> Figure:
+    def figure(self, index: int = 0, title: str = '', panels: Sequence[str] = PANELS[:3],
+               stacked: bool = False) -> Figure:
         """Picture of one explanation, see ``drawing.draw_explanation``. Needs matplotlib, the ``viz`` extra."""
         from .drawing import draw_explanation
-        return draw_explanation(self, index, title)
+        return draw_explanation(self, index, title, panels, stacked)
 
     def to_dict(self, index: int = 0, all_classes: bool = False) -> dict[str, Any]:
         """The numbers of one explanation: maps as lists over patch rows and columns, boxes in pixels of the image.
@@ -173,6 +266,7 @@ class Explanation:
             'image_size': list(source.image.size),
             'input_size': list(self.input_size[::-1]),
             'labels': labels,
+            'data': self.data,
             'logits': prediction.logits[index].tolist(),
             'top5': [
                 {'class': k, 'label': labels[k], 'probability': p, 'logit': float(prediction.logits[index, k])}
@@ -180,6 +274,8 @@ class Explanation:
             'target': {'class': target, 'label': labels[target]},
             'against': self.against if self.against is None or isinstance(self.against, str) else {
                 'class': int(self.against[index]), 'label': labels[int(self.against[index])]},
+            'true_class': None if self.true_class is None else {
+                'class': int(self.true_class[index]), 'label': labels[int(self.true_class[index])]},
             'rivals': [
                 {'class': k, 'label': labels[k], 'weight': w}
                 for w, k in zip(*(t.tolist() for t in rivals)) if w > 0],
@@ -198,7 +294,8 @@ class Explanation:
 
     def save(
             self, folder: str | Path, names: Sequence[str] | None = None, titles: Sequence[str] | None = None,
-            all_classes: bool = False, **notes: Any) -> list[Path]:
+            all_classes: bool = False, panels: Sequence[str] = PANELS[:3], stacked: bool = False,
+            **notes: Any) -> list[Path]:
         """Write NAME.png and NAME.json for each image; each file appears whole or not at all. Older ones are replaced.
 
         Args:
@@ -206,6 +303,8 @@ class Explanation:
             names: of the B images, all different (default: 0, 1, ...; the next batch needs other ones).
             titles: what stands above the B pictures (default: nothing).
             all_classes: see ``to_dict``.
+            panels: of the pictures, see ``figure``.
+            stacked: see ``figure``.
             notes: for every JSON, see ``to_json``.
 
         Returns:
@@ -224,7 +323,7 @@ class Explanation:
             raise ValueError(f'names must be different plain file names, got {list(names)}.')
         folder.mkdir(parents=True, exist_ok=True)
         for i, (name, title) in enumerate(zip(names, titles)):
-            picture, numbers = self._png(i, title), self.to_json(i, all_classes, **notes).encode()
+            picture, numbers = self._png(i, title, panels, stacked), self.to_json(i, all_classes, **notes).encode()
             replace_file(folder / f'{name}.png', picture)
             replace_file(folder / f'{name}.json', numbers)
         return [folder / f'{name}.png' for name in names]
@@ -247,7 +346,8 @@ class Explanation:
         except ImportError:
             return None
 
-    def _png(self, index: int, title: str = '') -> bytes:
+    def _png(self, index: int, title: str = '', panels: Sequence[str] = PANELS[:3],
+             stacked: bool = False) -> bytes:
         buffer = io.BytesIO()
-        self.figure(index, title).savefig(buffer, format='png')
+        self.figure(index, title, panels, stacked).savefig(buffer, format='png')
         return buffer.getvalue()

@@ -1,9 +1,54 @@
 """From patches to pixels: heat maps and boxes in the coordinates of the model's input."""
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-__all__ = ['inside_boxes', 'patches_to_pixels', 'spread_over_neighbours', 'square_box']
+__all__ = [
+    'cell_edges', 'inside_boxes', 'interpolate', 'patches_to_pixels', 'spread_over_neighbours', 'square_box',
+]
+
+
+def cell_edges(spans: np.ndarray) -> np.ndarray:
+    """Where the cells of a picture's grid begin and end along one axis.
+
+    Patches may overlap; the cell of a patch is what is nearer to its middle than to another's, within all patches.
+
+    Args:
+        spans: (N, 2) start and end of each patch, in order.
+
+    Returns:
+        (N + 1,), for patches that lie side by side their own borders.
+    """
+    middles = spans.mean(axis=1)
+    return np.concatenate([spans[:1, 0], (middles[:-1] + middles[1:]) / 2., spans[-1:, 1]])
+
+
+def interpolate(
+        values: np.ndarray, rows: np.ndarray, columns: np.ndarray, y: np.ndarray, x: np.ndarray,
+        smooth: bool = True) -> np.ndarray:
+    """Values of a grid of patches at points: bilinear between the patches' middles, 0 where there is no patch.
+
+    Args:
+        values: (H', W').
+        rows: (H', 2) start and end of each row of patches.
+        columns: (W', 2) of each column.
+        y: (H,) places of the points' rows, in the same unit.
+        x: (W,) places of their columns.
+        smooth: False takes the value of the patch whose middle is nearest.
+
+    Returns:
+        (H, W) float64, between the smallest and the largest of the values, or 0.
+    """
+    def weights(spans: np.ndarray, at: np.ndarray) -> np.ndarray:
+        middles, edges = spans.mean(axis=1), cell_edges(spans)
+        inside = (at >= edges[0]) & (at < edges[-1])
+        if smooth:
+            share = np.stack([np.interp(at, middles, one) for one in np.eye(len(spans))], axis=1)
+        else:
+            share = np.eye(len(spans))[np.searchsorted(edges[1:-1], at, side='right')]
+        return share * inside[:, None]
+    return weights(rows, y) @ values @ weights(columns, x).T
 
 
 def patches_to_pixels(values: torch.Tensor, patch_boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

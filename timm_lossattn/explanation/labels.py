@@ -6,13 +6,17 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any, Union
 
+import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..text import shorten
 
-__all__ = ['Classes', 'class_labels', 'classes_of', 'find_class', 'known_classes']
+__all__ = ['Classes', 'class_labels', 'classes_of', 'find_class', 'known_classes', 'training_data']
 
+DATA_NAMES = {  # by tag
+    'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'tiny_imagenet': 'Tiny ImageNet',
+    'tiny_imagenet_mini': 'Tiny ImageNet', 'pbc': 'PBC (blood cells)'}
 Classes = Union[int, str, Sequence[Union[int, str]], torch.Tensor]
 
 
@@ -43,9 +47,26 @@ def imagenet_labels(subset: str) -> tuple[str, ...]:
     return tuple(word if count[word] == 1 else f'{word} ({synset})' for word, synset in zip(words, info.label_names()))
 
 
-def known_classes(labels: Sequence[str]) -> str:
-    """What a model can answer at all, in a few words: "knows 10 classes: airplane … truck"."""
-    count = f'knows {len(labels):,} class' + ('es' if len(labels) > 1 else '')
+def training_data(model: Any, labels: Sequence[str]) -> str:
+    """Name of the data that a model's weights were trained on, as their tag says it; '' where it is not known.
+
+    A tag is believed only where the classes are those of its weights: fine-tuned ones keep the tag of their start.
+    """
+    cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
+    tag = cfg.get('tag') or ''
+    own = cfg.get('label_names')
+    if not own:
+        found = re.search(r'in(1|12|21|22)k', tag.split('_ft_')[-1])
+        return f'ImageNet-{found[1]}k' if found and list(labels) != numbered(len(labels)) else ''
+    name = f'{cfg.get("architecture")}.{tag}'
+    if tag not in DATA_NAMES or not timm.is_model(name):
+        return ''
+    return DATA_NAMES[tag] if list(timm.get_pretrained_cfg_value(name, 'label_names') or ()) == list(labels) else ''
+
+
+def known_classes(labels: Sequence[str], data: str = '') -> str:
+    """What a model can answer at all, in a few words: "knows 10 classes of CIFAR-10: airplane … truck"."""
+    count = f'knows {len(labels):,} class' + ('es' if len(labels) > 1 else '') + (f' of {data}' if data else '')
     if list(labels) == numbered(len(labels)):
         return f'{count}, without names'
     ends = [shorten(label, 20) for label in (labels[0], labels[-1])]

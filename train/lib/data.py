@@ -1,8 +1,12 @@
 """Datasets and loaders: timm's, the paper's augmentation, and a cache on the device for small sets."""
+import logging
 import os
+import socket
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from timm.data import (
     FastCollateMixup,
@@ -24,7 +28,11 @@ from .extras import need
 from .options import AugmentOptions, DataOptions, TrainOptions
 from .process import Process
 
-__all__ = ['create_eval_loader', 'create_train_loader', 'input_config', 'label_names', 'open_dataset']
+__all__ = [
+    'create_eval_loader', 'create_train_loader', 'input_config', 'label_names', 'open_dataset', 'warn_of_few_steps']
+
+FEW_STEPS = 8
+_logger = logging.getLogger('train')
 
 
 class CheckedTarget:
@@ -57,12 +65,15 @@ def open_dataset(
     Raises:
         ValueError: no such folder, or another number of classes than the model's.
     """
+    from_hub = data.dataset.startswith(('hfds/', 'hfids/')) and not Path(data.dataset.partition('/')[2]).exists()
     if data.data_dir and not Path(data.data_dir).exists() and not data.dataset_download:
         raise ValueError(f'--data-dir: no such folder: {data.data_dir}')
     if '/' not in data.dataset and not data.data_dir:
         raise ValueError(f'--data-dir: is needed with --dataset {data.dataset!r}; or give --dataset <type>/<name>')
     if data.dataset.startswith(('hfds/', 'hfids/')):
         need('train', 'datasets')
+    if from_hub and not hub_has_address():
+        stay_offline()
     target_transform = MultiLabelTarget(num_classes) if data.multi_label else CheckedTarget(num_classes)
     if data.dataset.lower() == 'torch/svhn':
         return torchvision_datasets.SVHN(
@@ -78,6 +89,10 @@ def open_dataset(
         raise ValueError(
             f'--dataset {data.dataset!r}, split {split!r}: {error or type(error).__name__} (streams of unknown length '
             'need --train-num-samples and --val-num-samples)') from error
+    except OSError as error:  # ConnectionError of the Hub's client, a repository that is not there, a broken copy
+        hint = ('; where the Hub is out of reach, --dataset hfds/FOLDER takes a copy on disk, a folder of parquet '
+                "files in the Hub's layout") if from_hub else ''
+        raise ValueError(f'--dataset {data.dataset!r}: {error}{hint}') from error
     if not isinstance(dataset, IterableDataset) and not len(dataset):
         raise ValueError(f'--dataset: no image in split {split!r}')
     classes = class_to_idx(dataset)
@@ -88,6 +103,24 @@ def open_dataset(
     # train on its neighbour twice
     dataset._max_retries = int(os.environ.get('TIMM_DATASET_MAX_RETRIES', 1))
     return dataset
+
+
+def hub_has_address() -> bool:
+    """Whether the Hub's name can be looked up; if not, that is known at once, and a request would be tried for long."""
+    from huggingface_hub import constants
+    if getproxies():  # which looks it up
+        return True
+    try:
+        return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None))
+    except OSError:
+        return False
+
+
+def stay_offline() -> None:
+    """Data sets of the Hub only from its cache: no request is made, nor tried again."""
+    import datasets
+    from huggingface_hub import constants
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # both read the environment at import, long ago
 
 
 def class_to_idx(dataset: Any) -> dict[str, int] | None:
@@ -177,6 +210,21 @@ def create_train_loader(
     if hasattr(loader.sampler, 'seed'):  # torch's DistributedSampler, which timm creates without one
         loader.sampler.seed = options.seed
     return loader
+
+
+def warn_of_few_steps(options: TrainOptions, process: Process, dataset: Any, loader: Any) -> None:
+    """Say it where an epoch has a handful of steps: with a batch size for large data sets, few images teach little.
+
+    timm's training loaders leave out what does not fill a batch.
+    """
+    if isinstance(dataset, IterableDataset) or len(loader) >= FEW_STEPS:
+        return
+    images, seen = len(dataset), len(loader) * options.batch_size * process.world_size
+    left_out = f'; {images - seen} images are left out of each, others every time' if seen < images else ''
+    steps = f'{len(loader)} step' + ('s' if len(loader) > 1 else '')
+    smaller = max(1, images // process.world_size // FEW_STEPS)
+    _logger.warning(f'--batch-size {options.batch_size}: {images} training images are {steps} an epoch'
+                    f'{left_out}. --batch-size {smaller} would make {images // process.world_size // smaller}.')
 
 
 def create_eval_loader(

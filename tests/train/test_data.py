@@ -1,0 +1,52 @@
+"""lib/data.py: what is said about few images, and about data sets that are out of reach."""
+import logging
+import socket
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from lib import data
+from lib.command import parse_args
+from lib.data import hub_has_address, open_dataset, warn_of_few_steps
+
+
+@pytest.mark.parametrize(('images', 'batch', 'world', 'said'), [
+    (144, 128, 1, '144 training images are 1 step an epoch; 16 images are left out of each, others every time. '
+                  '--batch-size 18 would make 8.'),
+    (100, 20, 2, '100 training images are 2 steps an epoch; 20 images are left out of each, others every time. '
+                 '--batch-size 6 would make 8.'),
+    (64, 32, 1, '64 training images are 2 steps an epoch. --batch-size 8 would make 8.'),
+    (5000, 128, 1, None)])
+def test_few_steps(caplog, images, batch, world, said):
+    """A handful of steps is said, with what is left out and a batch size that would do."""
+    options = replace(parse_args(['--data-dir', 'somewhere']), batch_size=batch)
+    with caplog.at_level(logging.WARNING, logger='train'):
+        warn_of_few_steps(options, SimpleNamespace(world_size=world), range(images), range(images // batch // world))
+    assert [record.getMessage() for record in caplog.records] == (
+        [] if said is None else [f'--batch-size {batch}: {said}'])
+
+
+def test_data_set_out_of_reach(monkeypatch):
+    """Where the Hub's name cannot be looked up, one error at once, that says what does without."""
+    import datasets
+    from huggingface_hub import constants
+
+    def unknown(*args):
+        raise socket.gaierror('no such name')
+    monkeypatch.setattr(data.socket, 'getaddrinfo', unknown)
+    monkeypatch.setattr(data, 'getproxies', dict)
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, 'HF_HUB_OFFLINE', False)
+    assert not hub_has_address()
+    options = parse_args(['--dataset', 'hfds/nobody/has_this', '--num-classes', '2'])
+    with pytest.raises(ValueError, match=r"--dataset 'hfds/nobody/has_this': .*--dataset hfds/FOLDER takes a copy"):
+        open_dataset(options, 'train', 2)
+    assert constants.HF_HUB_OFFLINE
+
+
+def test_proxy_looks_names_up(monkeypatch):
+    """Behind a proxy no name can be looked up here, and that says nothing."""
+    monkeypatch.setattr(data, 'getproxies', lambda: {'https': 'http://proxy:3128'})
+    monkeypatch.setattr(data.socket, 'getaddrinfo', lambda *args: pytest.fail('looked up'))
+    assert hub_has_address()
