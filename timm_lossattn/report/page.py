@@ -27,7 +27,7 @@ except ImportError as error:
 
 __all__ = ['encode_map', 'patch_intervals', 'place_name', 'thumbnail', 'write_page']
 
-COLORS = 'PuOr_r'  # as in explanation/drawing.py: brown is for, purple against; safe for colour-blind readers
+COLORS = 'PuOr_r'  # brown is for, purple against; safe for colour-blind readers
 SIDE = 144  # pixels of a thumbnail's longer side
 MATRIX = 20  # classes; a larger table of confusions is a list
 TILES = 12  # classes whose mean evidence is shown at once
