@@ -291,14 +291,17 @@ def build() -> gr.Blocks:
                     components=[gr.Image(render=False)], samples=[[str(path)] for path in samples], type='index',
                     label='or one of these', elem_id='examples', visible=bool(samples), samples_per_page=24)
             with gr.Column(min_width=300):
-                model = gr.Dropdown(
-                    choices, value=names[0], label='Model', allow_custom_value=True, elem_id='model',
-                    info='choose, or type the name of any timm model, such as lossattn.resnet50 (from the Hub)')
+                model = gr.Dropdown(choices, value=names[0], label='Model', elem_id='model')
                 with gr.Row():
                     target, against = class_menus(names[0])
-                other = gr.Dropdown(
-                    [('none', ''), *choices], value='', label='Second model, side by side', allow_custom_value=True,
-                    elem_id='other')
+                with gr.Row():
+                    other = gr.Dropdown(
+                        [('none', ''), *choices], value='', label='Second model, side by side', min_width=200,
+                        elem_id='other')
+                    # a box of its own: in a menu, what is typed would choose an entry that only contains it
+                    own, named = gr.Textbox(
+                        label='Another model', info='a timm name and Enter puts it into both menus', max_lines=1,
+                        placeholder='lossattn.resnet50', min_width=200, elem_id='own'), gr.State([])
         with gr.Row():
             columns = [build_column(number) for number in range(2)]
         gr.Markdown(READING)
@@ -309,6 +312,16 @@ def build() -> gr.Blocks:
             fitting = [known for known in list_models() if data in data_of(known)]
             return str(samples[index]), name if data in data_of(name) or not fitting else fitting[0]
 
+        def name_model(name: str, known: list[str]) -> list[Any]:
+            """The two menus with a name that was typed, chosen in the first; an empty box; the names typed so far."""
+            name = name.strip()
+            if not name or name in names:
+                return [name or gr.skip(), gr.skip(), '', known]
+            known = [*dict.fromkeys([*known, name])]
+            both = [*choices, *((one, one) for one in known)]
+            return [gr.Dropdown(both, value=name), gr.Dropdown([('none', ''), *both]), '', known]
+
+        own.submit(name_model, [own, named], [model, other, own, named], show_progress='hidden')
         for shown, outputs in zip((model, other), columns):
             gr.on([page.load, image.change, target.input, against.input, shown.change], answer,
                   [shown, image, target, against], outputs, trigger_mode='always_last', concurrency_id='answer')
