@@ -73,8 +73,8 @@ def same_pictures(thumbnails: np.ndarray) -> list[list[int]]:
 def random_window(seed: str, size: tuple[int, int], boxes: list[list[float]]) -> tuple[int, int, int, int]:
     """Left, top, right, bottom in pixels of a square window of an image that holds all of its boxes.
 
-    Its side is uniform in WINDOW, or as large as the boxes need, and its place uniform among those that hold them. Where
-    no square does, because boxes touch opposite borders, the window is the whole image.
+    Its side is uniform in WINDOW, or as large as the boxes need, and its place uniform among those that hold them. 
+    Where no square does, because boxes touch opposite borders, the window is the whole image.
 
     Args:
         seed: the same window for the same seed.
