@@ -109,7 +109,7 @@ def model_of_run(options: Options, result: dict[str, Any]) -> Any:
     state, _ = read_checkpoint(options.run / options.checkpoint)
     try:
         overlay = {**result['data_config'], 'label_names': flags.get('label_names')}
-        model: Any = timm.create_model(architecture, pretrained_cfg_overlay=overlay, **kwargs)
+        model: Any = timm.create_model(result['model'], pretrained_cfg_overlay=overlay, **kwargs)
         model.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f'RUN: {options.checkpoint} does not fit {architecture}: {error}') from error
