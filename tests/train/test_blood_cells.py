@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def table(tmp_path_factory):
     file = tmp_path_factory.mktemp('boxes') / 'boxes.csv'
-    rows = [','.join(['PBC_dataset_normal_DIB/' + name, *map(str, box)]) for name, boxes in BOXES.items() for box in boxes]
+    rows = [','.join([f'PBC_dataset_normal_DIB/{name}', *map(str, b)]) for name, boxes in BOXES.items() for b in boxes]
     file.write_text('\n'.join(['pbc_path,x0,y0,x1,y1', *rows]))
     return file
 
