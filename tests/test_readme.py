@@ -26,7 +26,7 @@ def test_readme_snippets(monkeypatch, capsys):
 @pytest.mark.parametrize(('document', 'function'), [
     ('README.md', 'model_table'), ('MODEL_CARD.md', 'weights_table'),
     ('docs/reading_explanations.md', 'receptive_field_table'), ('train/TRAINING.md', None),
-    ('docs/timm_models.md', None), ('docs/leaderboard.md', 'leaderboard_table')])
+    ('docs/timm_models.md', None), ('docs/blood_cells.md', None), ('docs/leaderboard.md', 'leaderboard_table')])
 def test_tables_are_current(document, function):
     """The tables are what `python train/model_table.py` prints, and what the files hold that marks name."""
     functions = runpy.run_path(str(ROOT / 'train' / 'model_table.py'))
@@ -37,7 +37,8 @@ def test_tables_are_current(document, function):
 
 @pytest.mark.parametrize('document', [
     'README.md', 'MODEL_CARD.md', 'docs/paper_to_code.md', 'docs/reading_explanations.md', 'docs/architecture.md',
-    'docs/timm_models.md', 'docs/leaderboard.md', 'docs/report.md', 'train/TRAINING.md', 'hub/README.md'])
+    'docs/timm_models.md', 'docs/leaderboard.md', 'docs/report.md', 'docs/blood_cells.md', 'train/TRAINING.md',
+    'hub/README.md'])
 def test_links_exist(document):
     """Relative links and pictures exist."""
     text = (ROOT / document).read_text()
