@@ -43,6 +43,7 @@ from timm_lossattn import load_model
 from timm_lossattn.files import replace_file, sha256_of, write_json
 from timm_lossattn.loading import read_checkpoint
 from timm_lossattn.models.pretrained import WEIGHTS_NAME, packaged_file
+from timm_lossattn.report.summary import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / 'train'))  # for lib, which evaluates
@@ -109,7 +110,7 @@ def model_of_run(options: Options, result: dict[str, Any]) -> Any:
     state, _ = read_checkpoint(options.run / options.checkpoint)
     try:
         overlay = {**result['data_config'], 'label_names': flags.get('label_names')}
-        model: Any = timm.create_model(architecture, pretrained_cfg_overlay=overlay, **kwargs)
+        model: Any = timm.create_model(result['model'], pretrained_cfg_overlay=overlay, **kwargs)
         model.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f'RUN: {options.checkpoint} does not fit {architecture}: {error}') from error
@@ -119,15 +120,17 @@ def model_of_run(options: Options, result: dict[str, Any]) -> Any:
     return model
 
 
-def evaluate(model: Any, options: Options, flags: dict[str, Any]) -> dict[str, float]:
-    """Loss, top-1 and top-5 on the whole split of the run, or of the options."""
+def evaluate(model: Any, options: Options, flags: dict[str, Any]) -> dict[str, Any]:
+    """Loss, top-1 with its 95 % interval, and top-5 on the whole split of the run, or of the options."""
     data = DataOptions(
         dataset=options.dataset or flags.get('dataset') or '',
         data_dir=None if options.dataset else flags.get('data_dir'), val_split=options.val_split or flags['val_split'],
         input_key=options.input_key or flags.get('input_key'), target_key=options.target_key or flags.get('target_key'),
         in_chans=getattr(model, 'in_chans', None), batch_size=250, workers=1)
     measured = evaluate_dataset(model, data, options.device)
-    return {key: measured[key] for key in ('loss', 'top1', 'top5', 'images')}
+    low, high = wilson_interval(round(measured['top1'] / 100 * measured['images']), int(measured['images']))
+    return {key: measured[key] for key in ('loss', 'top1', 'top5', 'images')} | {
+        'top1_interval': [100 * low, 100 * high]}
 
 
 def place(options: Options, content: bytes) -> Path:

@@ -62,7 +62,9 @@ def training(result: dict[str, Any]) -> dict[str, Any]:
         commands.append(result['shipped']['command'])
     flags, seconds = result['args'], sum(run['seconds'] for run in runs)
     start = ''
-    if flags.get('pretrained'):
+    if flags.get('pretrained') and result['model'].startswith('lossattn.'):
+        start = f'Started from the pretrained weights of `{result["model"].removeprefix("lossattn.")}`.'
+    elif flags.get('pretrained'):
         start = 'Started from the weights that the package ships for this architecture.'
     elif flags.get('pretrained_backbone'):
         start = f'The backbone started from the weights of `{flags["pretrained_backbone"]}`.'
@@ -119,6 +121,7 @@ def make_card(
         labels=', '.join(labels) if len(labels) <= 20 else '', megabytes=f'{weights.stat().st_size / 1e6:.2f}',
         sha256=sha256_of(weights),
         measures=[{'name': METRICS[measure][1], 'value': f'{value:.2f}'} for measure, value in found.items()],
+        interval=[f'{bound:.2f}' for bound in (result or {}).get('shipped', {}).get('top1_interval', [])],
         split=split, dataset_name=words.dataset or f'the images in `{dataset}`',
         images=result.get('shipped', {}).get('images') if result else None,
         note=words.note, source=source, load=load, training=training(result) if result else None)

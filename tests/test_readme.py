@@ -68,7 +68,7 @@ def test_gallery_draws_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(('document', 'function'), [
     ('docs/models.md', 'model_table'), ('MODEL_CARD.md', 'weights_table'),
     ('docs/reading_explanations.md', 'receptive_field_table'), ('train/TRAINING.md', None),
-    ('docs/timm_models.md', None), ('docs/leaderboard.md', 'leaderboard_table')])
+    ('docs/timm_models.md', None), ('docs/blood_cells.md', None), ('docs/leaderboard.md', 'leaderboard_table')])
 def test_tables_are_current(document, function):
     """The tables are what `python train/model_table.py` prints, and what the files hold that marks name."""
     functions = runpy.run_path(str(ROOT / 'train' / 'model_table.py'))

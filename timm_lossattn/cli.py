@@ -4,6 +4,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -178,9 +179,11 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
     for column in ('input', 'classes', 'params (M)'):
         table.add_column(column, justify='right', no_wrap=True)
     table.add_column('weights', overflow='fold')
-    for name in list_patch_models(args.filter if set(args.filter) & set('*?[') else f'*{args.filter}*'):
-        model: Any = timm.create_model(name, device='meta')
-        tags = [n.split('.', 1)[1] for n in timm.list_pretrained(name)]
+    pattern = args.filter if set(args.filter) & set('*?[') else f'*{args.filter}*'
+    trained = sorted(name for name in timm.list_pretrained('lossattn.*') if fnmatch(name, pattern))
+    rows = [(name, [n.split('.', 1)[1] for n in timm.list_pretrained(name)]) for name in list_patch_models(pattern)]
+    for name, tags in rows + [(backbone, [tag]) for backbone, _, tag in (name.rpartition('.') for name in trained)]:
+        model: Any = timm.create_model(f'{name}.{tags[0]}' if tags else name, device='meta')
         height, width = model.default_cfg['input_size'][1:]
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         table.add_row(name, f'{width}×{height}', str(model.num_classes), f'{parameters:.2f}', ', '.join(tags) or '-')

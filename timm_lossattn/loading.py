@@ -182,7 +182,9 @@ def load_patch_model(
 
 def check_has_weights(name: str) -> None:
     """ValueError unless a registered name has pretrained weights, and a file of this package is where it should be."""
-    prefix, name = name.removesuffix(backbone_name(name)), backbone_name(name)
+    prefix = ''
+    if not is_model_pretrained(name):  # only weights that were trained with loss attention are known under such a name
+        prefix, name = name.removesuffix(backbone_name(name)), backbone_name(name)
     if not is_model_pretrained(name):
         architecture = name.split('.')[0]
         others = [prefix + n for n in timm.list_pretrained(f'{architecture}.*')] or [

@@ -1,39 +1,39 @@
 #!/usr/bin/env python3
-"""Turn Tiny ImageNet, COCO and ImageNet images with boxes into parquet datasets as the Hugging Face Hub stores them.
+"""Turn Tiny ImageNet, COCO, ImageNet images and blood cells with boxes into parquet datasets as the Hub stores them.
 
     python train/prepare.py tiny-imagenet tiny-imagenet-200.zip data/tiny_imagenet
     python train/prepare.py coco FOLDER data/coco2014 --size 64
     python train/prepare.py imagenet FOLDER data/imagenette_val500 --boxes BOXES.csv
+    python train/prepare.py pbc FOLDER data/pbc --boxes BOXES.csv
 
 The source of Tiny ImageNet is the zip or the folder that it unpacks to; that of COCO a folder with train2014.zip,
 val2014.zip and annotations_trainval2014.zip, or what they unpack to (2017 works as well). Zips are never unpacked.
 That of ImageNet is a folder with a sub-folder for each synset, whatever part of the validation set it holds; labels are
 the 1,000 classes. Boxes are a CSV file with the columns path (its last two parts are synset and file), x0, y0, x1, y1.
+That of peripheral blood cells is PBC_dataset_normal_DIB, a sub-folder for each class; the boxes' path is pbc_path. The
+splits are our own (lib/blood_cells.py): train, test, boxed, and boxed_crops, whose cells are moved off the centre.
 Columns: image (the original bytes, or with --size PNG), label (Tiny ImageNet) or labels (COCO), boxes (x0, y0, x1, y1
 in pixels, x1 and y1 exclusive), and for COCO box_labels. Images without a label are left out, as the paper does.
 
 Every parquet file is written under a temporary name and renamed; a second run writes what is missing.
 """
 import argparse
-import csv
-import hashlib
 import io
 import json
 import os
 import sys
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from PIL import Image as PillowImage
 from timm.data import ImageNetInfo
 from tqdm import tqdm
 
+from lib.blood_cells import blood_cells
 from lib.extras import need
 from lib.script import script
+from lib.source import Row, Source, read_boxes
 from timm_lossattn.files import replace_file, write_json
 
 try:
@@ -43,65 +43,8 @@ except ImportError:
     need('train', 'pyarrow', 'datasets')
     raise
 
-MD5 = {  # of the archives that the publishers serve
-    'tiny-imagenet-200.zip': '90528d7ca1a48142e341f4ef8d21d0de',
-    'train2014.zip': '0da8c0bd3d6becc4dcb32757491aca88',
-    'val2014.zip': 'a3d79f5ed8d289b7a7554ce06a5782b3',
-    'annotations_trainval2014.zip': '0a379cfc70b0e71301e0f377548639bd',
-}
 # images with labels; the paper, section 5.1
 COUNTS = {('tiny-imagenet', 200): (100_000, 10_000), ('coco', 2014): (82_081, 40_137)}
-
-
-class Source:
-    """Files of a folder, or of a zip without unpacking it, by their path below the top folder.
-
-    Args:
-        path: folder or zip.
-        top: folder inside the zip that names are relative to.
-
-    Raises:
-        ValueError: no such path, or a truncated or changed archive.
-    """
-
-    def __init__(self, path: Path, top: str) -> None:
-        self.path, self.zip, self.top = path, None, top
-        if path.is_dir():
-            self.folder = path / top if (path / top).is_dir() else path
-            return
-        if not path.is_file():
-            raise ValueError(f'SOURCE: no such file or folder: {path}')
-        try:
-            self.zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f'{path}: truncated, or no zip file ({error}); download it again') from error
-        expected = MD5.get(path.name)
-        if expected:
-            digest = hashlib.md5()
-            with path.open('rb') as file:
-                while block := file.read(2 ** 20):
-                    digest.update(block)
-            found = digest.hexdigest()
-            if found != expected:
-                raise ValueError(f'{path}: MD5 is {found}, the published archive has {expected}; download it again')
-
-    def read(self, name: str) -> bytes:
-        """Contents of a file.
-
-        Raises:
-            ValueError: it is missing or damaged.
-        """
-        try:
-            if self.zip is not None:
-                return self.zip.read(f'{self.top}/{name}')
-            return (self.folder / name).read_bytes()
-        except (KeyError, FileNotFoundError):
-            raise ValueError(f'{self.path}: has no {name}') from None
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise ValueError(f'{self.path}: {name} is damaged ({error})') from error
-
-
-Row = dict[str, Any]  # as stored, with a file name in place of the image
 
 
 def tiny_imagenet(path: Path) -> tuple[Features, dict[str, tuple[Source, list[Row]]], tuple[int, int] | None]:
@@ -172,18 +115,10 @@ def imagenet(path: Path, boxes: Path) -> tuple[Features, dict[str, tuple[Source,
         raise ValueError(f'SOURCE: no such folder: {path}')
     names = ImageNetInfo('imagenet-1k').label_names()
     label = {synset: k for k, synset in enumerate(names)}
-    found: dict[str, list[list[float]]] = defaultdict(list)
-    try:
-        with boxes.open(newline='') as file:
-            for line in csv.DictReader(file):
-                place = '/'.join(Path(line['path']).parts[-2:])
-                found[place].append([float(line[c]) for c in ('x0', 'y0', 'x1', 'y1')])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'--boxes: {boxes} is no table with path, x0, y0, x1, y1 ({error!r})') from error
+    found = read_boxes(boxes, 'path')
     unknown = sorted({Path(place).parts[0] for place in found} - set(label))
-    if unknown or not found:
-        what = f'{unknown[0]}, which is no synset of ImageNet' if unknown else 'no row'
-        raise ValueError(f'--boxes: {boxes} has {what}')
+    if unknown:
+        raise ValueError(f'--boxes: {boxes} has {unknown[0]}, which is no synset of ImageNet')
     rows: list[Row] = [{'image': place, 'label': label[Path(place).parts[0]], 'boxes': found[place]}
                        for place in sorted(found)]
     features = Features({
@@ -191,8 +126,18 @@ def imagenet(path: Path, boxes: Path) -> tuple[Features, dict[str, tuple[Source,
     return features, {'validation': (Source(path, ''), rows)}, None
 
 
+def pbc(path: Path, boxes: Path) -> tuple[Features, dict[str, tuple[Source, list[Row]]], None]:
+    """As ``tiny_imagenet``, of peripheral blood cells; prints what was left out."""
+    names, splits, source, left_out = blood_cells(path, boxes)
+    print('left out: ' + ', '.join(f'{count} {why}' for why, count in left_out.items()))
+    features = Features({
+        'image': Image(), 'label': ClassLabel(names=names), 'boxes': Sequence(Sequence(Value('float32'), length=4))})
+    return features, {split: (source, rows) for split, rows in splits.items()}, None
+
+
 def load_row(source: Source, row: Row, size: int | None) -> Row:
-    """The row with its image, if ``size`` is given stretched to size × size pixels together with its boxes.
+    """The row with its image and boxes, cut to its window (left, top, right, bottom) if it has one, and if ``size`` is
+    given stretched to size × size pixels.
 
     Raises:
         ValueError: the image is missing or unreadable.
@@ -201,17 +146,19 @@ def load_row(source: Source, row: Row, size: int | None) -> Row:
     try:
         with PillowImage.open(io.BytesIO(content)) as image:
             image.load()
-            width, height = image.size
+            left, top, *_ = window = row.get('window') or (0, 0, *image.size)
+            shown = image.crop(window) if 'window' in row else image
+            width, height = shown.size
             if size:
-                resized = io.BytesIO()
-                image.convert('RGB').resize((size, size), PillowImage.Resampling.BICUBIC).save(resized, 'PNG')
-                content = resized.getvalue()
+                shown = shown.convert('RGB').resize((size, size), PillowImage.Resampling.BICUBIC)
+            if shown is not image:
+                buffer = io.BytesIO()
+                shown.save(buffer, 'PNG')
+                content = buffer.getvalue()
     except OSError as error:
         raise ValueError(f'{source.path}: {row["image"]} is no readable image ({error})') from error
-    boxes = row['boxes']
-    if size:
-        scale = [size / width, size / height] * 2
-        boxes = [[c * s for c, s in zip(box, scale)] for box in boxes]
+    scale = [size / width, size / height] * 2 if size else [1, 1, 1, 1]
+    boxes = [[(c - offset) * s for c, offset, s in zip(box, (left, top, left, top), scale)] for box in row['boxes']]
     return row | {'image': {'bytes': content, 'path': Path(row['image']).name}, 'boxes': boxes}
 
 
@@ -253,6 +200,8 @@ configs:
 TERMS = {
     'tiny-imagenet': ('Tiny ImageNet', 'ImageNet terms: non-commercial research and education.'),
     'imagenet': ('ImageNet validation images with boxes', 'ImageNet terms: non-commercial research and education.'),
+    'pbc': ('Peripheral blood cells', 'CC BY 4.0 as published: A. Acevedo et al., Data in Brief 30:105474, 2020, '
+            'doi:10.1016/j.dib.2020.105474. Boxes: TXL-PBC, MIT.'),
     'coco': ('COCO', 'Annotations CC BY 4.0; each image under its own Flickr licence.'),
 }
 
@@ -261,19 +210,20 @@ TERMS = {
 def main(argv: list[str] | None = None) -> int:
     """Prepare; errors in what the user gave are one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('dataset', choices=('tiny-imagenet', 'coco', 'imagenet'))
+    parser.add_argument('dataset', choices=('tiny-imagenet', 'coco', 'imagenet', 'pbc'))
     parser.add_argument('source', type=Path, metavar='SOURCE')
     parser.add_argument('out', type=Path, metavar='OUT')
     parser.add_argument('--size', type=int, metavar='N', help='stretch images to N × N (the paper: 64 for COCO)')
-    parser.add_argument('--boxes', type=Path, metavar='CSV', help='imagenet: the boxes')
+    parser.add_argument('--boxes', type=Path, metavar='CSV', help='imagenet, pbc: the boxes')
     parser.add_argument('--shard-size', type=int, default=10_000, metavar='N', help='images in a parquet file')
     args = parser.parse_args(argv)
     for name, value in (('--shard-size', args.shard_size), ('--size', args.size)):
         if value is not None and value < 1:
             raise ValueError(f'{name} must be at least 1, got {value}')
-    if (args.boxes is not None) != (args.dataset == 'imagenet'):
-        raise ValueError(f'--boxes: {"needed for" if args.boxes is None else "is for"} imagenet')
-    features, splits, official = imagenet(args.source, args.boxes) if args.dataset == 'imagenet' else (
+    with_table = {'imagenet': imagenet, 'pbc': pbc}
+    if (args.boxes is not None) != (args.dataset in with_table):
+        raise ValueError(f'--boxes: {"needed for" if args.boxes is None else "is for"} {" and ".join(with_table)}')
+    features, splits, official = with_table[args.dataset](args.source, args.boxes) if args.dataset in with_table else (
         tiny_imagenet if args.dataset == 'tiny-imagenet' else coco)(args.source)
     found = tuple(len(rows) for _, rows in splits.values())
     if official and found != official:

@@ -16,6 +16,7 @@ from timm_lossattn.cli import main
 from timm_lossattn.explanation import class_labels, open_image, preprocess
 from timm_lossattn.loading import load_model
 from timm_lossattn.models.any_timm import LossAttentionMixin
+from timm_lossattn.models.lossattn import TRAINED
 
 # name, arguments, kind, layout, prefix tokens
 MODELS = [
@@ -230,7 +231,8 @@ def test_registry(weights):
     assert timm.is_model('lossattn.test_resnet.r160_in1k')
     assert timm.list_models('lossattn*') == ['lossattn']
     assert timm.get_pretrained_cfg_value('lossattn.test_resnet.r160_in1k', 'input_size') == (3, 160, 160)
-    assert not [name for name in timm.list_pretrained() if name.startswith('lossattn.')]
+    assert {name for name in timm.list_pretrained() if name.startswith('lossattn.')} <= {
+        f'lossattn.{name}' for name in TRAINED}
     overlay = {'file': file, 'mean': (0.1, 0.2, 0.3)}
     looked_up = resolve_pretrained_cfg('lossattn', 'test_resnet.r160_in1k', overlay).to_dict()
     plain = resolve_pretrained_cfg('lossattn', None, overlay).to_dict()

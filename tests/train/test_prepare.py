@@ -124,7 +124,7 @@ def test_imagenet(tmp_path, capsys):
         assert prepare.main(['imagenet', str(folder), str(tmp_path / 'other'), '--boxes', str(table)]) == 2
         assert message in capsys.readouterr().err
     assert prepare.main(['imagenet', str(folder), str(out)]) == 2
-    assert 'needed for imagenet' in capsys.readouterr().err
+    assert 'needed for imagenet and pbc' in capsys.readouterr().err
 
 
 def test_coco(coco_folder, tmp_path):

@@ -5,7 +5,9 @@
     timm.create_model('lossattn', backbone='vit_small_patch16_224', global_pool='avg', num_classes=10)
 
 Every other argument is the backbone's. What follows the first dot of a name timm takes for the tag of pretrained
-weights, and hands to the entry point: here it is the backbone, with its own tag.
+weights, and hands to the entry point: here it is the backbone, with its own tag. The tag may be one of ours:
+
+    timm.create_model('lossattn.tf_efficientnet_lite0.pbc', pretrained=True)  # trained with loss attention, see TRAINED
 """
 from dataclasses import dataclass, fields
 from typing import Any
@@ -24,11 +26,21 @@ from torch import nn
 
 from .any_timm import loss_attention
 from .lite_weights import lite_overlay
+from .pretrained import verified_overlay, with_published
 from .probe import NoPatchSum
 
-__all__ = ['DEFAULT_BACKBONE', 'refuse_early']
+__all__ = ['DEFAULT_BACKBONE', 'TRAINED', 'refuse_early']
 
 DEFAULT_BACKBONE = 'resnet18'
+DEFAULT_XI = 0.1
+# Weights that were trained with loss attention, by backbone and tag. Of each, what differs from the backbone's own cfg,
+# and ξ. PBC: peripheral blood cells (ig: immature granulocytes).
+TRAINED: dict[str, tuple[dict[str, Any], float]] = {
+    'tf_efficientnet_lite0.pbc': ({
+        'num_classes': 8, 'crop_pct': 1.0, 'license': 'apache-2.0', 'label_names': (
+            'basophil', 'eosinophil', 'erythroblast', 'ig', 'lymphocyte', 'monocyte', 'neutrophil', 'platelet'),
+    }, 0.1),
+}
 SOURCES = ('hf-hub', 'local-dir')
 
 
@@ -44,6 +56,16 @@ class BackboneCfg(PretrainedCfg):
         return False
 
 
+def trained_cfgs() -> dict[str, dict[str, Any]]:
+    """default_cfgs of TRAINED."""
+    cfgs = {}
+    for name, (changes, _) in TRAINED.items():
+        cfg: Any = get_pretrained_cfg(split_model_name_tag(name)[0])
+        cfgs[f'lossattn.{name}'] = {
+            **cfg.to_dict(), 'architecture': 'lossattn', 'tag': name, 'url': '', 'hf_hub_id': None, **changes}
+    return with_published(cfgs)
+
+
 def backbone_cfgs() -> dict[str, DefaultCfg]:
     """default_cfgs of all models that timm has: the tags of ``lossattn`` are their names, with their tags."""
     cfgs: dict[str, Any] = {'lossattn': get_pretrained_cfg(DEFAULT_BACKBONE)}
@@ -51,7 +73,7 @@ def backbone_cfgs() -> dict[str, DefaultCfg]:
         cfg = get_pretrained_cfg(name)
         if cfg is not None:
             cfgs[f'lossattn.{name}'] = BackboneCfg(**{f.name: getattr(cfg, f.name) for f in fields(cfg)})
-    return generate_default_cfgs(cfgs)
+    return generate_default_cfgs(cfgs | trained_cfgs())
 
 
 def backbone_of(
@@ -105,7 +127,7 @@ def create_lossattn(
         pretrained: bool = False,
         backbone: str | None = None,
         pool: str = 'lossattn',
-        xi: float = 0.1,
+        xi: float | None = None,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -114,13 +136,14 @@ def create_lossattn(
 
     Args:
         pretrained: load the backbone's pretrained weights, from where its own cfg or pretrained_cfg_overlay says.
-        backbone: name of a timm model, with or without tag.
+        backbone: name of a timm model, with or without tag, or of TRAINED.
         pool: 'lossattn', 'avg', or other registered patch weights without parameters.
-        xi: ξ of Eq. 5b.
+        xi: ξ of Eq. 5b; by default 0.1, or what TRAINED says.
         kwargs: every argument of the backbone.
 
     Raises:
         ValueError: the backbone is no plain name, or its logits are no sum over patches.
+        RuntimeError: weights of TRAINED that are not here and cannot be downloaded.
     """
     backbone, cfg, overlay = backbone_of(backbone, pretrained_cfg, pretrained_cfg_overlay)
     if ':' in backbone:
@@ -133,6 +156,18 @@ def create_lossattn(
     if source_args:
         kwargs['pretrained_model_args'] = {
             key: value for key, value in source_args.items() if key not in ('backbone', 'pool', 'xi')}
+    trained = TRAINED.get(backbone) if cfg is None else None
+    if trained is not None:
+        cfg = trained_cfgs()[f'lossattn.{backbone}']
+        if not pretrained:  # the class names are those of weights that are not loaded
+            overlay = {'label_names': None, **(overlay or {})}
+        overlay = verified_overlay('lossattn', pretrained, {
+            'pretrained_cfg': cfg, 'pretrained_cfg_overlay': overlay, 'cache_dir': kwargs.get('cache_dir'),
+        })['pretrained_cfg_overlay']
+        backbone, tag = split_model_name_tag(backbone)
+        cfg = {**cfg, 'architecture': backbone, 'tag': tag}
+    if xi is None:
+        xi = trained[1] if trained is not None else DEFAULT_XI
     if pretrained:
         refuse_early(backbone, kwargs)
         if cfg is None:

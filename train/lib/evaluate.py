@@ -38,9 +38,11 @@ class BoxMeasures:
         from timm_lossattn.evaluation.metrics import BoxLocalization, PatchLocalization
         self.model, self.patches, self.located, self.constant = (
             model, PatchLocalization(), BoxLocalization(), ConstantBoxes())
+        self.boxes = 0
 
     def update(self, x: torch.Tensor, y: torch.Tensor, boxes: list[torch.Tensor]) -> torch.Tensor:
         """Count a batch; its logits."""
+        self.boxes += sum(len(found) for found in boxes)
         explanation = explain(self.model, x)
         logits, y = explanation.prediction.logits, y.cpu()
         self.patches.update(
@@ -53,7 +55,9 @@ class BoxMeasures:
         return logits
 
     def compute(self) -> dict[str, float]:
-        """In percent."""
+        """In percent; nothing if no image had a box, as in the splits of blood cells that are without."""
+        if not self.boxes:
+            return {}
         return {name: float(value) for metric in (self.patches, self.located, self.constant)
                 for name, value in metric.compute().items()}
 

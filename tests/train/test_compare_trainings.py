@@ -1,0 +1,57 @@
+"""compare_trainings.py on measurements whose means and differences are known."""
+import json
+
+import pytest
+
+import compare_trainings
+
+
+def way(folder, top1, energies, precision):
+    """What the scripts leave of one way to train: evidence of the given energies, whatever the box."""
+    folder.mkdir()
+    epoch = {'epoch': 0, 'seconds': 61.2, 'train': {'images_per_second': 7.25}, 'eval': {'top1': top1}}
+    (folder / 'result.json').write_text(json.dumps({
+        'last': {'top1': top1}, 'commands': [f'train {folder.name}'], 'epochs': [epoch]}))
+    (folder / 'boxed.json').write_text(json.dumps({
+        'images': len(energies), 'patch_precision': precision, 'patch_recall': 50., 'patch_f': 55.,
+        'command': f'validate {folder.name}'}))
+    mean = sum(energies) / len(energies)
+    (folder / 'compare.json').write_text(json.dumps({
+        'command': 'compare', 'image': {
+            'ours': {'energy': {'mean': mean, 'low': mean - .01, 'high': mean + .01, 'n': len(energies)}},
+            'random': {'energy': {'mean': 0.25, 'low': None, 'high': None, 'n': 3}}}}))
+    lines = [{'kind': 'asked'}, *({'kind': 'image', 'index': i, 'rows': {'ours': {'energy': energy}}}
+                                  for i, energy in enumerate(energies))]
+    (folder / 'images.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    return folder
+
+
+def rows(text):
+    return {cells[0]: cells[1:] for cells in (
+        [cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line.startswith('| '))}
+
+
+def test_table(tmp_path, capsys):
+    first = way(tmp_path / 'a', 90., [0.2 + 0.01 * i for i in range(20)], 61.25)
+    better = way(tmp_path / 'b', 95., [0.3 + 0.01 * i + 0.002 * (i % 2) for i in range(20)], 70.)
+    same = way(tmp_path / 'c', 90., [0.2 + 0.01 * i + (0.05 if i % 2 else -0.05) for i in range(20)], 61.)
+    out = tmp_path / 'table.md'
+    assert compare_trainings.main(
+        [f'mean={first}', f'other={better}', f'third={same}', '--images', '200', '--out', str(out)]) == 0
+    text = out.read_text()
+    summary, differences = (rows(part) for part in text.split('Differences'))
+    # Wilson's interval of 180 of 200, by its formula
+    assert summary['mean'] == ['90.00 [85.06, 93.43]', '61.2', '50.0', '55.0', '61', '7.2']
+    assert summary['other: evidence'][0] == '0.396 [0.386, 0.406]'
+    assert summary['random'] == ['0.250', '–', '–']
+    assert differences['other: evidence'][0].startswith('**+0.10')
+    assert differences['third: evidence'][0].startswith('+0.000 [-0.0')
+    assert text.count('compare\n') == 1
+    assert all(f'{what} {name}\n' in text for what in ('train', 'validate') for name in 'abc')
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize('given', ['folder', 'name=', 'name=/no/such/folder'])
+def test_errors(given, tmp_path, capsys):
+    assert compare_trainings.main([given, '--images', '10', '--out', str(tmp_path / 'x.md')]) == 2
+    assert 'FOLDER: ' in capsys.readouterr().err

@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""One data set, several ways to train: accuracy, and where the evidence lies, in one table with intervals.
+
+    python train/compare_trainings.py average=FOLDER 'loss attention=FOLDER' --images 2488 --out FILE.md
+
+A folder holds result.json of train.py, boxed.json of validate.py --results-file on images with boxes, and compare.json
+and images.jsonl of compare_explanations.py on the same images. Accuracy is that of the last epoch on the split of the
+training, its 95 % interval Wilson's; the others are bootstrap over images. The differences are to the first way, image
+by image. Rows that need no model are those of the first way's comparison.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lib.image_records import column
+from lib.record import command_line
+from lib.script import script
+from timm_lossattn.evaluation.intervals import Interval, mean_interval
+from timm_lossattn.files import replace_file
+from timm_lossattn.report.summary import wilson_interval
+
+PATCHES = {'patch_precision': 'patch precision', 'patch_recall': 'patch recall', 'patch_f': 'patch F'}
+MEASURES = {'energy': 'energy', 'pointing': 'pointing', 'boxes': 'MaxBoxAccV2'}
+TOOLS = {'ours': 'evidence', 'α alone': 'α alone', 'Grad-CAM': 'Grad-CAM'}
+NO_MODEL = ('random', 'centre', 'box: whole image', 'box: best centred square')
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What a folder holds.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    try:
+        found = {name: json.loads((folder / f'{name}.json').read_text()) for name in ('result', 'boxed', 'compare')}
+        lines = [json.loads(line) for line in (folder / 'images.jsonl').read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f'FOLDER: {folder}: {error}') from error
+    return found | {'images': {line['index']: line for line in lines if line['kind'] == 'image'}}
+
+
+def interval(found: Interval | dict[str, Any], sign: str = '') -> str:
+    """Mean and interval; bold if the sign is shown and zero lies outside."""
+    values: dict[str, Any] = found.to_dict() if isinstance(found, Interval) else found
+    mean, low, high = (values[key] for key in ('mean', 'low', 'high'))
+    if mean is None:
+        return '–'
+    text = f'{mean:{sign}.3f}' + ('' if low is None else f' [{low:{sign}.3f}, {high:{sign}.3f}]')
+    known = low is not None and high is not None
+    return f'**{text}**' if sign and known and (low > 0 or high < 0) else text
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Markdown; the first column is text."""
+    return ['', f'| {" | ".join(head)} |', '|---|' + '--:|' * (len(head) - 1),
+            *(f'| {" | ".join(row)} |' for row in rows)]
+
+
+def accuracy(result: dict[str, Any], images: int) -> str:
+    """Top-1 of the last epoch in percent with its interval."""
+    top1 = result['last']['top1']
+    low, high = wilson_interval(round(top1 / 100 * images), images)
+    return f'{top1:.2f} [{100 * low:.2f}, {100 * high:.2f}]'
+
+
+def markdown(ways: dict[str, dict[str, Any]], images: int, command: str) -> str:
+    """The page; ways by name."""
+    first, *others = ways
+    boxed = ways[first]['boxed']['images']
+    lines = [
+        f'Top-1 in percent of {images:,} images; the rest of {boxed} images with boxes, patches in percent. One run of '
+        f'each way, n = 1; `{command}`',
+        *table(['way', 'top-1 (%)', *PATCHES.values(), 'seconds an epoch', 'training images/s'], [
+            [name, accuracy(way['result'], images), *(f'{way["boxed"][key]:.1f}' for key in PATCHES),
+             f'{way["result"]["epochs"][-1]["seconds"]:.0f}',
+             f'{way["result"]["epochs"][-1]["train"]["images_per_second"]:.1f}'] for name, way in ways.items()]),
+        *table(['map', *(f'{title} ↑' for title in MEASURES.values())], [
+            *([f'{name}: {title}', *(cell(way, tool, key) for key in MEASURES)]
+              for name, way in ways.items() for tool, title in TOOLS.items()),
+            *([row.removeprefix('box: '), *(cell(ways[first], row, key) for key in MEASURES)] for row in NO_MODEL)]),
+        '', f'Differences to {first}, image by image; bold where zero lies outside of the interval:',
+        *table(['map', *(f'{title} ↑' for title in MEASURES.values())], [
+            [f'{name}: {title}', *(interval(difference(ways[name], ways[first], tool, key), '+') for key in MEASURES)]
+            for name in others for tool, title in TOOLS.items()]),
+        '', 'Commands:', '', '```bash',
+        *dict.fromkeys(command for way in ways.values() for command in (
+            *way['result']['commands'], way['boxed']['command'], way['compare']['command'])),
+        '```', '']
+    return '\n'.join(lines)
+
+
+def cell(way: dict[str, Any], row: str, measure: str) -> str:
+    """Of one way's comparison."""
+    found = way['compare']['image'].get(row, {}).get(measure)
+    return interval(found) if found else '–'
+
+
+def difference(way: dict[str, Any], other: dict[str, Any], tool: str, measure: str) -> Interval:
+    """Of two ways, for the images that both have; the threshold of boxes is chosen for each."""
+    both = sorted(way['images'].keys() & other['images'].keys())
+    values, others = (column([one['images'][i] for i in both], tool, measure) for one in (way, other))
+    return mean_interval(values - others)
+
+
+@script
+def main(argv: list[str] | None = None) -> int:
+    """Write the table; errors in what the user gave are one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('ways', nargs='+', metavar='NAME=FOLDER')
+    parser.add_argument('--images', type=int, required=True, metavar='N', help='in the split that top-1 is of')
+    parser.add_argument('--out', type=Path, required=True, metavar='FILE')
+    args = parser.parse_args(argv)
+    ways = {}
+    for given in args.ways:
+        name, _, folder = given.partition('=')
+        if not folder or name in ways:
+            raise ValueError(f'NAME=FOLDER: must be a name of its own and a folder, got {given!r}')
+        ways[name] = read(Path(folder))
+    text = markdown(ways, args.images, command_line(argv))
+    replace_file(args.out, text.encode())
+    print(text)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
