@@ -113,7 +113,7 @@ def model_of_run(options: Options, result: dict[str, Any]) -> Any:
         model: Any = timm.create_model(result['model'], pretrained_cfg_overlay=overlay, **kwargs)
         model.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f'RUN: {options.checkpoint} does not fit {architecture}: {error}') from error
+        raise ValueError(f'RUN: {options.checkpoint} does not fit {result["model"]}: {error}') from error
     differ = model_differences(options.name, model)
     if differ:
         raise ValueError(f'RUN: differs from {options.name} as it is registered in {", ".join(differ)}')

@@ -95,7 +95,7 @@ def model_choices() -> list[tuple[str, str]]:
 def list_examples() -> list[Path]:
     """Images to try, in the order of ``DATA``; those of the tests where there is a checkout around this folder."""
     found = {path.name: path for pattern in ('tests/data/photo_*', 'tests/data/pbc_*', 'hub/space/examples/*')
-             for path in sorted(HERE.parents[1].glob(pattern))}
+             for path in sorted(HERE.parent.parent.glob(pattern))}
     found |= {path.name: path for path in sorted(HERE.glob('examples/*'))}
     order = list(DATA)
     return sorted(found.values(), key=lambda path: order.index(data) if (data := example_data(path)) in DATA else 99)

@@ -122,6 +122,23 @@ def test_spread_stops_at_a_border():
     torch.testing.assert_close(found, torch.tensor([[2., 2., -1., -1.]]), atol=1e-3, rtol=0.)
 
 
+def test_spread_of_independent_classes():
+    """Against a loop over classes: a class that is there with one patch and not with the other parts them."""
+    g = torch.Generator().manual_seed(0)
+    values, logits = torch.randn(1, 4, generator=g), 4 * torch.randn(1, 4, 3, generator=g)
+    p = logits[0].double().sigmoid()
+    parts = torch.zeros(4, 4, dtype=torch.float64)
+    for m in range(4):
+        for n in range(4):
+            alike = math.prod(math.sqrt(p[m, k] * p[n, k]) + math.sqrt((1 - p[m, k]) * (1 - p[n, k])) for k in range(3))
+            parts[m, n] = math.exp(-(m - n) ** 2 / 8) * alike ** 2
+    found = spread_over_neighbours(values, logits, (1, 4), 2., independent=True)
+    torch.testing.assert_close(found.double(), values.double() @ (parts / parts.sum(1, keepdim=True)))
+    single = torch.tensor([[[9.], [-9.]]])  # one class: there, and not there
+    found = spread_over_neighbours(torch.tensor([[1., -1.]]), single, (1, 2), 2., independent=True)
+    torch.testing.assert_close(found, torch.tensor([[1., -1.]]), atol=1e-3, rtol=0.)
+
+
 def test_spread_refuses():
     values, logits = torch.randn(1, 4), torch.randn(1, 4, 3)
     assert torch.equal(spread_over_neighbours(values, logits, (2, 2), 0.), values)

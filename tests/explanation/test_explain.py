@@ -3,6 +3,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -424,6 +425,15 @@ def test_close_names_of_many_classes():
     assert find_class('target', 'egyptian', labels) == 1001
     with pytest.raises(ValueError, match=r"^--target: no class 'taby'; choose one of \['tabby'\] or an index"):
         find_class('--target', 'taby', labels)
+
+
+@pytest.mark.parametrize(('tag', 'data'), [
+    ('clip_laion2b_augreg_ft_in12k_in1k', 'ImageNet-1k'), ('a1_in1k', 'ImageNet-1k'), ('fb_in22k', 'ImageNet-22k')])
+def test_training_data_of_timm_tags(tag, data):
+    """The last ImageNet in a tag is the one whose classes the model has."""
+    model = SimpleNamespace(pretrained_cfg={'tag': tag})
+    assert training_data(model, ['tench', 'goldfish']) == data
+    assert training_data(model, ['class 0', 'class 1']) == ''
 
 
 def test_training_data():

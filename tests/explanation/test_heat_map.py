@@ -3,6 +3,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from PIL import Image
 from scipy.interpolate import RegularGridInterpolator
 
 from test_cli import CAT, NANO, random_model
+from timm_lossattn import load_model
 from timm_lossattn.explanation import explain
 from timm_lossattn.explanation.geometry import cell_edges, interpolate
 from timm_lossattn.explanation.preprocessing import preprocess
@@ -78,7 +80,7 @@ def test_core_holds_its_share(seed, share):
         assert held.sum() >= share * positive.sum() * (1 - 1e-6)
         if len(held):
             assert held.sum() - held.min() < share * positive.sum()
-            assert held.min() >= positive[~chosen].max() or chosen.all()
+            assert chosen.all() or held.min() >= positive[~chosen].max()
 
 
 def test_core_of_nothing():
@@ -101,3 +103,24 @@ def test_why_not_asks_about_the_rival():
     assert explain(model, CAT, true_class=order[4]).why_not().against.tolist() == [order[4]]
     assert explain(model, CAT, target=order[3]).why_not().against.tolist() == [order[0]]
     assert explain(model, CAT, against=order[7]).why_not().against.tolist() == [order[7]]
+
+
+def test_large_photographs():
+    """A photograph is unlike the thumbnails of a small model, and nothing unusual for one that reads 224 pixels."""
+    photo = Image.new('RGB', (1200, 900))
+    assert 'has 1200×900 pixels' in explain(load_model('resnet18_lossattn_conv_nano'), [photo]).unlike_training()
+    assert explain(timm.create_model('resnet18', num_classes=2).eval(), [photo]).unlike_training() == ''
+
+
+@pytest.mark.parametrize('kwargs', [{'num_classes': 1}, {'num_classes': 3}])
+def test_independent_classes(kwargs):
+    """No true class where several may be right; a class that is asked about has its panel, the others no rivals."""
+    own = timm.create_model('resnet18', **kwargs).eval()
+    multi = kwargs['num_classes'] > 1
+    with pytest.raises(ValueError, match='true_class must be None where classes are independent'):
+        explain(own, CAT, multi_label=multi, true_class=0)
+    e = explain(own, CAT, multi_label=multi, target=0, against=1 if multi else None)
+    assert e.independent
+    text = ' '.join(t.get_text() for t in e.figure().texts)
+    assert 'rivals' not in text
+    torch.testing.assert_close(e.spread_evidence().sum(1), e.evidence.sum(1))

@@ -221,7 +221,8 @@ class Panels:
         self.height = canvas.above + LINE_H * lines + 0.12
         self.target = explanation.labels[int(explanation.target[index])]
         # a class that is asked about has a panel of its own
-        self.main = explanation if isinstance(explanation.against, (str, type(None))) else explanation.versus('rest')
+        asked = explanation.against is not None and not isinstance(explanation.against, str)
+        self.main = explanation.versus(None if explanation.independent else 'rest') if asked else explanation
 
     def text(self, x: float, y: float, text: str, **kwargs: Any) -> None:
         """Text at x inches from the left and y from the top, its middle; a $ in a name is just that."""

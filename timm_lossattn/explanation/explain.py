@@ -40,7 +40,7 @@ def explain(
             nothing.
         multi_label: the classes are independent: probabilities are sigmoids, and 'rest' and 'mean' mean nothing.
         true_class: what the images really show, for all or for each, if it is known: wrong predictions are marked, and
-            ``why_not`` is asked about it.
+            ``why_not`` is asked about it. Not where classes are independent: of these several may be right.
 
     Raises:
         TypeError: the model is no patch model and has no forward_features and forward_head.
@@ -71,6 +71,10 @@ def explain(
     logits = prediction.logits
     labels = class_labels(model, K)
     chosen = logits.argmax(dim=1) if target is None else classes_of('target', target, B, labels)
+    independent = K == 1 or multi_label
+    if independent and true_class is not None:
+        raise ValueError(f'true_class must be None where classes are independent (multi_label, or a single class), got '
+                         f'{true_class!r}.')
     weights, (height, width) = model.patch_weights, x.shape[-2:]
     config = input_config(model)
     explanation = Explanation(
@@ -87,8 +91,8 @@ def explain(
         against=None,
         true_class=None if true_class is None else classes_of('true_class', true_class, B, labels),
         data=training_data(model, labels),
+        independent=independent,
     )
-    independent = K == 1 or multi_label
     return explanation.versus(None if independent and isinstance(against, str) and against in AGAINST else against)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ['PANELS', 'Explanation']
 
 PANELS = ('outline', 'evidence', 'why-not', 'alpha', 'selected')  # of a picture; the first three are the default
-LARGER, FEW_CLASSES = 4, 20
+LARGER, FEW_CLASSES, THUMBNAIL = 4, 20, 96
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # tensors have no single truth, and their text is long
@@ -51,6 +51,7 @@ class Explanation:
         statistics: mean and std of the channels, to undo a tensor's normalisation.
         labels: K names of classes.
         data: name of the data that the weights were trained on, '' if it is not known.
+        independent: classes do not exclude each other: multi-label, or a single class.
 
     Examples:
         >>> explanation = explain(model, ['cat.png'])
@@ -71,6 +72,7 @@ class Explanation:
     against: Against
     true_class: torch.Tensor | None = None
     data: str = ''
+    independent: bool = False
 
     def __len__(self) -> int:
         return len(self.target)
@@ -109,7 +111,7 @@ class Explanation:
         Args:
             sigma: of the Gaussian, in steps of the grid, see ``spread_over_neighbours``.
         """
-        return spread_over_neighbours(self.evidence, self.prediction.patch_logits, self.grid, sigma)
+        return spread_over_neighbours(self.evidence, self.prediction.patch_logits, self.grid, sigma, self.independent)
 
     def versus(self, against: Classes | None) -> Explanation:
         """The same explanation, its target compared with something else; nothing is computed anew.
@@ -212,7 +214,7 @@ class Explanation:
         Raises:
             ValueError: values are not one for each patch.
         """
-        values = self.evidence[index] if values is None else values
+        values = self.evidence[index] if values is None else torch.as_tensor(values).detach().cpu()
         if values.shape != self.patch_boxes.shape[:1]:
             raise ValueError(f'values must have the shape ({len(self.patch_boxes)},), got {tuple(values.shape)}.')
         width, height = self.source(index).image.size
@@ -223,11 +225,12 @@ class Explanation:
     def unlike_training(self, index: int = 0) -> str:
         """What makes an image one that the model can hardly know, in a sentence; '' if nothing is found.
 
-        All that is looked at is the size: a photograph, more than four times as large as the input of a model of at
-        most twenty classes, is no such thumbnail. Of what an image shows it says nothing.
+        All that is looked at is the size: a photograph, more than four times as large as the input of a model of
+        thumbnails and of at most twenty classes, is no such thumbnail. Of what an image shows it says nothing.
         """
         width, height = self.source(index).image.size
-        if max(width, height) <= LARGER * max(self.input_size) or len(self.labels) > FEW_CLASSES:
+        large = max(width, height) > LARGER * max(self.input_size)
+        if not large or max(self.input_size) > THUMBNAIL or len(self.labels) > FEW_CLASSES:
             return ''
         size = f'{self.input_size[1]}×{self.input_size[0]}'
         return (f'This image has {width}×{height} pixels; the model reads {size} and '

@@ -71,13 +71,15 @@ def patches_to_pixels(values: torch.Tensor, patch_boxes: torch.Tensor, size: tup
 
 
 def spread_over_neighbours(
-        values: torch.Tensor, patch_logits: torch.Tensor, grid: tuple[int, int], sigma: float) -> torch.Tensor:
+        values: torch.Tensor, patch_logits: torch.Tensor, grid: tuple[int, int], sigma: float,
+        independent: bool = False) -> torch.Tensor:
     """Spread what each patch says over the patches near it that the model takes for the same. The sum stays what it is.
 
     Patch m gives its value away in parts proportional to exp(−d²/2σ²) · (Σ_k √(p_mk p_nk))², with d the distance to
     patch n and p the softmax of a patch's logits; the sum over k is the coefficient of A. Bhattacharyya (1943), 1 for
-    patches that say the same and 0 for those that have no class in common. So a map is smoothed within what the model
-    takes for one thing, and not across its border: as a bilateral filter does with colours (C. Tomasi and
+    patches that say the same and 0 for those that have no class in common. For independent classes it is the product
+    over classes, Π_k (√(p_mk p_nk) + √((1 − p_mk)(1 − p_nk))), with p the sigmoid. So a map is smoothed within what the
+    model takes for one thing, and not across its border: as a bilateral filter does with colours (C. Tomasi and
     R. Manduchi, 1998).
 
     Args:
@@ -85,6 +87,7 @@ def spread_over_neighbours(
         patch_logits: (B, M, K), or (1, M, K) for all B.
         grid: (H', W') with H'·W' = M.
         sigma: σ of the Gaussian, in steps of the grid; 0 leaves the values as they are.
+        independent: classes are independent (multi-label, or a single one).
 
     Returns:
         (B, M).
@@ -99,8 +102,15 @@ def spread_over_neighbours(
     rows, columns = (torch.arange(n, device=values.device).double() for n in grid)
     places = torch.cartesian_prod(rows, columns).view(-1, 2)
     near = torch.exp(-torch.cdist(places, places) ** 2 / (2. * sigma ** 2))  # (M, M)
-    roots = patch_logits.double().softmax(dim=2).sqrt()
-    parts = near * torch.bmm(roots, roots.transpose(1, 2)) ** 2  # (B or 1, M, M)
+    if independent:
+        alike = torch.ones((), dtype=torch.float64, device=values.device)
+        for logit in patch_logits.double().unbind(dim=2):
+            roots = torch.stack([logit, -logit], dim=2).sigmoid().sqrt()  # of the class and of its absence
+            alike = alike * torch.bmm(roots, roots.transpose(1, 2))
+    else:
+        roots = patch_logits.double().softmax(dim=2).sqrt()
+        alike = torch.bmm(roots, roots.transpose(1, 2))
+    parts = near * alike ** 2  # (B or 1, M, M)
     parts = parts / parts.sum(dim=2, keepdim=True)  # what patch m gives to each patch n
     return (values.double().unsqueeze(1) @ parts).squeeze(1).to(values.dtype)
 

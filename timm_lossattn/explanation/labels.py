@@ -56,8 +56,8 @@ def training_data(model: Any, labels: Sequence[str]) -> str:
     tag = cfg.get('tag') or ''
     own = cfg.get('label_names')
     if not own:
-        found = re.search(r'in(1|12|21|22)k', tag.split('_ft_')[-1])
-        return f'ImageNet-{found[1]}k' if found and list(labels) != numbered(len(labels)) else ''
+        found = re.findall(r'in(1|12|21|22)k', tag)  # the last one is what it was fine-tuned on
+        return f'ImageNet-{found[-1]}k' if found and list(labels) != numbered(len(labels)) else ''
     name = f'{cfg.get("architecture")}.{tag}'
     if tag not in DATA_NAMES or not timm.is_model(name):
         return ''

@@ -121,7 +121,8 @@ class Judge:
         if patch_logits is not None and answer.scores is not None:
             H, W = answer.heat.shape[-2:]
             scores = spread_over_neighbours(
-                answer.scores, patch_logits, self.model.patch_grid(H, W), self.settings.spread)
+                answer.scores, patch_logits, self.model.patch_grid(H, W), self.settings.spread,
+                self.settings.multi_label or patch_logits.shape[2] == 1)
             heat = patches_to_pixels(scores, patch_boxes, (H, W))
             parts = scores if answer.parts is not None and answer.parts.shape == scores.shape else None
             forms.append((f'{name}, spread', Answer(heat, scores, parts, answer.total)))

@@ -221,7 +221,7 @@ def warn_of_few_steps(options: TrainOptions, process: Process, dataset: Any, loa
         return
     images, seen = len(dataset), len(loader) * options.batch_size * process.world_size
     left_out = f'; {images - seen} images are left out of each, others every time' if seen < images else ''
-    steps = f'{len(loader)} step' + ('s' if len(loader) > 1 else '')
+    steps = f'{len(loader)} step' + ('s' if len(loader) != 1 else '')
     smaller = max(1, images // process.world_size // FEW_STEPS)
     _logger.warning(f'--batch-size {options.batch_size}: {images} training images are {steps} an epoch'
                     f'{left_out}. --batch-size {smaller} would make {images // process.world_size // smaller}.')
