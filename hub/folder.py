@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 from timm.models import save_for_hf
+from torch import nn
 
 from card import Words, make_card
 from timm_lossattn import explain, load_model
@@ -227,11 +228,14 @@ def model_differences(name: str, model: Any) -> list[str]:
         raise ValueError(f'{name} is not registered: {error}; add it to the default_cfgs first') from error
 
     def plain(value: Any) -> Any:
+        if isinstance(value, nn.Module):  # timm's global_pool
+            return repr(value)
         return tuple(value) if isinstance(value, list) else value
 
     found = [key for key in SAME if plain(model.pretrained_cfg.get(key)) != plain(getattr(cfg, key))
              and not (key == 'label_names' and model.pretrained_cfg.get(key) is None)]
-    return found + [key for key in SAME_ATTRIBUTES if getattr(model, key, None) != getattr(registered, key, None)]
+    return found + [key for key in SAME_ATTRIBUTES
+                    if plain(getattr(model, key, None)) != plain(getattr(registered, key, None))]
 
 
 def check_tag(model: Any, tag: str) -> None:
