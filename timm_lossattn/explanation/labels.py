@@ -59,9 +59,10 @@ def training_data(model: Any, labels: Sequence[str]) -> str:
         found = re.findall(r'in(1|12|21|22)k', tag)  # the last one is what it was fine-tuned on
         return f'ImageNet-{found[-1]}k' if found and list(labels) != numbered(len(labels)) else ''
     name = f'{cfg.get("architecture")}.{tag}'
-    if tag not in DATA_NAMES or not timm.is_model(name):
+    data = DATA_NAMES.get(tag.rpartition('.')[2], '')  # what precedes a dot is the backbone
+    if not data or not timm.is_model(name):
         return ''
-    return DATA_NAMES[tag] if list(timm.get_pretrained_cfg_value(name, 'label_names') or ()) == list(labels) else ''
+    return data if list(timm.get_pretrained_cfg_value(name, 'label_names') or ()) == list(labels) else ''
 
 
 def known_classes(labels: Sequence[str], data: str = '') -> str:
