@@ -12,7 +12,7 @@ from PIL import Image
 from gallery import commands, draw
 from lib.command import parse_args
 from timm_lossattn.cli import build_parser
-from timm_lossattn.explanation.explanation import PANELS
+from timm_lossattn.explanation.drawing import PANELS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ['README.md', *sorted(f'docs/{file.name}' for file in (ROOT / 'docs').glob('*.md'))]

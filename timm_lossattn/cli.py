@@ -18,7 +18,7 @@ from rich.text import Text
 from .evaluation.check import check_model
 from .evaluation.check_all import check_all, read_checks
 from .explanation import class_labels, explain, open_image, preprocess
-from .explanation.explanation import PANELS
+from .explanation.drawing import PANELS
 from .explanation.labels import find_class
 from .export import FORMATS, OUTPUTS, check_target, export_model
 from .loading import full_name, list_patch_models, load_patch_model

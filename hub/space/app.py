@@ -248,6 +248,7 @@ def class_menus(name: str, target: str = DEFAULT, against: str = DEFAULT) -> lis
     return [
         gr.Dropdown(choices=[(default, DEFAULT), *((label, label) for label in labels)], label=label,
                     info=f'{len(labels):,} classes, type to search' if labels else None,
+                    allow_custom_value=True,  # or a class of the model before would be an error, not an answer
                     value=chosen if chosen in labels else DEFAULT, min_width=200)
         for default, label, chosen in (
             ('the predicted class', 'Evidence for', target), ('its rivals', 'Why not this one?', against))]

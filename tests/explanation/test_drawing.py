@@ -10,6 +10,7 @@ from PIL import Image
 from test_cli import CAT, NANO, random_model
 from timm_lossattn.explanation import explain
 from timm_lossattn.explanation.drawing import (
+    PANELS,
     draw_explanation,
     outline,
     percent,
@@ -18,7 +19,6 @@ from timm_lossattn.explanation.drawing import (
     two_digits,
     view_window,
 )
-from timm_lossattn.explanation.explanation import PANELS
 from timm_lossattn.explanation.preprocessing import preprocess
 
 

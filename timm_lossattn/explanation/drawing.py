@@ -9,15 +9,15 @@ import numpy as np
 
 from ..text import shorten
 from .evidence import AGAINST
-from .explanation import PANELS, Explanation
 from .geometry import cell_edges, interpolate
 from .labels import known_classes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['draw_explanation']
+__all__ = ['PANELS', 'draw_explanation']
 
+PANELS = ('outline', 'evidence', 'why-not', 'alpha', 'selected')  # of a picture; the first three are the default
 FOR, AGAINST_IT = (0.87, 0.36, 0.0), (0.33, 0.17, 0.60)  # orange and purple, told apart by all colour-blind readers
 OUTLINE, BOX_COLOR, WRONG = '#0072B2', '#E69F00', '#C04000'
 GREY = '#555555'
@@ -63,13 +63,13 @@ class Canvas:
     """One image in a picture of several panels: what is shown of it, its grid, and where each panel goes.
 
     Args:
-        explanation: of a batch.
+        explanation: an Explanation of a batch, which imports this file to draw itself.
         index: which image of it.
         panels: how many.
         stacked: one below the other.
     """
 
-    def __init__(self, explanation: Explanation, index: int, panels: int, stacked: bool) -> None:
+    def __init__(self, explanation: Any, index: int, panels: int, stacked: bool) -> None:
         self.source = explanation.source(index)
         self.rows, self.columns = explanation.spans(index)
         self.grid = explanation.grid
@@ -124,7 +124,7 @@ class Canvas:
 
 
 def draw_explanation(
-        explanation: Explanation, index: int, title: str = '', panels: Sequence[str] = PANELS[:3],
+        explanation: Any, index: int, title: str = '', panels: Sequence[str] = PANELS[:3],
         stacked: bool = False) -> Figure:
     """The prediction in words, panels in a row (of long images one below the other), and what the model knows.
 
@@ -135,7 +135,7 @@ def draw_explanation(
     image. Of an image more than four times as long as wide, the part around the model's input is shown.
 
     Args:
-        explanation: of a batch.
+        explanation: an Explanation of a batch, which imports this file to draw itself.
         index: which image of the batch.
         title: small, above the panels: the file's name, say.
         panels: which, in this order. 'why-not' is left out where nothing is compared, and of a model with one class.
@@ -188,7 +188,7 @@ def signed(values: Any) -> str:
     return f'{float(values.sum()):+.2f}'.replace('-', '−')
 
 
-def footnotes(explanation: Explanation, index: int, canvas: Canvas) -> list[tuple[str, str]]:
+def footnotes(explanation: Any, index: int, canvas: Canvas) -> list[tuple[str, str]]:
     """What stands under the panels, each with its colour."""
     labels, logits = explanation.labels, explanation.prediction.logits[index]
     order = logits.topk(min(4, len(labels))).indices.tolist()[1:]
@@ -211,12 +211,12 @@ class Panels:
     Args:
         figure: empty.
         canvas: where things go.
-        explanation: of a batch.
+        explanation: an Explanation of a batch, which imports this file to draw itself.
         index: which image of it.
         lines: of text under the panels.
     """
 
-    def __init__(self, figure: Figure, canvas: Canvas, explanation: Explanation, index: int, lines: int) -> None:
+    def __init__(self, figure: Figure, canvas: Canvas, explanation: Any, index: int, lines: int) -> None:
         self.figure, self.canvas, self.explanation, self.index = figure, canvas, explanation, index
         self.height = canvas.above + LINE_H * lines + 0.12
         self.target = explanation.labels[int(explanation.target[index])]

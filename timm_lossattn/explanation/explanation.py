@@ -17,6 +17,7 @@ import torch
 
 from ..files import replace_file
 from ..prediction import PatchPrediction
+from .drawing import PANELS, draw_explanation
 from .evidence import AGAINST, Against, direction, evidence_along
 from .geometry import interpolate, patches_to_pixels, spread_over_neighbours, square_box
 from .labels import Classes, classes_of, known_classes
@@ -25,9 +26,8 @@ from .preprocessing import Preprocessed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['PANELS', 'Explanation']
+__all__ = ['Explanation']
 
-PANELS = ('outline', 'evidence', 'why-not', 'alpha', 'selected')  # of a picture; the first three are the default
 LARGER, FEW_CLASSES, THUMBNAIL = 4, 20, 96
 
 
@@ -244,7 +244,6 @@ class Explanation:
     def figure(self, index: int = 0, title: str = '', panels: Sequence[str] = PANELS[:3],
                stacked: bool = False) -> Figure:
         """Picture of one explanation, see ``drawing.draw_explanation``. Needs matplotlib, the ``viz`` extra."""
-        from .drawing import draw_explanation
         return draw_explanation(self, index, title, panels, stacked)
 
     def to_dict(self, index: int = 0, all_classes: bool = False) -> dict[str, Any]:
