@@ -94,7 +94,7 @@ def model_choices() -> list[tuple[str, str]]:
 
 def list_examples() -> list[Path]:
     """Images to try, in the order of ``DATA``; those of the tests where there is a checkout around this folder."""
-    found = {path.name: path for pattern in ('tests/data/photo_*', 'tests/data/pbc_*', 'hub/space/examples/*')
+    found = {path.name: path for pattern in ('tests/data/photo_*', 'tests/data/pbc_*')
              for path in sorted(HERE.parent.parent.glob(pattern))}
     found |= {path.name: path for path in sorted(HERE.glob('examples/*'))}
     order = list(DATA)
