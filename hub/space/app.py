@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import html
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image
 
 from timm_lossattn import Explanation, explain
 from timm_lossattn.explanation import class_labels, open_image
-from timm_lossattn.explanation.labels import known_classes
+from timm_lossattn.explanation.labels import DATA, data_of, known_classes
 from timm_lossattn.loading import check_name, load_patch_model
 from timm_lossattn.models.lite_weights import LITE_MODELS, lite_file
 from timm_lossattn.models.pretrained import list_bundled
@@ -34,18 +33,6 @@ MAX_PARAMETERS = 350_000_000  # any visitor may name a model, and four are kept
 FEW_CLASSES = 12
 QUICK = {'compress_level': 1}  # by default the encoder takes as long as the drawing
 DEFAULT = ''  # in a menu of classes: the predicted class, or its rivals, all others by their softmax
-# part of a tag -> what the weights are trained on, in a word and in a sentence
-DATA = {
-    'in1k': ('photographs', 'photographs (ImageNet-1k)'),
-    'pbc': ('blood cells', 'microscope images of single blood cells (PBC)'),
-    'cifar10': ('thumbnails', 'thumbnails of 32×32 pixels (CIFAR-10)'),
-    'cifar100': ('thumbnails', 'thumbnails of 32×32 pixels (CIFAR-100)'),
-    'tiny_imagenet_mini': ('thumbnails', 'thumbnails of 64×64 pixels (ten classes of Tiny ImageNet)'),
-    'tiny_imagenet': ('thumbnails', 'thumbnails of 64×64 pixels (Tiny ImageNet)'),
-    'in12k': ('photographs', 'photographs (ImageNet-12k)'),
-    'in21k': ('photographs', 'photographs (ImageNet-21k)'),
-    'in22k': ('photographs', 'photographs (ImageNet-22k)'),
-}
 CSS = """
 #examples img[src*="cifar"] { image-rendering: pixelated; }
 #examples .container.gallery { width: 3.5rem; height: 3.5rem; }
@@ -71,11 +58,6 @@ the image. A timm model named without `lossattn.` is explained as it is, all its
 """
 
 
-def data_of(name: str) -> list[str]:
-    """Keys of DATA in a model's name or tag, in their order: what it was trained on, and then on what."""
-    return re.findall(rf'(?:^|[._])({"|".join(DATA)})(?=_|$)', name)
-
-
 @functools.cache
 def list_models() -> list[str]:
     """Tagged names of the patch models whose weights are on this machine, those for photographs first."""
@@ -89,7 +71,7 @@ def list_models() -> list[str]:
 
 def model_choices() -> list[tuple[str, str]]:
     """Their names for a menu, each with what it was trained on."""
-    return [(f'{DATA[data[-1]][0]} · {name}' if (data := data_of(name)) else name, name) for name in list_models()]
+    return [(f'{DATA[data[-1]].kind} · {name}' if (data := data_of(name)) else name, name) for name in list_models()]
 
 
 def list_examples() -> list[Path]:
@@ -195,7 +177,8 @@ def describe(name: str, *asked: str) -> str:
     model = load_model(name)
     labels = class_labels(model, model.num_classes)
     tag = '' if ':' in name else (model.pretrained_cfg or {}).get('tag') or ''  # a repository may keep an older one
-    data = ', then '.join(DATA[key][1] for key in data_of(tag))
+    trained_on = [DATA[key] for key in data_of(tag)]
+    data = ', then '.join(one.name for one in trained_on) + ''.join(f', {one.images}' for one in trained_on[-1:])
     known = known_classes(labels)
     if len(labels) <= FEW_CLASSES:
         known = f'{known.split(":")[0]}: {", ".join(labels)}'

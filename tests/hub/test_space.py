@@ -91,8 +91,7 @@ def test_models(app):
         assert app.load_model(name) is model
         assert hasattr(model, 'forward_patches')
         assert f'knows {model.num_classes:,} classes' in app.describe(name)
-    assert 'trained on thumbnails of 32×32 pixels (CIFAR-10); knows 10 classes: airplane, automobile' in (
-        app.describe(CONV).lower().replace('cifar', 'CIFAR'))
+    assert 'Trained on CIFAR-10, thumbnails of 32×32 pixels; knows 10 classes: airplane, automobile' in app.describe(CONV)
     assert 'does not know "tabby"' in app.describe(CONV, 'tabby', 'cat')
     assert '"cat"' not in app.describe(CONV, 'tabby', 'cat')
 
@@ -114,15 +113,6 @@ def test_new_weights_are_offered(app, monkeypatch, tmp_path):
     assert ('blood cells · lossattn.tf_efficientnet_lite0.pbc', names[-2]) in app.model_choices()
 
 
-@pytest.mark.parametrize(('name', 'data'), [
-    ('lossattn.convnext_tiny.fb_in22k_ft_in1k', ['in22k', 'in1k']), (CONV, ['cifar10']),
-    ('resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini', ['tiny_imagenet_mini']), ('resnet18.cifar100', ['cifar100']),
-    ('resnet18', []), ('resnet50.tv_cifar10x', []), ('lossattn.tf_efficientnet_lite0.pbc', ['pbc'])])
-def test_data_of(app, name, data):
-    """Whole words of a tag."""
-    assert app.data_of(name) == data
-
-
 @pytest.mark.parametrize(('name', 'what'), [
     ('nope', "timm has no model 'nope'"), ('lossattn.resnet51', 'did you mean lossattn.'),
     ('vit_tiny_patch16_224', 'its class token decides.</p>'),
@@ -141,6 +131,18 @@ def test_models_that_cannot_be_had(app, monkeypatch, name, what):
     for menu in app.class_menus(name, 'cat', 'dog'):
         assert len(menu.choices) == 1
         assert menu.value == ''
+
+
+def test_classes_of_equal_name(app, monkeypatch):
+    """Each can be chosen, and is the one that is explained."""
+    model = load_patch_model(CONV)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': [*'abc', 'crane', *'defg', 'crane', 'h']}
+    monkeypatch.setattr(app, 'load_model', lambda name: model)
+    target, against = ([value for _, value in menu.choices if 'crane' in value] for menu in app.class_menus(CONV))
+    assert len(set(target)) == 2
+    for k, (chosen, other) in zip((3, 8), (target, against[::-1])):
+        explanation = app.explain_file(CONV, str(CAT), chosen, other)
+        assert (int(explanation.target), int(explanation.against)) == (k, 11 - k)
 
 
 def test_class_menus(app):

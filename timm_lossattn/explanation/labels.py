@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import timm
 import torch
@@ -12,25 +12,44 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..text import shorten
 
-__all__ = ['Classes', 'class_labels', 'classes_of', 'find_class', 'known_classes', 'training_data']
+__all__ = ['DATA', 'Classes', 'class_labels', 'classes_of', 'data_of', 'find_class', 'known_classes', 'training_data']
 
-DATA_NAMES = {  # by tag
-    'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'tiny_imagenet': 'Tiny ImageNet',
-    'tiny_imagenet_mini': 'Tiny ImageNet', 'pbc': 'PBC (blood cells)'}
+
+class Data(NamedTuple):
+    """What weights are trained on: its name, its images in a word or two, and what they are."""
+    name: str
+    kind: str
+    images: str
+
+
+DATA = {  # by part of a tag
+    'in1k': Data('ImageNet-1k', 'photographs', 'photographs'),
+    'pbc': Data('PBC (blood cells)', 'blood cells', 'microscope images of single cells'),
+    'cifar10': Data('CIFAR-10', 'thumbnails', 'thumbnails of 32×32 pixels'),
+    'cifar100': Data('CIFAR-100', 'thumbnails', 'thumbnails of 32×32 pixels'),
+    'tiny_imagenet_mini': Data('Tiny ImageNet', 'thumbnails', 'thumbnails of 64×64 pixels'),
+    'tiny_imagenet': Data('Tiny ImageNet', 'thumbnails', 'thumbnails of 64×64 pixels'),
+    'in12k': Data('ImageNet-12k', 'photographs', 'photographs'),
+    'in21k': Data('ImageNet-21k', 'photographs', 'photographs'),
+    'in22k': Data('ImageNet-22k', 'photographs', 'photographs'),
+}
 Classes = Union[int, str, Sequence[Union[int, str]], torch.Tensor]
 
 
 def class_labels(model: Any, num_classes: int) -> list[str]:
-    """Label names of the model's weights if there is one for each of the classes, or else the indices.
+    """Label names of the model's weights if there is one for each of the classes, or else the indices; all different.
 
-    timm's ImageNet models carry no names; their tag says which ImageNet their classes are.
+    timm's ImageNet models carry no names; their tag says which ImageNet their classes are. Of weights that call several
+    classes the same, these have their index behind the name.
     """
     cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
     labels = cfg.get('label_names') or ()
     if not labels and cfg.get('num_classes') == num_classes and re.search(r'in(1|12|21|22)k', cfg.get('tag') or ''):
         subset = infer_imagenet_subset(cfg)
         labels = imagenet_labels(subset) if subset else ()
-    return list(labels) if len(labels) == num_classes else numbered(num_classes)
+    count = Counter(labels)
+    return [label if count[label] == 1 else f'{label} ({k})' for k, label in enumerate(labels)] if (
+        len(labels) == num_classes) else numbered(num_classes)
 
 
 def numbered(num_classes: int) -> list[str]:
@@ -47,6 +66,11 @@ def imagenet_labels(subset: str) -> tuple[str, ...]:
     return tuple(word if count[word] == 1 else f'{word} ({synset})' for word, synset in zip(words, info.label_names()))
 
 
+def data_of(name: str) -> list[str]:
+    """Keys of DATA in a model's name or tag, in their order: what it was trained on, and then on what."""
+    return re.findall(rf'(?:^|[._])({"|".join(DATA)})(?=_|$)', name)
+
+
 def training_data(model: Any, labels: Sequence[str]) -> str:
     """Name of the data that a model's weights were trained on, as their tag says it; '' where it is not known.
 
@@ -54,15 +78,17 @@ def training_data(model: Any, labels: Sequence[str]) -> str:
     """
     cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
     tag = cfg.get('tag') or ''
-    own = cfg.get('label_names')
-    if not own:
-        found = re.findall(r'in(1|12|21|22)k', tag)  # the last one is what it was fine-tuned on
-        return f'ImageNet-{found[-1]}k' if found and list(labels) != numbered(len(labels)) else ''
-    name = f'{cfg.get("architecture")}.{tag}'
-    data = DATA_NAMES.get(tag.rpartition('.')[2], '')  # what precedes a dot is the backbone
-    if not data or not timm.is_model(name):
+    found = data_of(tag)
+    if not found:
         return ''
-    return data if list(timm.get_pretrained_cfg_value(name, 'label_names') or ()) == list(labels) else ''
+    data = DATA[found[-1]].name  # what it was fine-tuned on
+    if not cfg.get('label_names'):
+        return data if list(labels) != numbered(len(labels)) else ''
+    try:
+        own = timm.get_pretrained_cfg_value(f'{cfg.get("architecture")}.{tag}', 'label_names')
+    except RuntimeError:  # no registered weights
+        return ''
+    return data if list(own or ()) == list(labels) else ''
 
 
 def known_classes(labels: Sequence[str], data: str = '') -> str:
