@@ -92,7 +92,7 @@ def backbone_of(
         raise ValueError(f'backbone: {backbone!r} contradicts the name lossattn.{cfg}; give one of the two.')
     if isinstance(cfg, str):
         backbone, cfg = cfg, None
-    elif isinstance(cfg, dict) and cfg.get('architecture') == 'lossattn':
+    elif isinstance(cfg, dict) and (cfg.get('architecture') == 'lossattn' or cfg.get('source') in SOURCES):
         tag = cfg.get('tag')
         backbone = backbone or tag
         if cfg.get('source') in SOURCES:  # weights of our own
