@@ -129,3 +129,12 @@ def test_panels_that_do_not_exist():
         explanation.figure(panels=['heat'])
     with pytest.raises(ValueError, match='got none'):
         explanation.figure(panels=[])
+    with pytest.raises(ValueError, match='got heat'):
+        explanation.figure(panels='heat')
+
+
+def test_one_panel():
+    """Its name alone is enough."""
+    explanation = explain(random_model(NANO), CAT)
+    assert [text for text, _ in texts_of(explanation.figure(panels='alpha'))] == [
+        text for text, _ in texts_of(explanation.figure(panels=['alpha']))]

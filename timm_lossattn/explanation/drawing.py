@@ -124,7 +124,7 @@ class Canvas:
 
 
 def draw_explanation(
-        explanation: Any, index: int, title: str = '', panels: Sequence[str] = PANELS[:3],
+        explanation: Any, index: int, title: str = '', panels: Sequence[str] | str = PANELS[:3],
         stacked: bool = False) -> Figure:
     """The prediction in words, panels in a row (of long images one below the other), and what the model knows.
 
@@ -138,7 +138,8 @@ def draw_explanation(
         explanation: an Explanation of a batch, which imports this file to draw itself.
         index: which image of the batch.
         title: small, above the panels: the file's name, say.
-        panels: which, in this order. 'why-not' is left out where nothing is compared, and of a model with one class.
+        panels: which, in this order, or the name of one. 'why-not' is left out where nothing is compared, and of a
+            model with one class.
         stacked: panels one below the other, for narrow pages and telephones.
 
     Raises:
@@ -149,6 +150,7 @@ def draw_explanation(
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("Drawing needs matplotlib: pip install 'timm-lossattn[viz]'") from None
+    panels = [panels] if isinstance(panels, str) else panels
     unknown = [name for name in panels if name not in PANELS]
     if unknown or not panels:
         raise ValueError(f'panels must be some of {", ".join(PANELS)}, got {", ".join(panels) or "none"}.')

@@ -241,7 +241,7 @@ class Explanation:
         image = self.images[index]
         return image if isinstance(image, Preprocessed) else Preprocessed.from_input(image, *self.statistics)
 
-    def figure(self, index: int = 0, title: str = '', panels: Sequence[str] = PANELS[:3],
+    def figure(self, index: int = 0, title: str = '', panels: Sequence[str] | str = PANELS[:3],
                stacked: bool = False) -> Figure:
         """Picture of one explanation, see ``drawing.draw_explanation``. Needs matplotlib, the ``viz`` extra."""
         return draw_explanation(self, index, title, panels, stacked)
@@ -296,7 +296,7 @@ class Explanation:
 
     def save(
             self, folder: str | Path, names: Sequence[str] | None = None, titles: Sequence[str] | None = None,
-            all_classes: bool = False, panels: Sequence[str] = PANELS[:3], stacked: bool = False,
+            all_classes: bool = False, panels: Sequence[str] | str = PANELS[:3], stacked: bool = False,
             **notes: Any) -> list[Path]:
         """Write NAME.png and NAME.json for each image; each file appears whole or not at all. Older ones are replaced.
 
@@ -348,7 +348,7 @@ class Explanation:
         except ImportError:
             return None
 
-    def _png(self, index: int, title: str = '', panels: Sequence[str] = PANELS[:3],
+    def _png(self, index: int, title: str = '', panels: Sequence[str] | str = PANELS[:3],
              stacked: bool = False) -> bytes:
         buffer = io.BytesIO()
         self.figure(index, title, panels, stacked).savefig(buffer, format='png')
