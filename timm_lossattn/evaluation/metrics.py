@@ -76,8 +76,8 @@ class PatchLocalization(Metric):
         recall    = |selected ∧ consistent ∧ in object| / |in object|
         F         = their harmonic mean
 
-    Beside them |in object| / |patches|: the precision of a choice that knows neither image nor class. All patches, taken
-    for right, have that precision and a recall of 100 %.
+    Beside them |in object| / |patches|: the precision of a choice that knows neither image nor class. All patches, if
+    they were consistent, would have that precision and a recall of 100 %.
 
     Examples:
         >>> metric = PatchLocalization()

@@ -9,8 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-__all__ = ['ADAM', 'BASELINES', 'NANO', 'Cell', 'Cells', 'Job', 'RunOptions', 'all_cells', 'pictures', 'recipe_of', 'sweep_cells',
-           'table_cells']
+__all__ = ['ADAM', 'BASELINES', 'NANO', 'Cell', 'Cells', 'Job', 'RunOptions', 'all_cells', 'pictures', 'recipe_of',
+           'sweep_cells', 'table_cells']
 
 NANO = 1 / 8  # of the widths
 NANO_DATASETS = {'tiny_imagenet': 'tiny_imagenet_mini'}
