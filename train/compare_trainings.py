@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.image_records import column
-from lib.record import command_line
+from lib.record import command_line, from_root
 from lib.script import script
 from timm_lossattn.evaluation.intervals import Interval, mean_interval
 from timm_lossattn.files import replace_file
@@ -75,7 +75,7 @@ def markdown(ways: dict[str, dict[str, Any]], images: int, command: str) -> str:
             for name in others for tool, title in TOOLS.items()]),
         '', 'Commands:', '', '```bash',
         *dict.fromkeys(command for way in ways.values() for command in (
-            *way['result']['commands'], way['boxed']['command'], way['compare']['command'])),
+            *map(from_root, way['result']['commands']), way['boxed']['command'], way['compare']['command'])),
         '```', '']
     return '\n'.join(lines)
 
