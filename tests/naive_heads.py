@@ -1,4 +1,4 @@
-"""The heads as loops over Python floats, from the equations of DESIGN.md section 2: references for test_attention.py.
+"""The heads as loops over Python floats, from the equations of DESIGN.md section 2: references for test_equations.py.
 
 A feature map is a (C, H', W') tensor of one image; weights and results are nested lists.
 """

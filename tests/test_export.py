@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import timm_lossattn
-from test_cli import error_line
+from cli_run import error_line
 from timm_lossattn import ResNetBackbone, export
 from timm_lossattn.cli import main
 from timm_lossattn.explanation import explain

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from test_cli import error_line
+from cli_run import error_line
 from test_export import FILES, NANO, load, needs, read_metadata, run_cli, worst
 from timm_lossattn.export import OUTPUTS, export_model
 

@@ -160,7 +160,8 @@ def markdown(tables: dict[str, Table], records: Records, scalar: str, command: s
                       '|---|' + '--:|' * len(compared)]
         for row, cells in table.items() if compared else ():
             if row != OURS and any(cells[m][1] for m in compared if m in cells):
-                shown = [shown_difference(cells[m][1]) if m in cells else '–' for m in compared]
+                differences = [cells[m][1] if m in cells else None for m in compared]
+                shown = ['–' if one is None else one.as_difference() for one in differences]
                 lines.append(f'| {row} | ' + ' | '.join(shown) + ' |')
         lines.append('')
     return '\n'.join(lines)
@@ -172,13 +173,6 @@ def shown_mean(entries: list[dict[str, Any]], row: str, measure: str, mean: Any)
         return f'{mean.mean:.3f}' if mean.n else '–'
     values = [entry['rows'][row][measure] for entry in entries if entry['rows'].get(row, {}).get(measure) is not None]
     return f'{statistics.median(values):.2g}' if values else '–'
-
-
-def shown_difference(difference: Any) -> str:
-    """With its interval."""
-    if difference is None or not difference.n:
-        return '–'
-    return str(difference) if difference.holds_zero else f'**{difference}**'
 
 
 def draw(options: CompareOptions, judge: Judge, boxed: Any, indices: list[int], config: dict[str, Any],

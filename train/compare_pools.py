@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lib.record import command_line, environment
 from lib.script import script
 from timm_lossattn import load_model, loss_attention
-from timm_lossattn.evaluation.intervals import mean_interval
+from timm_lossattn.evaluation.intervals import Interval, mean_interval
 from timm_lossattn.explanation import Preprocessing, input_config, open_image
 from timm_lossattn.files import replace_file, write_json
 from timm_lossattn.models.probe import split_patches
@@ -80,9 +80,10 @@ def markdown(result: dict[str, Any]) -> str:
             if key == 'stock':
                 lines.append(f'| `{name}` | mean (stock) | {row["top1"]:.1f} | – | – | – | 0 |')
                 continue
+            difference = Interval(row['difference'], row['low'], row['high'], result['images'])
             lines.append(
-                f'| | ξ = {float(key):g} | {row["top1"]:.1f} | {row["difference"]:+.1f} [{row["low"]:+.1f}, '
-                f'{row["high"]:+.1f}] | {row["gained"]} / {row["lost"]} | {row["p"]:.2f} | {row["zero_patches"]:.0f} |')
+                f'| | ξ = {float(key):g} | {row["top1"]:.1f} | {difference:+.1f} | {row["gained"]} / {row["lost"]} | '
+                f'{row["p"]:.2f} | {row["zero_patches"]:.0f} |')
     return '\n'.join(lines) + '\n'
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.image_records import column
-from lib.record import command_line
+from lib.record import command_line, from_root
 from lib.script import script
 from timm_lossattn.evaluation.intervals import Interval, mean_interval
 from timm_lossattn.files import replace_file
@@ -39,17 +39,6 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f'FOLDER: {folder}: {error}') from error
     return found | {'images': {line['index']: line for line in lines if line['kind'] == 'image'}}
-
-
-def interval(found: Interval | dict[str, Any], sign: str = '') -> str:
-    """Mean and interval; bold if the sign is shown and zero lies outside."""
-    values: dict[str, Any] = found.to_dict() if isinstance(found, Interval) else found
-    mean, low, high = (values[key] for key in ('mean', 'low', 'high'))
-    if mean is None:
-        return '–'
-    text = f'{mean:{sign}.3f}' + ('' if low is None else f' [{low:{sign}.3f}, {high:{sign}.3f}]')
-    known = low is not None and high is not None
-    return f'**{text}**' if sign and known and (low > 0 or high < 0) else text
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -82,11 +71,11 @@ def markdown(ways: dict[str, dict[str, Any]], images: int, command: str) -> str:
             *([row.removeprefix('box: '), *(cell(ways[first], row, key) for key in MEASURES)] for row in NO_MODEL)]),
         '', f'Differences to {first}, image by image; bold where zero lies outside of the interval:',
         *table(['map', *(f'{title} ↑' for title in MEASURES.values())], [
-            [f'{name}: {title}', *(interval(difference(ways[name], ways[first], tool, key), '+') for key in MEASURES)]
+            [f'{name}: {title}', *(difference(ways[name], ways[first], tool, key).as_difference() for key in MEASURES)]
             for name in others for tool, title in TOOLS.items()]),
         '', 'Commands:', '', '```bash',
         *dict.fromkeys(command for way in ways.values() for command in (
-            *way['result']['commands'], way['boxed']['command'], way['compare']['command'])),
+            *map(from_root, way['result']['commands']), way['boxed']['command'], way['compare']['command'])),
         '```', '']
     return '\n'.join(lines)
 
@@ -94,7 +83,7 @@ def markdown(ways: dict[str, dict[str, Any]], images: int, command: str) -> str:
 def cell(way: dict[str, Any], row: str, measure: str) -> str:
     """Of one way's comparison."""
     found = way['compare']['image'].get(row, {}).get(measure)
-    return interval(found) if found else '–'
+    return f'{Interval.from_dict(found):.3f}' if found else '–'
 
 
 def difference(way: dict[str, Any], other: dict[str, Any], tool: str, measure: str) -> Interval:

@@ -29,7 +29,7 @@ import timm
 import yaml
 
 import timm_lossattn  # noqa: F401  (registers the models)
-from lib.paper import NANO, Cells, Job, RunOptions, all_cells, pictures, sweep_cells, table_cells
+from lib.paper import BASELINES, NANO, Cells, Job, RunOptions, all_cells, pictures, sweep_cells, table_cells
 from lib.paper_report import draw_sweeps, draw_table, header, markdown
 from lib.script import script
 from timm_lossattn.files import replace_file
@@ -42,6 +42,11 @@ LEGEND = CELLS.format(" / the paper's number") + '; the paper does not say which
 NANO_LEGEND = CELLS.format('') + (
     '. All models at an eighth of their widths, Tiny ImageNet with ten of its classes: not the networks of the paper, '
     'whose numbers are left out.')
+BASELINE_NOTE = (
+    'Beside localisation and patches stands what takes no choice, of which the paper has no number: a box around all '
+    'patches, the same for every image; the centred square whose size is best on the other half of the images; all '
+    "patches instead of the selected ones, with the model's own classes; and the share of all patches that lie in the "
+    'object, the precision of a choice that knows neither image nor class.')
 
 
 def run_script(script: str, flags: list[str]) -> None:
@@ -81,6 +86,11 @@ def data_flags(folder: Path) -> list[str]:
     return [*flags, *(['--multi-label'] if a['multi_label'] else [])]
 
 
+def lacks_baselines(validated: dict[str, Any]) -> bool:
+    """Whether they are older than what stands beside them today."""
+    return any(baseline not in validated for name in validated for baseline in BASELINES.get(name, {}).values())
+
+
 def measure(job: Job, seed: int, name: str, options: RunOptions, epoch: str = 'last') -> float | None:
     """A measure of a finished run: from its result.json, or else from validate.py; None if the run is not finished.
 
@@ -100,7 +110,7 @@ def measure(job: Job, seed: int, name: str, options: RunOptions, epoch: str = 'l
     if name in result[epoch]:
         return result[epoch][name]
     file = folder / ('validation.json' if epoch == 'last' else f'validation_{epoch}.json')
-    if not file.is_file():
+    if not file.is_file() or lacks_baselines(json.loads(file.read_text())):
         run_script('validate.py', ['--model', job.model, '--checkpoint', str(folder / CHECKPOINTS[epoch]),
                                    '--results-file', str(file), *data_flags(folder)])
     return json.loads(file.read_text()).get(name)
@@ -119,7 +129,9 @@ def chosen(name: str, patterns: list[str]) -> bool:
 
 def notes(entry: dict[str, Any], options: RunOptions) -> list[str]:
     """How a table or a figure is to be read."""
-    return [NANO_LEGEND if options.nano else LEGEND, *([entry['note']] if 'note' in entry else [])]
+    measures = [*entry.get('measures', {}).values(), *(spec['measure'] for spec in entry.get('columns', {}).values())]
+    return [NANO_LEGEND if options.nano else LEGEND, *([BASELINE_NOTE] if set(measures) & set(BASELINES) else []),
+            *([entry['note']] if 'note' in entry else [])]
 
 
 def first_error(calls: Iterable[Callable[[], Any]]) -> ValueError | None:

@@ -1,4 +1,4 @@
-"""Heads against naive loops written from the equations (DESIGN.md section 2), and their promised properties."""
+"""What all heads promise: completeness, precision, pooling, invariances, gradients, degenerate cases, errors."""
 import math
 
 import pytest
@@ -7,41 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from naive_heads import create_head, linear, naive_capsules, naive_conv, naive_routing, softmax, threshold
-from timm_lossattn.attention import (
-    CapsuleLossAttentionHead,
-    ConvPatchHead,
-    LossAttentionWeights,
-)
+from naive_heads import create_head, threshold
+from random_heads import HEADS, LOSS_ATTENTION, WIDTHS, XIS, assert_near, make, patch_shares, shares
+from timm_lossattn.attention import LossAttentionWeights
 
-HEADS = {
-    'lossattn': ('conv', 'lossattn'),
-    'avg': ('conv', 'avg'),
-    'attn': ('conv', 'attn'),
-    'gatedattn': ('conv', 'gatedattn'),
-    'caps': ('caps', 'lossattn'),
-    'routing': ('primarycaps', 'routing'),
-}
-WIDTHS = {'conv': (0, 5), 'caps': (3, 12), 'primarycaps': (2, 6)}  # capsule channels, channels of the feature map
-LOSS_ATTENTION = ('lossattn', 'caps')
 PRE_LOGITS = ('lossattn', 'avg', 'attn', 'gatedattn', 'caps')  # heads whose classifier is linear in pooled features
-XIS = (0., 0.1, 0.5, 1.)
-SHAPES = [(1, (1, 1)), (1, (2, 3)), (3, (2, 2)), (2, (3, 1)), (2, (1, 4))]  # batch, patch grid
-
-
-def make(name, batch=2, grid=(2, 3), num_classes=4, xi=0.1, drop_rate=0., dtype=torch.float64, seed=0):
-    """A head with generic (normal) parameters and a random feature map for it."""
-    kind, global_pool = HEADS[name]
-    capsules, channels = WIDTHS[kind]
-    torch.manual_seed(seed)
-    head = create_head(
-        kind, channels, num_classes, global_pool, capsules=capsules, grid_size=grid, xi=xi, drop_rate=drop_rate,
-        dtype=torch.float64)
-    for parameter in head.parameters():
-        torch.nn.init.normal_(parameter, std=0.5 if parameter.dim() == 1 else 1.)
-    x = torch.randn(batch, channels, *grid, dtype=torch.float64)
-    x = x * torch.randn(batch, 1, *grid, dtype=torch.float64).exp()  # strong and weak patches
-    return head.to(dtype), x.to(dtype)
 
 
 class All(torch.nn.Module):
@@ -53,106 +23,6 @@ class All(torch.nn.Module):
 
     def forward(self, x):
         return self.head.forward_patches(x)
-
-
-def shares(p):
-    """Eq. 5a or 6a, summed over capsule channels: (B, M, K) or (B, C, M, K) logits to (B, M)."""
-    norms = p.double().square().sum(-1).sqrt()
-    norms = norms.sum(1) if norms.dim() == 3 else norms
-    return norms / norms.sum(1, keepdim=True)
-
-
-def patch_shares(head, x):
-    """Eq. 5a or 6a of a loss-attention head, before the threshold."""
-    if isinstance(head, CapsuleLossAttentionHead):
-        return shares(head.fc(x.unflatten(1, (head.capsules, -1)).flatten(3).transpose(2, 3)))
-    return shares(head.fc(x.flatten(2).transpose(1, 2)))
-
-
-def assert_near(actual, expected, tolerance):
-    """|actual − expected| <= tolerance · max(1, |expected|), element by element."""
-    expected = torch.as_tensor(expected, dtype=torch.float64)
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected).abs() / expected.abs().clamp(min=1)
-    assert error.max() <= tolerance
-
-
-def assert_prediction(head, x, naive, tolerance):
-    """Compare all outputs, and the classifier on pooled features, with (p, α, contributions, z, θ(pre)) per image."""
-    with torch.no_grad():
-        out = head.forward_patches(x)
-        torch.testing.assert_close(head(x), out.logits, rtol=tolerance, atol=tolerance)  # the short way, logits alone
-        pre_logits = head.fc(head.pool(x))
-    for i, (p, alpha, contributions, z, from_pre) in enumerate(naive):
-        assert_near(out.patch_logits[i], p, tolerance)
-        assert_near(out.alpha[i], alpha, tolerance)
-        assert_near(out.contributions[i], contributions, tolerance)
-        assert_near(out.logits[i], z, tolerance)
-        assert_near(pre_logits[i], from_pre, tolerance)
-    assert out.logits.dtype == x.dtype
-    assert out.alpha.dtype == x.dtype
-
-
-@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize('xi', XIS)
-@pytest.mark.parametrize(('batch', 'grid'), SHAPES)
-def test_eq5_equals_loops(batch, grid, xi, dtype, tolerance):
-    """Eq. 5: every output equals the per-patch loops."""
-    head, x = make('lossattn', batch, grid, xi=xi, dtype=dtype)
-    assert isinstance(head, ConvPatchHead)
-    weight, bias = head.fc.weight.tolist(), head.fc.bias.tolist()
-    assert_prediction(head, x, [naive_conv(image, weight, bias, xi=xi) for image in x], tolerance)
-
-
-@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize('xi', XIS)
-@pytest.mark.parametrize(('batch', 'grid'), SHAPES)
-def test_eq6_equals_loops(batch, grid, xi, dtype, tolerance):
-    """Eq. 6: every output equals the loops over capsules and patches."""
-    head, x = make('caps', batch, grid, xi=xi, dtype=dtype, seed=3)
-    M = grid[0] * grid[1]
-    assert M == 1 or (patch_shares(head, x) - xi / M).abs().min() > 1e-4, 'pick another seed: 6c jumps at ξ/M'
-    weight, bias = head.fc.weight.tolist(), head.fc.bias.tolist()
-    assert_prediction(head, x, [naive_capsules(image, 3, weight, bias, xi) for image in x], tolerance)
-
-
-@pytest.mark.parametrize('name', ['avg', 'attn', 'gatedattn'])
-@pytest.mark.parametrize(('batch', 'grid'), SHAPES)
-def test_mean_and_attention_equal_loops(name, batch, grid):
-    """Mean pooling, and attention and gated attention of Ilse et al. with 128 hidden units, equal the loops."""
-    head, x = make(name, batch, grid)
-
-    def weights(hs):
-        if name == 'avg':
-            return [1. / len(hs)] * len(hs)
-        scores = []
-        for h in hs:
-            hidden = [math.tanh(t) for t in linear(head.attn.v.weight.tolist(), head.attn.v.bias.tolist(), h)]
-            assert len(hidden) == 128
-            if name == 'gatedattn':
-                gates = linear(head.attn.u.weight.tolist(), head.attn.u.bias.tolist(), h)
-                hidden = [t / (1 + math.exp(-g)) for t, g in zip(hidden, gates)]
-            scores.append(linear(head.attn.w.weight.tolist(), head.attn.w.bias.tolist(), hidden)[0])
-        return softmax(scores)
-
-    weight, bias = head.fc.weight.tolist(), head.fc.bias.tolist()
-    assert_prediction(head, x, [naive_conv(image, weight, bias, weights=weights) for image in x], 1e-10)
-
-
-@pytest.mark.parametrize(('batch', 'grid'), SHAPES)
-def test_routing_equals_loops(batch, grid):
-    """Dynamic routing equals Procedure 1 in loops: lengths of 16-d class capsules, each patch's part in them."""
-    head, x = make('routing', batch, grid)
-    out = head.forward_patches(x)
-    weight = head.fc.weight.tolist()
-    assert len(weight[0][0]) == 16
-    for i, image in enumerate(x):
-        p, contributions, z = naive_routing(image, 2, weight)
-        assert_near(out.patch_logits[i], p, 1e-10)
-        assert_near(out.contributions[i], contributions, 1e-10)
-        assert_near(out.logits[i], z, 1e-10)
-    assert_near(out.alpha, torch.full((batch, grid[0] * grid[1]), 1. / (grid[0] * grid[1])), 1e-7)
-    assert_near(out.alpha.sum(1), torch.ones(batch), 1e-12)
 
 
 @pytest.mark.parametrize('train', [True, False])

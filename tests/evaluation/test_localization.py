@@ -1,4 +1,5 @@
 """MaxBoxAccV2, constant boxes, cross-fitting, intervals, randomisation: known answers, naive loops, peers."""
+import json
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from timm_lossattn import explain
 from timm_lossattn.evaluation.constant_boxes import ConstantBoxes, cross_fitted_accuracy, square_hits, whole_hits
-from timm_lossattn.evaluation.intervals import mean_interval
+from timm_lossattn.evaluation.intervals import Interval, mean_interval
 from timm_lossattn.evaluation.localization import THRESHOLDS, MaxBoxAccV2, boxes_above
 from timm_lossattn.evaluation.randomization import cascading_randomization, learned_modules
 
@@ -111,6 +112,21 @@ def test_mean_interval():
     assert not difference.holds_zero
     assert difference.high - difference.low < 0.1 * (found.high - found.low) * 2
     assert mean_interval(values - values.flip(0)).holds_zero
+
+
+@pytest.mark.parametrize(('given', 'plain', 'difference'), [
+    ((0.25, 0.125, 0.375, 20), '0.250 [0.125, 0.375]', '**+0.250 [+0.125, +0.375]**'),
+    ((-0.25, -0.375, 0., 20), '-0.250 [-0.375, 0.000]', '-0.250 [-0.375, +0.000]'),
+    ((0.25, math.nan, math.nan, 9), '0.250', '+0.250'),
+    ((math.nan, math.nan, math.nan, 0), '–', '–')])
+def test_interval_as_text(given, plain, difference):
+    """Bold only where zero lies outside; nothing is said of the spread of few values; JSON and back."""
+    interval = Interval(*given)
+    again = Interval.from_dict(json.loads(json.dumps(interval.to_dict(), allow_nan=False)))
+    for one in (interval, again):
+        assert f'{one:.3f}' == plain
+        assert one.as_difference() == difference
+        assert str(one) == difference.strip('*')
 
 
 class InputMap(nn.Module):

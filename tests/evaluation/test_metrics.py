@@ -66,7 +66,7 @@ def random_batch(seed, multi_label, B=5, K=3):
 @pytest.mark.parametrize('seed', range(3))
 def test_patch_localization(seed, multi_label):
     """Against loops over images and patches; batches and processes (merged states) do not matter."""
-    hits = chosen = inside_count = 0
+    hits = chosen = inside_count = patches = 0
     whole, parts = PatchLocalization(), [PatchLocalization(), PatchLocalization()]
     for step in range(3):
         selected, p, target, boxes = random_batch(10 * seed + step, multi_label)
@@ -83,12 +83,14 @@ def test_patch_localization(seed, multi_label):
                 hits += choose and bool(inside[m])
                 chosen += choose
                 inside_count += bool(inside[m])
+                patches += 1
     result = whole.compute()
     precision, recall = hits / chosen, hits / inside_count
     assert result['patch_precision'].item() == pytest.approx(100 * precision)
     assert result['patch_recall'].item() == pytest.approx(100 * recall)
     assert result['patch_f'].item() == pytest.approx(200 * precision * recall / (precision + recall))
-    for name in ('hits', 'chosen', 'inside'):  # what torchmetrics sums over processes
+    assert result['patches_in_object'].item() == pytest.approx(100 * inside_count / patches)
+    for name in ('hits', 'chosen', 'inside', 'patches'):  # what torchmetrics sums over processes
         assert getattr(whole, name) == sum(getattr(part, name) for part in parts)
 
 
@@ -102,7 +104,9 @@ def test_planted_object():
     for selected, want in ((inside[None], 100.), (torch.zeros(1, 36, dtype=torch.bool), 0.)):
         metric = PatchLocalization()
         metric.update(selected, p, torch.tensor([1]), GRID, boxes)
-        assert set(map(float, metric.compute().values())) == {want}
+        assert {name: float(value) for name, value in metric.compute().items()} == {
+            'patch_precision': want, 'patch_recall': want, 'patch_f': want,
+            'patches_in_object': pytest.approx(100 * 4 / 36)}
 
 
 def test_box_localization():

@@ -7,7 +7,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from test_cli import CAT, NANO, random_model
+from cli_run import CAT, NANO, random_model
 from timm_lossattn.explanation import explain
 from timm_lossattn.explanation.drawing import (
     PANELS,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.interpolate import RegularGridInterpolator
 
-from test_cli import CAT, NANO, random_model
+from cli_run import CAT, NANO, random_model
 from timm_lossattn import load_model
 from timm_lossattn.explanation import explain
 from timm_lossattn.explanation.geometry import cell_edges, interpolate

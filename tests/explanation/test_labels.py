@@ -1,16 +1,89 @@
-"""labels.py: names that are told apart, and what a tag says of the data."""
+"""labels.py: names of classes, told apart, and what a model knows."""
 from types import SimpleNamespace
 
 import pytest
 import timm
+import torch
 from timm.models import save_for_hf
 
-from timm_lossattn import explain
-from timm_lossattn.explanation import class_labels
-from timm_lossattn.explanation.labels import data_of, find_class, training_data
+import timm_lossattn  # noqa: F401  (registers the models)
+from fake_patch_model import SIZE, planted
+from timm_lossattn.explanation import class_labels, explain
+from timm_lossattn.explanation.labels import data_of, find_class, known_classes, training_data
 from timm_lossattn.loading import full_name, load_patch_model
 
+NANO = 'resnet18_lossattn_conv_nano'
 PBC = 'lossattn.tf_efficientnet_lite0.pbc'
+
+
+def test_class_labels():
+    """Names are those of weights that were loaded; other classes, or weights of one's own, have numbers."""
+    model = timm.create_model(NANO, pretrained=True)
+    assert class_labels(model, 10)[:2] == ['airplane', 'automobile']
+    assert class_labels(model, 3) == ['class 0', 'class 1', 'class 2']
+    assert class_labels(timm.create_model(NANO), 10)[:2] == ['class 0', 'class 1']
+    model.reset_classifier(10)
+    assert class_labels(model, 10)[:2] == ['class 0', 'class 1']
+
+
+def test_names_in_python():
+    """Classes by name, for all images or for each, as target and as what it is compared with; the answer in a line."""
+    model = planted()
+    model.pretrained_cfg = {'label_names': ['tabby', 'Persian cat', 'tiger cat', 'dog', 'crane (n1)']}
+    x = torch.zeros(2, 3, *SIZE)
+    e = explain(model, x, target='dog', against='Tabby')
+    assert (e.target.tolist(), e.against.tolist()) == ([3, 3], [0, 0])
+    assert explain(model, x, ['persian', 4]).target.tolist() == [1, 4]
+    assert explain(model, x).versus(['crane', 'tiger cat']).against.tolist() == [4, 2]
+    for value, reason in (('cat', r"'cat' may be 2 classes; choose one of \['Persian cat', 'tiger cat'\]"),
+                          ('do', "no class 'do'"), ('', "no class ''"), ('5', "no class '5'")):
+        with pytest.raises(ValueError, match=f'^target: {reason}'):
+            explain(model, x, value)
+    e = explain(model, x, against='crane')
+    total, positive = float(e.evidence[0].sum()), int((e.evidence[0] > 0).sum())
+    assert e.answer() == f'tiger cat over crane (n1): {total:+.2f}; {positive} of 12 patches for it'
+    assert explain(model, x, against=None).answer(1).startswith('tabby, its logit: ')
+    with pytest.raises(ValueError, match='against must differ from the target'):
+        e.versus('tiger cat')
+
+
+def test_close_names_of_many_classes():
+    """Of a thousand names those that look alike are proposed; whole words come before them."""
+    labels = [f'thing{k}' for k in range(1000)] + ['tabby', 'Egyptian cat']
+    assert find_class('target', 'egyptian', labels) == 1001
+    with pytest.raises(ValueError, match=r"^--target: no class 'taby'; choose one of \['tabby'\] or an index"):
+        find_class('--target', 'taby', labels)
+
+
+@pytest.mark.parametrize(('tag', 'data'), [
+    ('clip_laion2b_augreg_ft_in12k_in1k', 'ImageNet-1k'), ('a1_in1k', 'ImageNet-1k'), ('fb_in22k', 'ImageNet-22k')])
+def test_training_data_of_timm_tags(tag, data):
+    """The last ImageNet in a tag is the one whose classes the model has."""
+    model = SimpleNamespace(pretrained_cfg={'tag': tag})
+    assert training_data(model, ['tench', 'goldfish']) == data
+    assert training_data(model, ['class 0', 'class 1']) == ''
+
+
+def test_training_data():
+    """What the tag says, where the classes are those of its weights; fine-tuned classes are of other data."""
+    model = timm.create_model('resnet18_lossattn_conv_nano', pretrained=True)
+    labels = class_labels(model, 10)
+    assert training_data(model, labels) == 'CIFAR-10'
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': ['ant', *labels[1:]]}
+    assert training_data(model, class_labels(model, 10)) == ''
+    for name, data in (('resnet18.a1_in1k', 'ImageNet-1k'), ('convnext_tiny.fb_in22k_ft_in1k', 'ImageNet-1k'),
+                       ('convnext_tiny.fb_in22k', 'ImageNet-22k')):
+        model = timm.create_model(name, device='meta')
+        assert training_data(model, class_labels(model, model.num_classes)) == data
+    assert training_data(timm.create_model('resnet18.a1_in1k', num_classes=5, device='meta'), ['class 0']) == ''
+
+
+def test_known_classes():
+    """What a model knows, in a few words."""
+    assert known_classes(['cat', 'dog', 'eel']) == 'knows 3 classes: cat … eel'
+    assert known_classes(['cat', 'dog'], 'PETS') == 'knows 2 classes of PETS: cat … dog'
+    assert known_classes(['cell']) == 'knows 1 class: cell'
+    assert known_classes([f'class {k}' for k in range(1000)]) == 'knows 1,000 classes, without names'
 
 
 def test_equal_names():

@@ -11,7 +11,7 @@ def way(folder, top1, energies, precision):
     folder.mkdir()
     epoch = {'epoch': 0, 'seconds': 61.2, 'train': {'images_per_second': 7.25}, 'eval': {'top1': top1}}
     (folder / 'result.json').write_text(json.dumps({
-        'last': {'top1': top1}, 'commands': [f'train {folder.name}'], 'epochs': [epoch]}))
+        'last': {'top1': top1}, 'commands': [f'train {folder.name} --output ../output --seed 0'], 'epochs': [epoch]}))
     (folder / 'boxed.json').write_text(json.dumps({
         'images': len(energies), 'patch_precision': precision, 'patch_recall': 50., 'patch_f': 55.,
         'command': f'validate {folder.name}'}))
@@ -47,7 +47,9 @@ def test_table(tmp_path, capsys):
     assert differences['other: evidence'][0].startswith('**+0.10')
     assert differences['third: evidence'][0].startswith('+0.000 [-0.0')
     assert text.count('compare\n') == 1
-    assert all(f'{what} {name}\n' in text for what in ('train', 'validate') for name in 'abc')
+    for name in 'abc':
+        assert f'train {name} --output output --seed 0\n' in text  # where the commands after it look
+        assert f'validate {name}\n' in text
     capsys.readouterr()
 
 

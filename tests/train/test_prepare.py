@@ -195,11 +195,20 @@ def test_train_and_validate(dataset, tiny_folder, coco_folder, tmp_path, capsys,
                                  str(file)]) == 0
     measured = json.loads(file.read_text())
     names = {'patch_precision', 'patch_recall', 'patch_f', 'localization_ap', 'top1_localization', 'images', 'command',
-             'localization_ap_all_patches', 'localization_ap_centred_square'}
+             'localization_ap_all_patches', 'localization_ap_centred_square', 'patches_in_object'}
     assert names | ({'map', 'map_voc11', 'map_public_code'} if multi else {'top1'}) <= set(measured)
     assert measured['images'] == (3 if multi else 4)
     if multi:  # two classes in 91 columns
         assert 2 / 91 * measured['map_voc11'] - 1e-6 <= measured['map_public_code'] <= 100 * 2 / 91
+    assert validate_script.main([*common, '--model', f'local-dir:{runs / "x" / "hub"}', '--results-file',
+                                 str(tmp_path / 'selecting_half.json'), '--xi', '1']) == 0
+    half = json.loads((tmp_path / 'selecting_half.json').read_text())
+    for name in ('patch_precision', 'patch_recall', 'patch_f'):  # ξ = 0.1 drops none of an untrained model's patches
+        assert measured[f'{name}_all_patches'] == half[f'{name}_all_patches'] == pytest.approx(measured[name])
+    assert half['patches_in_object'] == measured['patches_in_object']
+    if not multi:  # there no patch lies in an object
+        assert measured['patches_in_object'] > 0
+        assert half['patch_recall'] < half['patch_recall_all_patches']
     assert 'patch_f' in capsys.readouterr().out
     assert measured[result['metric']] == pytest.approx(result['best'][result['metric']], abs=1e-3)
 

@@ -111,8 +111,11 @@ def test_figure_7_has_eight_panels(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(paper_report, 'save', lambda figure, file, dpi: drawn.append((figure, file)))
     known = {'top1': 1., 'localization_ap': 2., 'patch_precision': 3., 'patch_recall': 4.}
+    constant = {'localization_ap_all_patches': 31., 'localization_ap_centred_square': 41.}
 
     def measured(job, seed, name, options, epoch='last'):
+        if name not in known:
+            return constant.get(name) if seed == 0 else None
         flags = dict(job.flags)
         position = float(flags['gamma_max']) + 10 * float(flags['xi'])
         return known[name] + position + 100 * job.model.startswith('resnet') if seed == 0 else None
@@ -130,9 +133,13 @@ def test_figure_7_has_eight_panels(tmp_path, monkeypatch, capsys):
             want = [known[measure] + extra + (v + 1 if symbol == 'γ_max' else 0.1 + 10 * v) for v in values]
             assert container.lines[0].get_ydata() == pytest.approx(want)
         assert len(axes.containers) == 2
+        drawn = [line for line in axes.lines if line.get_label() in ('box around all patches', 'best centred square')]
+        assert [list(line.get_ydata()) for line in drawn] == (
+            [[31.] * 7, [41.] * 7] * 2 if measure == 'localization_ap' else [])
     rows = printed_rows((tmp_path / 'figure7.md').read_text())
     assert len(rows) == 28
     assert rows['ResNet18, ξ = 0.4']['patch recall'] == '108.10 (n = 1)'
+    assert rows['ResNet18, ξ = 0.4']['best centred square'] == '41.00 (n = 1)'
 
 
 @pytest.mark.parametrize('figure', ['4', '5', '6'])
@@ -231,6 +238,54 @@ def test_best_epoch_is_validated_from_its_checkpoint(tmp_path, monkeypatch):
     assert all('--multi-label' in flags and flags[flags.index('--dataset') + 1] == 'hfds/coco' for flags in calls)
 
 
+@pytest.mark.parametrize('number', [str(number) for number, table in KNOWN['tables'].items() if any(
+    spec['measure'] in paper.BASELINES for spec in table['columns'].values())])
+def test_localisation_never_stands_alone(number, tmp_path, monkeypatch):
+    """After each column that finds the object come what takes no choice, of the same runs; plain rows have neither."""
+    monkeypatch.setattr(reproduce, 'measure', lambda job, seed, name, options, epoch='last': (
+        {'localization_ap': 1., 'localization_ap_all_patches': 2., 'localization_ap_centred_square': 3.,
+         'patch_precision': 4., 'patch_precision_all_patches': 5., 'patches_in_object': 6., 'patch_recall': 7.,
+         'patch_recall_all_patches': 8., 'patch_f': 9., 'patch_f_all_patches': 10.}.get(name) if seed == 0 else None))
+    assert reproduce.main(['--table', number, '--runs', '0', '--output', str(tmp_path)]) == 0
+    text = (tmp_path / f'table{number}.md').read_text()
+    assert 'takes no choice' in text
+    beside = {'localisation AP': ['box around all patches', 'best centred square'],
+              'patch precision': ['all patches: precision', 'patches in the object'],
+              'patch recall': ['all patches: recall'], 'patch F': ['all patches: F']}
+    for name, cells in printed_rows(text).items():
+        columns = list(cells)
+        for column in beside.keys() & cells.keys():
+            at = columns.index(column)
+            assert columns[at + 1:at + 1 + len(beside[column])] == beside[column]
+            first = float(cells[column].split()[0]) if cells[column] != '–' else None
+            for i, baseline in enumerate(beside[column], 1):
+                assert cells[baseline] == ('–' if first is None else f'{first + i:.2f} (n = 1)'), name
+    assert len(beside.keys() & cells.keys()) == (3 if number == '5' else 4)
+
+
+def test_validation_without_baselines_is_made_anew(tmp_path, monkeypatch):
+    """A file of an earlier version has no all-patches numbers: validated once more; one without boxes is left alone."""
+    options, job = paper.RunOptions(str(tmp_path)), paper.Job('resnet18_lossattn_conv_s2', 'tiny_imagenet', 'sgd')
+    folder = job.folder(0, options)
+    (folder / 'hub').mkdir(parents=True)
+    (folder / 'result.json').write_text(json.dumps({'last': {'top1': 1.}}))
+    monkeypatch.setattr(reproduce, 'data_flags', lambda folder: [])
+    calls = []
+
+    def validated(script, flags):
+        calls.append(script)
+        (folder / 'validation.json').write_text(json.dumps({'patch_recall': 2., 'patch_recall_all_patches': 3.}))
+
+    monkeypatch.setattr(reproduce, 'run_script', validated)
+    (folder / 'validation.json').write_text(json.dumps({'patch_recall': 2.}))
+    for name, want in (('patch_recall', 2.), ('patch_recall_all_patches', 3.), ('localization_ap', None)):
+        assert reproduce.measure(job, 0, name, options) == want
+    assert calls == ['validate.py']
+    (folder / 'validation.json').write_text(json.dumps({'top5': 2.}))
+    assert reproduce.measure(job, 0, 'patch_recall', options) is None
+    assert len(calls) == 1
+
+
 def test_nano_jobs():
     """Narrow models, ten classes, no numbers of the paper, and no rows that the paper quotes; folders of their own."""
     options, full = paper.RunOptions('out', nano=True), paper.RunOptions('out')
@@ -275,7 +330,7 @@ def test_failed_run_is_reported(tmp_path, capfd):
     assert reproduce.main(['--figure', '7', '--rows', 'ResNet18, ξ = 1', '--runs', '1', '--output', str(tmp_path), '--',
                            '--data-dir', '/no/such/folder', '--dataset', '', '--device', 'cpu']) == 2
     assert 'train.py ended with exit code 2' in capfd.readouterr().err
-    assert (tmp_path / 'figure7.md').read_text().count('not run') == 28 * 5
+    assert (tmp_path / 'figure7.md').read_text().count('not run') == 28 * 10
     assert reproduce.main(['--table', '2', '--rows', 'nothing', '--output', str(tmp_path)]) == 2
     assert 'no cell matches' in capfd.readouterr().err
 

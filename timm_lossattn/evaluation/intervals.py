@@ -1,6 +1,8 @@
 """Bootstrap intervals over images, for a mean and for the paired difference of two."""
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +39,29 @@ class Interval:
         """Whether there is no difference to speak of."""
         return not (self.low > 0 or self.high < 0)
 
+    def __format__(self, spec: str) -> str:
+        """'mean [low, high]', each number by the specification (default: +.3f); the mean alone of fewer than MINIMUM
+        values, '–' of none.
+
+        >>> f'{mean_interval(differences):+.3f}'
+        '+0.037 [+0.015, +0.060]'
+        """
+        if math.isnan(self.mean):
+            return '–'
+        mean, low, high = (format(value, spec or '+.3f') for value in (self.mean, self.low, self.high))
+        return mean if math.isnan(self.low) else f'{mean} [{low}, {high}]'
+
     def __str__(self) -> str:
-        interval = '' if math.isnan(self.low) else f' [{self.low:+.3f}, {self.high:+.3f}]'
-        return f'{self.mean:+.3f}{interval}'
+        return f'{self}'
+
+    def as_difference(self) -> str:
+        """With signs, in Markdown bold where zero lies outside."""
+        return str(self) if self.holds_zero else f'**{self}**'
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> 'Interval':
+        """What ``to_dict`` gave, read from JSON."""
+        return cls(**{name: math.nan if value is None else value for name, value in found.items()})
 
     def to_dict(self) -> dict[str, float | None]:
         """For JSON, which has no NaN."""

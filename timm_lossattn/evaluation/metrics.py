@@ -76,18 +76,22 @@ class PatchLocalization(Metric):
         recall    = |selected ∧ consistent ∧ in object| / |in object|
         F         = their harmonic mean
 
+    Beside them |in object| / |patches|: the precision of a choice that knows neither image nor class. All patches, if
+    they were consistent, would have that precision and a recall of 100 %.
+
     Examples:
         >>> metric = PatchLocalization()
         >>> metric.update(explanation.selected, prediction.patch_logits, target, explanation.patch_boxes, boxes)
-        >>> metric.compute()    # {'patch_precision', 'patch_recall', 'patch_f'} in percent
+        >>> metric.compute()    # {'patch_precision', 'patch_recall', 'patch_f', 'patches_in_object'}, percent
     """
     hits: torch.Tensor
     chosen: torch.Tensor
     inside: torch.Tensor
+    patches: torch.Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ('hits', 'chosen', 'inside'):
+        for name in ('hits', 'chosen', 'inside', 'patches'):
             self.add_state(name, default=torch.zeros((), dtype=torch.long), dist_reduce_fx='sum')
 
     def update(
@@ -117,13 +121,15 @@ class PatchLocalization(Metric):
         self.hits += (chosen & inside).sum()
         self.chosen += chosen.sum()
         self.inside += inside.sum()
+        self.patches += inside.numel()
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Percent; a share of nothing is 0."""
         precision = self.hits / self.chosen.clamp(min=1)
         recall = self.hits / self.inside.clamp(min=1)
         f = 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(torch.float32).tiny)
-        return {'patch_precision': 100 * precision, 'patch_recall': 100 * recall, 'patch_f': 100 * f}
+        return {'patch_precision': 100 * precision, 'patch_recall': 100 * recall, 'patch_f': 100 * f,
+                'patches_in_object': 100 * self.inside / self.patches.clamp(min=1)}
 
 
 class BoxLocalization(Metric):

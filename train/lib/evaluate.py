@@ -31,13 +31,17 @@ COCO_CLASSES = (80, 91)  # without and with the ids that no image has
 
 
 class BoxMeasures:
-    """Patch precision, recall and F, and localisation beside constant boxes, of a patch model on images with boxes."""
+    """How well a patch model finds the object on images with boxes, beside what finds it without choosing.
+
+    Patch precision, recall and F of the selected patches, and those of all patches (names with ``_all_patches``);
+    localisation beside that of constant boxes.
+    """
 
     def __init__(self, model: Any) -> None:
         from timm_lossattn.evaluation.constant_boxes import ConstantBoxes
         from timm_lossattn.evaluation.metrics import BoxLocalization, PatchLocalization
-        self.model, self.patches, self.located, self.constant = (
-            model, PatchLocalization(), BoxLocalization(), ConstantBoxes())
+        self.model, self.patches, self.all_patches, self.located, self.constant = (
+            model, PatchLocalization(), PatchLocalization(), BoxLocalization(), ConstantBoxes())
         self.boxes = 0
 
     def update(self, x: torch.Tensor, y: torch.Tensor, boxes: list[torch.Tensor]) -> torch.Tensor:
@@ -45,8 +49,9 @@ class BoxMeasures:
         self.boxes += sum(len(found) for found in boxes)
         explanation = explain(self.model, x)
         logits, y = explanation.prediction.logits, y.cpu()
-        self.patches.update(
-            explanation.selected, explanation.prediction.patch_logits, y, explanation.patch_boxes, boxes)
+        for metric, selected in ((self.patches, explanation.selected),
+                                 (self.all_patches, torch.ones_like(explanation.selected))):
+            metric.update(selected, explanation.prediction.patch_logits, y, explanation.patch_boxes, boxes)
         predicted = logits.argmax(dim=1)
         right = predicted == y if y.dim() == 1 else y.gather(1, predicted[:, None]).squeeze(1) > 0.5
         self.located.update(explanation.boxes, boxes, right)
@@ -58,8 +63,10 @@ class BoxMeasures:
         """In percent; nothing if no image had a box, as in the splits of blood cells that are without."""
         if not self.boxes:
             return {}
-        return {name: float(value) for metric in (self.patches, self.located, self.constant)
-                for name, value in metric.compute().items()}
+        unchosen = {f'{name}_all_patches': value for name, value in self.all_patches.compute().items()
+                    if name != 'patches_in_object'}
+        found = self.patches.compute() | unchosen | self.located.compute() | self.constant.compute()
+        return {name: float(value) for name, value in found.items()}
 
 
 @torch.inference_mode()

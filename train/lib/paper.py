@@ -9,12 +9,21 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-__all__ = ['ADAM', 'NANO', 'Cell', 'Cells', 'Job', 'RunOptions', 'all_cells', 'pictures', 'recipe_of', 'sweep_cells',
-           'table_cells']
+__all__ = ['ADAM', 'BASELINES', 'NANO', 'Cell', 'Cells', 'Job', 'RunOptions', 'all_cells', 'pictures', 'recipe_of',
+           'sweep_cells', 'table_cells']
 
 NANO = 1 / 8  # of the widths
 NANO_DATASETS = {'tiny_imagenet': 'tiny_imagenet_mini'}
 ADAM = ('*_meanpool_*', '*_routing_*')  # the paper trains these with Adam
+# measure -> what stands beside it wherever it is reported, because it takes no choice: name, and measure of validate.py
+BASELINES = {
+    'localization_ap': {'box around all patches': 'localization_ap_all_patches',
+                        'best centred square': 'localization_ap_centred_square'},
+    'patch_precision': {'all patches: precision': 'patch_precision_all_patches',
+                        'patches in the object': 'patches_in_object'},
+    'patch_recall': {'all patches: recall': 'patch_recall_all_patches'},
+    'patch_f': {'all patches: F': 'patch_f_all_patches'},
+}
 CHOSEN_BY = ('top1', 'map_voc11', 'map_public_code')  # measures of which a best epoch is reported beside the last
 
 
@@ -67,6 +76,7 @@ class Cell:
         measure: of train.py or validate.py; 'epoch_seconds' or 'parameters'.
         paper: its number, if it has one.
         unit: of the numbers.
+        beside: the column that it is a baseline of, if it is one.
         values: of the last epoch of each run.
         best: of the epoch with the best test accuracy of each run.
     """
@@ -74,6 +84,7 @@ class Cell:
     measure: str
     paper: float | None
     unit: str = '%'
+    beside: str | None = None
     values: list[float] = field(default_factory=list)
     best: list[float] = field(default_factory=list)
 
@@ -111,6 +122,13 @@ def as_flags(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((name, str(value)) for name, value in values.items()))
 
 
+def with_baselines(column: str, cell: Cell | None, measure: str) -> dict[str, Cell | None]:
+    """A cell by the name of its column, and after it those of its baselines, of which the paper has no numbers."""
+    return {column: cell} | {
+        name: cell and Cell(cell.job, baseline, None, cell.unit, column)
+        for name, baseline in BASELINES.get(measure, {}).items()}
+
+
 def table_cells(table: Mapping[str, Any], options: RunOptions) -> Cells:
     """A cell for each number of a table, ours or the paper's."""
     columns = table['columns']
@@ -128,8 +146,16 @@ def table_cells(table: Mapping[str, Any], options: RunOptions) -> Cells:
                 job = options.job(row['model'] + spec.get('model_suffix', ''), spec['dataset'], row.get('recipe'),
                                   row.get('flags'))
             empty = row['paper'] and paper is None
-            cells[name][column] = None if empty else Cell(
-                job, spec['measure'], None if options.nano else paper, spec.get('unit', '%'))
+            cells[name] |= with_baselines(column, None if empty else Cell(
+                job, spec['measure'], None if options.nano else paper, spec.get('unit', '%')), spec['measure'])
+    return cells
+
+
+def swept_cells(job: Job, measures: Mapping[str, str]) -> dict[str, Cell | None]:
+    """Name of the measure, and of its baselines -> cell, of one job of a figure of curves."""
+    cells: dict[str, Cell | None] = {}
+    for name, measure in measures.items():
+        cells |= with_baselines(name, Cell(job, measure, None), measure)
     return cells
 
 
@@ -137,9 +163,8 @@ def sweep_cells(figure: Mapping[str, Any], options: RunOptions) -> dict[tuple[st
     """(Flag that is swept, name of the curve) -> value of the flag -> measure -> cell, of a figure of curves."""
     return {
         (flag, curve): {
-            str(value): {
-                name: Cell(options.job(model, figure['dataset'], flags={**sweep['fixed'], flag: value}), measure, None)
-                for name, measure in figure['measures'].items()}
+            str(value): swept_cells(
+                options.job(model, figure['dataset'], flags={**sweep['fixed'], flag: value}), figure['measures'])
             for value in sweep['values']}
         for flag, sweep in figure['sweeps'].items() for curve, model in figure['curves'].items()}
 

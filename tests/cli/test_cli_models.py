@@ -1,0 +1,143 @@
+"""cli.py in-process: which model explains, by name, checkpoint or folder, and the list of them."""
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from cli_run import CAPS, CAT, NANO, error_line, random_model, written
+from timm_lossattn.cli import main
+from timm_lossattn.explanation.preprocessing import open_image, preprocess
+from timm_lossattn.loading import MODEL_CONFIG, list_patch_models, model_config
+
+
+def test_checkpoint_names_its_model(models, tmp_path):
+    """A checkpoint that says what it is of needs no --model."""
+    assert main(['explain', str(CAT), '--checkpoint', models[CAPS][1], '--out', str(tmp_path / 'out')]) == 0
+    assert json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())['model'] == CAPS
+
+
+def test_folder_of_a_run(tmp_path, capsys):
+    """What train.py and publish.py leave, by local-dir:; a folder without a model is one clear line."""
+    from timm.models import save_for_hf
+    save_for_hf(random_model(NANO), str(tmp_path / 'hub'), safe_serialization=True)
+    assert main(['explain', str(CAT), '--model', f'local-dir:{tmp_path / "hub"}', '--out', str(tmp_path / 'out')]) == 0
+    assert len(written(tmp_path)) == 2
+    capsys.readouterr()
+    assert main(['explain', str(CAT), '--model', f'local-dir:{tmp_path}', '--out', str(tmp_path / 'out')]) == 2
+    assert 'cannot load local-dir:' in error_line(capsys)
+
+
+@pytest.mark.parametrize(('model', 'what'), [
+    ('no_such_model', "model: timm has no model 'no_such_model'"),
+    ('vgg11_bn_lossattn_caps_nano', 'model: vgg11_bn_lossattn_caps_nano has no weights yet'),
+])
+def test_bad_model(tmp_path, capsys, model, what):
+    """Unknown, or without weights."""
+    assert main(['explain', str(CAT), '--model', model, '--out', str(tmp_path / 'out')]) == 2
+    assert what in error_line(capsys)
+    assert written(tmp_path) == []
+
+
+def test_name_of_a_backbone(tmp_path):
+    """A published model of loss attention is called after its backbone."""
+    from timm.models import save_for_hf
+    torch.manual_seed(0)
+    model = timm.create_model('lossattn', backbone='test_resnet', num_classes=3)
+    save_for_hf(model, str(tmp_path / 'hub'), safe_serialization=True)
+    source = f'local-dir:{tmp_path / "hub"}'
+    assert main(['explain', str(CAT), '--model', source, '--out', str(tmp_path / 'out')]) == 0
+    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
+    assert (numbers['model'], numbers['architecture']) == (source, 'lossattn.test_resnet')
+
+
+@pytest.mark.parametrize(
+    'kind', ['missing', 'directory', 'empty.pth', 'text.png', 'text.safetensors', 'other model.safetensors'])
+def test_bad_checkpoint(models, tmp_path, capsys, kind):
+    """One line that names the file, for all that is no checkpoint of the model."""
+    path = tmp_path / kind
+    if kind == 'directory':
+        path.mkdir()
+    elif kind == 'empty.pth':
+        path.touch()
+    elif kind.startswith('text'):
+        path.write_text('not a checkpoint')
+    elif kind.startswith('other'):
+        path.write_bytes(Path(models[CAPS][1]).read_bytes())
+    assert main(['explain', str(CAT), '--model', NANO, '--checkpoint', str(path), '--out', str(tmp_path / 'out')]) == 2
+    message = error_line(capsys)
+    assert message.startswith('error checkpoint: ')
+    assert str(path) in message
+    assert len(message) < 1000
+    assert written(tmp_path) == []
+
+
+def test_bad_device(run, tmp_path, capsys):
+    """The message names the option."""
+    assert run(CAT, '--device', 'abacus') == 2
+    assert "device: cannot use 'abacus'" in error_line(capsys)
+    assert written(tmp_path) == []
+
+
+def test_list_with_filter(capsys):
+    """Names, input sizes, classes and parameters, untruncated."""
+    assert main(['list', '*resnet18*nano*']) == 0
+    out = capsys.readouterr().out
+    assert '…' not in out
+    rows = {cells[0]: cells[1:4] for cells in map(str.split, out.splitlines()) if len(cells) == 5 and '_' in cells[0]}
+    assert sorted(rows) == list_patch_models('*resnet18*nano*')
+    for name in (NANO, CAPS):
+        parameters = sum(p.numel() for p in timm.create_model(name).parameters()) / 1e6
+        assert rows[name][:3] == ['32×32', '10', f'{parameters:.2f}']
+    assert rows['resnet18_lossattn_conv_nano_s2'][0] == '64×64'
+
+
+def test_list_without_filter(capsys):
+    """Every registered model, once, with the whole name; into a pipe without a frame, for grep."""
+    assert main(['list']) == 0
+    out = capsys.readouterr().out
+    assert '│' not in out
+    names = [line.split()[0] for line in out.splitlines() if '×' in line]
+    assert [name for name in names if not name.startswith('lossattn.')] == list_patch_models()
+    assert 'lossattn.tf_efficientnet_lite0' in names  # which was trained with it
+    assert {'resnet18_lossattn_conv', 'vgg11_bn_lossattn_caps', 'googlenet_lossattn_conv', NANO} <= set(names)
+
+
+def test_list_nothing(capsys):
+    """A filter that nothing matches is an error."""
+    assert main(['list', 'zebra*']) == 2
+    assert "no model matches 'zebra*'" in error_line(capsys)
+
+
+def test_hints(run, capsys):
+    """A near miss gets a suggestion; a plain word filters by part of the name."""
+    assert main(['explain', str(CAT), '--model', 'resnet18_lossattn_con']) == 2
+    assert 'did you mean resnet18_lossattn_conv?' in error_line(capsys)
+    assert main(['list', 'nano']) == 0
+    assert 'vgg11_bn_lossattn_caps_nano' in capsys.readouterr().out
+
+
+def test_bare_weights_have_no_labels(models, tmp_path):
+    """A safetensors file says nothing about classes: they are numbered, whatever the model's own weights mean."""
+    file = tmp_path / 'weights.safetensors'
+    save_file(models[NANO][0].state_dict(), file)
+    assert main(['explain', str(CAT), '--model', NANO, '--checkpoint', str(file), '--out', str(tmp_path / 'out')]) == 0
+    numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
+    assert numbers['labels'] == [f'class {k}' for k in range(10)]
+
+
+def test_checkpoint_arguments(tmp_path):
+    """ξ, stride and the number of classes of a training checkpoint are those of the explained model."""
+    model = timm.create_model(NANO, num_classes=3, xi=1., backbone_stride=2).eval()
+    config = model_config(NANO, {'num_classes': 3, 'xi': 1., 'backbone_stride': 2}, ['a', 'b', 'c'])
+    torch.save({'state_dict': model.state_dict(), MODEL_CONFIG: config}, tmp_path / 'last.pth.tar')
+    flags = ['explain', str(CAT), '--checkpoint', str(tmp_path / 'last.pth.tar')]
+    assert main([*flags, '--out', str(tmp_path)]) == 0
+    numbers = json.loads((tmp_path / f'{CAT.stem}.json').read_text())
+    with torch.no_grad():
+        expected = model(preprocess(model, open_image(CAT)).x[None])[0]
+    assert numbers['patch_grid'] == [2, 2]
+    assert numbers['labels'] == ['a', 'b', 'c']
+    assert numbers['logits'] == pytest.approx(expected.tolist(), abs=1e-5)
