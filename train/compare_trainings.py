@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """One data set, several ways to train: accuracy, and where the evidence lies, in one table with intervals.
 
-    python train/compare_trainings.py average=FOLDER 'loss attention=FOLDER' --images 2488 --out FILE.md
+    python train/compare_trainings.py average=FOLDER 'loss attention=FOLDER' --out FILE.md
 
-A folder holds result.json of train.py, boxed.json of validate.py --results-file on images with boxes, and compare.json
-and images.jsonl of compare_explanations.py on the same images. Accuracy is that of the last epoch on the split of the
-training, its 95 % interval Wilson's; the others are bootstrap over images. The differences are to the first way, image
-by image. Rows that need no model are those of the first way's comparison.
+A folder holds result.json of train.py, test.json and boxed.json of validate.py --results-file on images held out and
+on images with boxes, and compare.json and images.jsonl of compare_explanations.py on the latter. Two folders may hold
+the same training, weighed in two ways. The interval of the accuracy is Wilson's, 95 %; the others are bootstrap over
+images. The differences are to the first way, image by image. Rows that need no model are those of the first way.
 """
 import argparse
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.image_records import column
-from lib.record import command_line, from_root
+from lib.record import command_line
 from lib.script import script
 from timm_lossattn.evaluation.intervals import Interval, mean_interval
 from timm_lossattn.files import replace_file
@@ -34,7 +34,8 @@ def read(folder: Path) -> dict[str, Any]:
         ValueError: a file is missing or damaged.
     """
     try:
-        found = {name: json.loads((folder / f'{name}.json').read_text()) for name in ('result', 'boxed', 'compare')}
+        found = {name: json.loads((folder / f'{name}.json').read_text())
+                 for name in ('result', 'test', 'boxed', 'compare')}
         lines = [json.loads(line) for line in (folder / 'images.jsonl').read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise ValueError(f'FOLDER: {folder}: {error}') from error
@@ -47,24 +48,25 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
             *(f'| {" | ".join(row)} |' for row in rows)]
 
 
-def accuracy(result: dict[str, Any], images: int) -> str:
-    """Top-1 of the last epoch in percent with its interval."""
-    top1 = result['last']['top1']
+def accuracy(measured: dict[str, Any]) -> str:
+    """Top-1 in percent with its interval."""
+    top1, images = measured['top1'], measured['images']
     low, high = wilson_interval(round(top1 / 100 * images), images)
     return f'{top1:.2f} [{100 * low:.2f}, {100 * high:.2f}]'
 
 
-def markdown(ways: dict[str, dict[str, Any]], images: int, command: str) -> str:
+def markdown(ways: dict[str, dict[str, Any]], command: str) -> str:
     """The page; ways by name."""
     first, *others = ways
-    boxed = ways[first]['boxed']['images']
+    test, boxed = ways[first]['test'], ways[first]['boxed']
     lines = [
-        f'Top-1 in percent of {images:,} images; the rest of {boxed} images with boxes, patches in percent. One run of '
-        f'each way, n = 1; `{command}`',
+        f'Top-1 in percent of {test["images"]:,} images; the rest of {boxed["images"]} images with boxes, patches in '
+        f'percent. One run of each training, n = 1; `{command}`',
         *table(['way', 'top-1 (%)', *PATCHES.values(), 'seconds an epoch', 'training images/s'], [
-            [name, accuracy(way['result'], images), *(f'{way["boxed"][key]:.1f}' for key in PATCHES),
-             f'{way["result"]["epochs"][-1]["seconds"]:.0f}',
-             f'{way["result"]["epochs"][-1]["train"]["images_per_second"]:.1f}'] for name, way in ways.items()]),
+            *([name, accuracy(way['test']), *(f'{way["boxed"][key]:.1f}' for key in PATCHES),
+               f'{way["result"]["epochs"][-1]["seconds"]:.0f}',
+               f'{way["result"]["epochs"][-1]["train"]["images_per_second"]:.1f}'] for name, way in ways.items()),
+            ['all patches', '–', *(f'{boxed[f"{key}_all_patches"]:.1f}' for key in PATCHES), '–', '–']]),
         *table(['map', *(f'{title} ↑' for title in MEASURES.values())], [
             *([f'{name}: {title}', *(cell(way, tool, key) for key in MEASURES)]
               for name, way in ways.items() for tool, title in TOOLS.items()),
@@ -75,7 +77,7 @@ def markdown(ways: dict[str, dict[str, Any]], images: int, command: str) -> str:
             for name in others for tool, title in TOOLS.items()]),
         '', 'Commands:', '', '```bash',
         *dict.fromkeys(command for way in ways.values() for command in (
-            *map(from_root, way['result']['commands']), way['boxed']['command'], way['compare']['command'])),
+            *way['result']['commands'], way['test']['command'], way['boxed']['command'], way['compare']['command'])),
         '```', '']
     return '\n'.join(lines)
 
@@ -98,7 +100,6 @@ def main(argv: list[str] | None = None) -> int:
     """Write the table; errors in what the user gave are one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('ways', nargs='+', metavar='NAME=FOLDER')
-    parser.add_argument('--images', type=int, required=True, metavar='N', help='in the split that top-1 is of')
     parser.add_argument('--out', type=Path, required=True, metavar='FILE')
     args = parser.parse_args(argv)
     ways = {}
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         if not folder or name in ways:
             raise ValueError(f'NAME=FOLDER: must be a name of its own and a folder, got {given!r}')
         ways[name] = read(Path(folder))
-    text = markdown(ways, args.images, command_line(argv))
+    text = markdown(ways, command_line(argv))
     replace_file(args.out, text.encode())
     print(text)
     return 0

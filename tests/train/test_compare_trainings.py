@@ -9,11 +9,14 @@ import compare_trainings
 def way(folder, top1, energies, precision):
     """What the scripts leave of one way to train: evidence of the given energies, whatever the box."""
     folder.mkdir()
-    epoch = {'epoch': 0, 'seconds': 61.2, 'train': {'images_per_second': 7.25}, 'eval': {'top1': top1}}
+    epoch = {'epoch': 0, 'seconds': 61.2, 'train': {'images_per_second': 7.25}, 'eval': {'top1': 12.}}
     (folder / 'result.json').write_text(json.dumps({
-        'last': {'top1': top1}, 'commands': [f'train {folder.name} --output ../output --seed 0'], 'epochs': [epoch]}))
+        'last': {'top1': 12.}, 'commands': [f'train {folder.name}'], 'epochs': [epoch]}))
+    (folder / 'test.json').write_text(json.dumps(
+        {'top1': top1, 'images': 200, 'command': f'validate --val-split test {folder.name}'}))
     (folder / 'boxed.json').write_text(json.dumps({
         'images': len(energies), 'patch_precision': precision, 'patch_recall': 50., 'patch_f': 55.,
+        'patch_precision_all_patches': 20., 'patch_recall_all_patches': 100., 'patch_f_all_patches': 33.3,
         'command': f'validate {folder.name}'}))
     mean = sum(energies) / len(energies)
     (folder / 'compare.json').write_text(json.dumps({
@@ -37,23 +40,24 @@ def test_table(tmp_path, capsys):
     same = way(tmp_path / 'c', 90., [0.2 + 0.01 * i + (0.05 if i % 2 else -0.05) for i in range(20)], 61.)
     out = tmp_path / 'table.md'
     assert compare_trainings.main(
-        [f'mean={first}', f'other={better}', f'third={same}', '--images', '200', '--out', str(out)]) == 0
+        [f'mean={first}', f'other={better}', f'third={same}', '--out', str(out)]) == 0
     text = out.read_text()
     summary, differences = (rows(part) for part in text.split('Differences'))
     # Wilson's interval of 180 of 200, by its formula
     assert summary['mean'] == ['90.00 [85.06, 93.43]', '61.2', '50.0', '55.0', '61', '7.2']
+    assert summary['all patches'] == ['–', '20.0', '100.0', '33.3', '–', '–']
     assert summary['other: evidence'][0] == '0.396 [0.386, 0.406]'
     assert summary['random'] == ['0.250', '–', '–']
     assert differences['other: evidence'][0].startswith('**+0.10')
     assert differences['third: evidence'][0].startswith('+0.000 [-0.0')
     assert text.count('compare\n') == 1
     for name in 'abc':
-        assert f'train {name} --output output --seed 0\n' in text  # where the commands after it look
-        assert f'validate {name}\n' in text
+        for command in ('train', 'validate --val-split test', 'validate'):
+            assert f'{command} {name}\n' in text
     capsys.readouterr()
 
 
 @pytest.mark.parametrize('given', ['folder', 'name=', 'name=/no/such/folder'])
 def test_errors(given, tmp_path, capsys):
-    assert compare_trainings.main([given, '--images', '10', '--out', str(tmp_path / 'x.md')]) == 2
+    assert compare_trainings.main([given, '--out', str(tmp_path / 'x.md')]) == 2
     assert 'FOLDER: ' in capsys.readouterr().err
