@@ -1,4 +1,5 @@
 """The documents are true: snippets run as printed, tables are what the commands print, links point somewhere."""
+import json
 import pkgutil
 import re
 import runpy
@@ -120,3 +121,14 @@ def test_commands_read_what_others_wrote(document):
         r'(?:local-dir:|bundle\.py |-checkpoint )(output/[^\s`]+?)(?:/hub|/(?:model_best|last)\.pth\.tar|\s)', text)
     assert read
     assert set(read) <= {*runs, *moved}
+
+
+def test_numbers_beside_table_6_mini():
+    """What TRAINING.md says of choosing nothing is what its command wrote."""
+    measured = json.loads((ROOT / 'train' / 'results' / 'table6-mini' / 'shipped.json').read_text())
+    text = (ROOT / 'train' / 'TRAINING.md').read_text()
+    assert f"validate.py {measured['command'].split('validate.py ')[1]}" in text.replace('\\\n    ', '')
+    text = text.split('Localisation says nothing here')[1].split('##')[0]
+    for name in ('localization_ap_all_patches', 'localization_ap_centred_square', 'patches_in_object',
+                 *(f'patch_{one}{which}' for one in ('precision', 'recall', 'f') for which in ('', '_all_patches'))):
+        assert f'{measured[name]:.1f} %' in text, name

@@ -61,7 +61,8 @@ class Interval:
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> 'Interval':
         """What ``to_dict`` gave, read from JSON."""
-        return cls(**{name: math.nan if value is None else value for name, value in found.items()})
+        mean, low, high = (math.nan if found[name] is None else found[name] for name in ('mean', 'low', 'high'))
+        return cls(mean, low, high, found['n'])
 
     def to_dict(self) -> dict[str, float | None]:
         """For JSON, which has no NaN."""
