@@ -139,7 +139,8 @@ def create_lossattn(
         backbone: name of a timm model, with or without tag, or of TRAINED.
         pool: 'lossattn', 'avg', or other registered patch weights without parameters.
         xi: ξ of Eq. 5b; by default 0.1, or what TRAINED says.
-        kwargs: every argument of the backbone.
+        kwargs: every argument of the backbone. With pretrained and another num_classes than the weights have, the
+            classifier begins as that of ``reset_classifier``.
 
     Raises:
         ValueError: the backbone is no plain name, or its logits are no sum over patches.
@@ -172,9 +173,15 @@ def create_lossattn(
         refuse_early(backbone, kwargs)
         if cfg is None:
             overlay = lite_overlay(backbone, overlay)
-    model = timm.create_model(
+    model: Any = timm.create_model(
         backbone, pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
-    return model if kwargs.get('features_only') else loss_attention(model, pool, xi)
+    if kwargs.get('features_only'):
+        return model
+    if pretrained and 0 < model.num_classes != model.pretrained_cfg['num_classes']:
+        # The classifier is not that of the weights. EfficientNets and MobileNets would begin with one whose weights are
+        # the larger the fewer the classes, 25 times PyTorch's for two; α follows the size of the logits.
+        model.reset_classifier(model.num_classes)
+    return loss_attention(model, pool, xi)
 
 
 default_cfgs = backbone_cfgs()
