@@ -91,7 +91,8 @@ def test_models(app):
         assert app.load_model(name) is model
         assert hasattr(model, 'forward_patches')
         assert f'knows {model.num_classes:,} classes' in app.describe(name)
-    assert 'Trained on CIFAR-10, thumbnails of 32×32 pixels; knows 10 classes: airplane, automobile' in app.describe(CONV)
+    about = app.describe(CONV)
+    assert 'Trained on CIFAR-10, thumbnails of 32×32 pixels; knows 10 classes: airplane, automobile' in about
     assert 'does not know "tabby"' in app.describe(CONV, 'tabby', 'cat')
     assert '"cat"' not in app.describe(CONV, 'tabby', 'cat')
 
