@@ -40,3 +40,11 @@ def waits(monkeypatch):
     for module in (file_download, _http):
         monkeypatch.setattr(module, 'time', SimpleNamespace(sleep=seconds.append))
     return seconds
+
+
+@pytest.fixture(scope='session')
+def app():
+    """The demo's module."""
+    pytest.importorskip('gradio')
+    from space_app import SPACE, load_app
+    return load_app(SPACE / 'app.py')
