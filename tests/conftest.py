@@ -17,13 +17,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Empty Hub of the user ``tester``. Subprocesses find it, and an empty cache, in the environment; calls in this
-    process need endpoint=hub.endpoint and a cache_dir."""
+    """Empty Hub of the user ``tester``, with an empty cache. Subprocesses find it in the environment; what is uploaded
+    from this process needs endpoint=hub.endpoint."""
     from huggingface_hub import constants
     with HubServer() as server:
         for name, value in server.environment(tmp_path / 'hf_home').items():
             monkeypatch.setenv(name, value)
-        for name, value in dict(HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_OFFLINE=False).items():
+        for name, value in dict(
+                HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_OFFLINE=False, ENDPOINT=server.endpoint,
+                HUGGINGFACE_CO_URL_TEMPLATE=server.endpoint + '/{repo_id}/resolve/{revision}/{filename}',
+                HF_HUB_CACHE=str(tmp_path / 'hf_home' / 'hub')).items():
             monkeypatch.setattr(constants, name, value)  # read from the environment at import, long ago
         yield server
 
@@ -37,3 +40,11 @@ def waits(monkeypatch):
     for module in (file_download, _http):
         monkeypatch.setattr(module, 'time', SimpleNamespace(sleep=seconds.append))
     return seconds
+
+
+@pytest.fixture(scope='session')
+def app():
+    """The demo's module."""
+    pytest.importorskip('gradio')
+    from space_app import SPACE, load_app
+    return load_app(SPACE / 'app.py')

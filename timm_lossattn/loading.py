@@ -17,6 +17,7 @@ from timm.models import is_model_pretrained
 
 from .explanation import patch_model
 from .explanation.preprocessing import PREPROCESSING
+from .hub_access import create_model
 from .models.lite_weights import lite_overlay
 from .models.lossattn import refuse_early
 from .models.probe import NoPatchSum
@@ -113,7 +114,8 @@ def load_model(
     """A model with weights, in eval mode.
 
     Pretrained weights come from where timm says. Of tf_efficientnet_lite0, 1 and 2, with or without ``lossattn.``
-    before it, they come from the packages of the extra ``imagenet`` if those are installed: no network is needed.
+    before it, they come from the packages of the extra ``imagenet`` if those are installed: no network is needed. Where
+    the Hub is out of reach, its cache is looked through.
 
     Args:
         name: a model of timm or of this package, with or without tag, ``hf-hub:ORG/NAME`` or ``local-dir:FOLDER``; None
@@ -145,14 +147,14 @@ def load_model(
     try:
         if state is None and not name.startswith('lossattn'):  # which looks for them itself
             model_args['pretrained_cfg_overlay'] = lite_overlay(name, model_args.get('pretrained_cfg_overlay'))
-        model: Any = timm.create_model(name, pretrained=state is None, **model_args)
+        model: Any = create_model(name, pretrained=state is None, **model_args)
         if state is not None:
             model.load_state_dict(state)
     except NoPatchSum as error:
         raise ValueError(f'model: {name}: {error}') from error
     except Exception as error:  # broken folders, weights that do not fit, no network: many kinds
         what = f'cannot load {checkpoint} into {name}' if state is not None else f'cannot load {name}'
-        raise ValueError(f'{"checkpoint" if state is not None else "model"}: {what}: {one_line(error)}') from error
+        raise ValueError(f'{"checkpoint" if state is not None else "model"}: {what}: {one_line(error, 400)}') from error
     try:
         return model.eval().to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA

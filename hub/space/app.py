@@ -14,13 +14,12 @@ from typing import Any
 import gradio as gr
 import timm
 import torch
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
 from PIL import Image
 
 from timm_lossattn import Explanation, explain
 from timm_lossattn.explanation import class_labels, open_image
 from timm_lossattn.explanation.labels import DATA, data_of, known_classes
+from timm_lossattn.hub_access import create_model
 from timm_lossattn.loading import check_name, load_patch_model
 from timm_lossattn.models.lite_weights import LITE_MODELS, lite_file
 from timm_lossattn.models.pretrained import list_bundled
@@ -115,7 +114,7 @@ def count_parameters(name: str) -> int:
     """Of a model that is made without numbers; 0 if that does not work: whatever is wrong shows when it is loaded."""
     try:
         with torch.device('meta'):
-            return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+            return sum(parameter.numel() for parameter in create_model(name).parameters())
     except Exception:
         return 0
 
@@ -314,18 +313,8 @@ def build() -> gr.Blocks:
     return page
 
 
-def hub_in_reach() -> bool:
-    """Whether the Hub answers; where it does not, its client would try for the better part of a minute."""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # no network, a proxy that refuses, or offline mode
-        return False
-    return True
-
-
 demo = build()
 
 if __name__ == '__main__':
-    constants.HF_HUB_OFFLINE = not hub_in_reach()
     # ssr_mode: the page as it was tested, on a Space too; run_history would keep the images in the visitor's browser
     demo.launch(css=CSS, footer_links=[], run_history=False, ssr_mode=False, max_file_size=MAX_FILE_SIZE)

@@ -40,11 +40,6 @@ def prepared(tmp_path_factory):
 @pytest.fixture
 def run(hub, waits, prepared, monkeypatch, tmp_path, capsys):
     """Publish the shipped weights; returns exit code, stdout, stderr."""
-    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', hub.endpoint)
-    monkeypatch.setattr('huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE',  # made of ENDPOINT at import
-                        hub.endpoint + '/{repo_id}/resolve/{revision}/{filename}')
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
-
     def copy_prepared(job):
         """In place of making the same folder again; a note changes the card."""
         shutil.rmtree(job.folder, ignore_errors=True)

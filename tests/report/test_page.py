@@ -1,7 +1,6 @@
 """A model that learned a planted shortcut, and its report: the numbers behind the page, and the page in a browser."""
 import base64
 import io
-import json
 import re
 import shutil
 from collections import Counter
@@ -16,6 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 from timm_lossattn import LossAttentionTask
 from timm_lossattn.cli import main
 from timm_lossattn.explanation import Preprocessed, preprocess
+from timm_lossattn.explanation.drawing import signed_colors
 from timm_lossattn.loading import MODEL_CONFIG, model_config
 from timm_lossattn.report.page import encode_map, patch_intervals, place_name, thumbnail
 from timm_lossattn.report.summary import SCORE, summarise
@@ -150,17 +150,15 @@ def test_first_screen(page, wrong, width, height):
 
 
 def test_maps_are_drawn(page, report):
-    """The canvas of the flagged class is darkest brown at its corner; where no patch is, nothing is drawn."""
+    """The canvas of the flagged class is orange at its corner, as in pictures; where no patch is, nothing is drawn."""
     pixels = page.evaluate("""() => {
         const canvas = document.querySelector('.flag canvas'), context = canvas.getContext('2d');
         return [[27, 27], [3, 3], [31, 31]].map(([x, y]) =>
             [...context.getImageData(canvas.width * x / 32, canvas.height * y / 32, 1, 1).data]);
     }""")
-    settings = json.loads(re.search(
-        r'id="settings">(.*?)</script>', (report / 'index.html').read_text(), re.DOTALL).group(1))
-    strongest = [int(settings['palette'][-1][i:i + 2], 16) for i in (1, 3, 5)]
-    assert np.abs(np.subtract(pixels[0][:3], strongest)).max() <= 2
-    assert min(pixels[1][:3]) > 200  # nearly white
+    strongest = 255 * signed_colors(np.ones(1))[0]
+    assert np.abs(np.subtract(pixels[0], strongest)).max() <= 3
+    assert pixels[1][3] < 60  # nearly nothing
     assert pixels[2][3] == 0
 
 

@@ -1,14 +1,13 @@
 """lib/data.py: what is said about few images, and about data sets that are out of reach."""
 import logging
-import socket
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import constants
 
-from lib import data
 from lib.command import parse_args
-from lib.data import hub_has_address, open_dataset, warn_of_few_steps
+from lib.data import open_dataset, warn_of_few_steps
 
 
 @pytest.mark.parametrize(('images', 'batch', 'world', 'said'), [
@@ -27,26 +26,12 @@ def test_few_steps(caplog, images, batch, world, said):
         [] if said is None else [f'--batch-size {batch}: {said}'])
 
 
-def test_data_set_out_of_reach(monkeypatch):
-    """Where the Hub's name cannot be looked up, one error at once, that says what does without."""
-    import datasets
-    from huggingface_hub import constants
-
-    def unknown(*args):
-        raise socket.gaierror('no such name')
-    monkeypatch.setattr(data.socket, 'getaddrinfo', unknown)
-    monkeypatch.setattr(data, 'getproxies', dict)
-    for module in (constants, datasets.config):
-        monkeypatch.setattr(module, 'HF_HUB_OFFLINE', False)
-    assert not hub_has_address()
+def test_data_set_out_of_reach(monkeypatch, waits):
+    """One error at once, that says what does without; the next time the Hub is asked again."""
+    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     options = parse_args(['--dataset', 'hfds/nobody/has_this', '--num-classes', '2'])
     with pytest.raises(ValueError, match=r"--dataset 'hfds/nobody/has_this': .*--dataset hfds/FOLDER takes a copy"):
         open_dataset(options, 'train', 2)
-    assert constants.HF_HUB_OFFLINE
-
-
-def test_proxy_looks_names_up(monkeypatch):
-    """Behind a proxy no name can be looked up here, and that says nothing."""
-    monkeypatch.setattr(data, 'getproxies', lambda: {'https': 'http://proxy:3128'})
-    monkeypatch.setattr(data.socket, 'getaddrinfo', lambda *args: pytest.fail('looked up'))
-    assert hub_has_address()
+    assert waits == []
+    assert not constants.HF_HUB_OFFLINE

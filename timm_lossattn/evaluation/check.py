@@ -6,6 +6,7 @@ from typing import Any
 import timm
 import torch
 
+from ..hub_access import create_model
 from ..loading import MODULES, backbone_name, check_name, list_patch_models
 from ..models import loss_attention
 from ..models.lite_weights import lite_overlay
@@ -124,7 +125,7 @@ def check_model(name: str, pretrained: bool = False, receptive_field: bool = Tru
 def create_stock(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     """The stock model in eval mode; without pretrained weights with a classifier that says something."""
     overlay = lite_overlay(name) if pretrained else None
-    stock: Any = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    stock = create_model(name, pretrained, pretrained_cfg_overlay=overlay, **kwargs).eval()
     if not stock.num_classes:  # published as a feature extractor
         stock.reset_classifier(1000)
     if not pretrained:  # many heads start at zero, and zeros add up to zero whatever is done with them

@@ -24,6 +24,7 @@ from timm.models import (
 )
 from torch import nn
 
+from ..hub_access import create_model
 from .any_timm import loss_attention
 from .lite_weights import lite_overlay
 from .pretrained import verified_overlay, with_published
@@ -144,6 +145,7 @@ def create_lossattn(
 
     Raises:
         ValueError: the backbone is no plain name, or its logits are no sum over patches.
+        ConnectionError: the Hub is out of reach, and the backbone's weights are not in its cache.
         RuntimeError: weights of TRAINED that are not here and cannot be downloaded.
     """
     backbone, cfg, overlay = backbone_of(backbone, pretrained_cfg, pretrained_cfg_overlay)
@@ -173,7 +175,7 @@ def create_lossattn(
         refuse_early(backbone, kwargs)
         if cfg is None:
             overlay = lite_overlay(backbone, overlay)
-    model: Any = timm.create_model(
+    model = create_model(
         backbone, pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
     if kwargs.get('features_only'):
         return model

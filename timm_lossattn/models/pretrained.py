@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 from timm.models import resolve_pretrained_cfg
 
 from ..files import sha256_of
+from ..hub_access import hub_or_cache
 
 __all__ = [
     'HUB_WEIGHTS', 'HUB_WEIGHTS_FILE', 'WEIGHTS_NAME', 'bundle_folder', 'bundled_weights', 'download_weights',
@@ -86,9 +87,10 @@ def download_weights(name: str, cache_dir: str | Path | None = None) -> str:
     entry = HUB_WEIGHTS[name]
     for attempt in range(ATTEMPTS):
         try:
-            path = hf_hub_download(entry['repo_id'], WEIGHTS_NAME, revision=entry['revision'], cache_dir=cache_dir)
+            with hub_or_cache():
+                path = hf_hub_download(entry['repo_id'], WEIGHTS_NAME, revision=entry['revision'], cache_dir=cache_dir)
             break
-        except LocalEntryNotFoundError as error:  # no network, or it is switched off, and not in the cache
+        except (ConnectionError, LocalEntryNotFoundError) as error:  # no network, or no such file
             raise RuntimeError(f'Weights of {name}: cannot download {hub_id(name)}: {error}') from error
         except HTTPError as error:  # the client tries again before the first byte; a broken transfer it can continue
             if isinstance(error, HfHubHTTPError) or attempt == ATTEMPTS - 1:

@@ -5,6 +5,7 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..explanation import Preprocessed, Preprocessing
 from ..explanation.preprocessing import to_rgb
+from ..hub_access import hub_or_cache
 from ..text import one_line
 
 __all__ = ['Item', 'ReportImages', 'match_classes', 'open_images', 'read_boxes', 'split_readable']
@@ -243,18 +245,21 @@ def open_images(
     if kind in STREAMS:
         raise ValueError(f'DATASET: {name} is a stream, which cannot be resumed; choose hfds/, torch/ or a folder.')
     remote = kind in ('hfds', 'torch') and '/' in name
+    from_hub = kind == 'hfds' and not Path(name.partition('/')[2]).exists()
     if not remote and not Path(name).exists():
         raise ValueError(f'DATASET: no such folder: {name}; or give hfds/NAME or torch/NAME')
     keys = {key: value for key, value in (('input_key', input_key), ('target_key', target_key)) if value}
 
     def create(**more: Any) -> Any:
         try:
-            return create_dataset(
-                name if remote else '', root=root if remote else name, split=split, **{**keys, **more})
+            with hub_or_cache() if from_hub else nullcontext():
+                return create_dataset(
+                    name if remote else '', root=root if remote else name, split=split, **{**keys, **more})
         except ImportError as error:
             raise ImportError(f"{error.name} is not installed: pip install 'timm-lossattn[report]'") from None
         except Exception as error:  # unknown names, splits and columns, no network: many kinds
-            raise ValueError(f'DATASET: cannot open {name!r}, split {split!r}: {one_line(error)}') from error
+            hint = '; where the Hub is out of reach, hfds/FOLDER takes a copy on disk' if from_hub else ''
+            raise ValueError(f'DATASET: cannot open {name!r}, split {split!r}: {one_line(error)}{hint}') from error
 
     images = create()
     if isinstance(images, IterableDataset) or not len(images):

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..explanation import Preprocessed
+from ..explanation.drawing import WRONG, signed_colors
 from ..explanation.preprocessing import boxes_to_input
 from ..files import replace_file
 from .dataset import ReportImages
@@ -20,14 +21,11 @@ from .table import ReportTable
 
 try:
     from jinja2 import Environment, PackageLoader, select_autoescape
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
 except ImportError as error:
     raise ImportError(f"a report needs {error.name}: pip install 'timm-lossattn[report]'") from None
 
 __all__ = ['encode_map', 'patch_intervals', 'place_name', 'thumbnail', 'write_page']
 
-COLORS = 'PuOr_r'  # brown is for, purple against; safe for colour-blind readers
 SIDE = 144  # pixels of a thumbnail's longer side
 MATRIX = 20  # classes; a larger table of confusions is a list
 TILES = 12  # classes whose mean evidence is shown at once
@@ -149,7 +147,8 @@ def write_page(path: Path, table: ReportTable, images: ReportImages, gallery: in
     summary, notes = summarise(table), table.notes
     shown = cards(table, images, pick_gallery(table, gallery))
     rows, columns = patch_intervals(notes['patch_boxes'], table.grid, tuple(notes['input_size']))
-    palette = [to_hex(colormaps[COLORS](v)) for v in np.linspace(0., 1., 65)]
+    colors = signed_colors(np.linspace(-1., 1., 255)) * [255, 255, 255, 1]  # one for each byte of ``encode_map``
+    palette = [f'rgba({r:.0f},{g:.0f},{b:.0f},{a:.3f})' for r, g, b, a in colors]
     classes = class_rows(summary, table)
     low, high = wilson_interval(summary.correct, summary.labelled) if summary.labelled else (0., 0.)
     environment = Environment(
@@ -160,7 +159,7 @@ def write_page(path: Path, table: ReportTable, images: ReportImages, gallery: in
         enough=bool((summary.predicted >= MIN_IMAGES).any()), flagged=[c for c in classes if c['flagged']],
         confusion=confusion_table(summary, notes['labels']), cards=shown, wrong=summary.labelled - summary.correct,
         label_options=options(shown, 'label'), prediction_options=options(shown, 'prediction'),
-        patches=table.grid[0] * table.grid[1], score=SCORE, min_images=MIN_IMAGES,
+        patches=table.grid[0] * table.grid[1], score=SCORE, min_images=MIN_IMAGES, wrong_color=WRONG,
         settings={'palette': palette, 'rows': rows, 'columns': columns})
     replace_file(path, html.encode())
     return path

@@ -1,12 +1,10 @@
 """Datasets and loaders: timm's, the paper's augmentation, and a cache on the device for small sets."""
 import logging
 import os
-import socket
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from timm.data import (
     FastCollateMixup,
@@ -21,6 +19,8 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from torchvision import datasets as torchvision_datasets
 from torchvision.transforms import v2
+
+from timm_lossattn.hub_access import hub_or_cache
 
 from .augment import BatchAugment
 from .cached_loader import CachedLoader, cache_images
@@ -72,8 +72,6 @@ def open_dataset(
         raise ValueError(f'--data-dir: is needed with --dataset {data.dataset!r}; or give --dataset <type>/<name>')
     if data.dataset.startswith(('hfds/', 'hfids/')):
         need('train', 'datasets')
-    if from_hub and not hub_has_address():
-        stay_offline()
     target_transform = MultiLabelTarget(num_classes) if data.multi_label else CheckedTarget(num_classes)
     if data.dataset.lower() == 'torch/svhn':
         return torchvision_datasets.SVHN(
@@ -81,10 +79,11 @@ def open_dataset(
     keys: dict[str, Any] = {
         key: value for key, value in (('input_key', data.input_key), ('target_key', data.target_key)) if value}
     try:
-        dataset: Any = create_dataset(
-            data.dataset, root=data.data_dir, split=split, is_training=is_training, download=data.dataset_download,
-            batch_size=data.batch_size, seed=seed, num_samples=num_samples,
-            input_img_mode='RGB' if data.channels == 3 else 'L', **keys, **kwargs)
+        with hub_or_cache() if from_hub else nullcontext():
+            dataset: Any = create_dataset(
+                data.dataset, root=data.data_dir, split=split, is_training=is_training, download=data.dataset_download,
+                batch_size=data.batch_size, seed=seed, num_samples=num_samples,
+                input_img_mode='RGB' if data.channels == 3 else 'L', **keys, **kwargs)
     except (RuntimeError, AssertionError, TypeError, KeyError) as error:  # no image, unknown name, unknown length, ...
         raise ValueError(
             f'--dataset {data.dataset!r}, split {split!r}: {error or type(error).__name__} (streams of unknown length '
@@ -103,24 +102,6 @@ def open_dataset(
     # train on its neighbour twice
     dataset._max_retries = int(os.environ.get('TIMM_DATASET_MAX_RETRIES', 1))
     return dataset
-
-
-def hub_has_address() -> bool:
-    """Whether the Hub's name can be looked up; if not, that is known at once, and a request would be tried for long."""
-    from huggingface_hub import constants
-    if getproxies():  # which looks it up
-        return True
-    try:
-        return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None))
-    except OSError:
-        return False
-
-
-def stay_offline() -> None:
-    """Data sets of the Hub only from its cache: no request is made, nor tried again."""
-    import datasets
-    from huggingface_hub import constants
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # both read the environment at import, long ago
 
 
 def class_to_idx(dataset: Any) -> dict[str, int] | None:

@@ -11,7 +11,7 @@ from timm.models import is_model_pretrained
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_lossattn import freeze_backbone
+from timm_lossattn import freeze_backbone, hub_access
 from timm_lossattn.loading import check_name, list_patch_models, load_model, load_patch_model
 
 from .options import EvalOptions, TrainOptions
@@ -56,6 +56,7 @@ def create_model(options: TrainOptions, process: Process) -> Any:
 
     Raises:
         ValueError: unknown model, missing checkpoint, or an argument that the model refuses.
+        ConnectionError: pretrained weights that are not here, and the Hub is out of reach.
     """
     check_name(options.model)
     for flag, path in (('--initial-checkpoint', options.initial_checkpoint), ('--resume', options.resume),
@@ -66,7 +67,7 @@ def create_model(options: TrainOptions, process: Process) -> Any:
         raise ValueError('--sync-bn: PyTorch has it on GPUs only; on the CPU there is --dist-bn')
     in_chans = options.in_chans or (options.input_size[0] if options.input_size else None)
     try:
-        model: Any = timm.create_model(
+        model = hub_access.create_model(
             options.model,
             pretrained=options.pretrained,
             pretrained_cfg_overlay={'file': options.pretrained_path, 'num_classes': -1}  # adapts the classifier
@@ -108,7 +109,7 @@ def load_backbone(model: nn.Module, source: str) -> None:
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith('backbone.')}
     if not own:
         raise ValueError(f'--pretrained-backbone: {type(model).__name__} has no separate backbone; use --pretrained.')
-    state = renamed_backbone(timm.create_model(source, pretrained=True).state_dict(), list(own))
+    state = renamed_backbone(hub_access.create_model(source, pretrained=True).state_dict(), list(own))
     fits = {name: state[name] for name, tensor in own.items() if name in state and state[name].shape == tensor.shape}
     if not any(tensor.dim() == 4 for tensor in fits.values()):
         raise ValueError(f'--pretrained-backbone: no convolution of {source} fits.')

@@ -1,12 +1,5 @@
 'use strict';
 const settings = JSON.parse(document.getElementById('settings').textContent);
-const colors = settings.palette.map(hex => [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16)));
-
-/* A value in [-1, 1] as [r, g, b]. */
-function colorOf(value) {
-  const place = (value + 1) / 2 * (colors.length - 1), low = Math.min(Math.floor(place), colors.length - 2);
-  return colors[low].map((c, i) => Math.round(c + (colors[low + 1][i] - c) * (place - low)));
-}
 
 /* Where intervals begin and end cuts an axis into parts; each part with the numbers of the intervals that cover it. */
 function parts(intervals) {
@@ -18,18 +11,15 @@ function parts(intervals) {
 }
 const rows = parts(settings.rows), columns = parts(settings.columns);
 
-/* One rectangle for each part of the grid, the mean of the patches that lie over it. Over a picture small values are
-   see-through. */
+/* One rectangle for each part of the grid, the mean of the patches that lie over it. */
 function draw(canvas) {
   const values = Int8Array.from(atob(canvas.dataset.map), c => c.charCodeAt(0)), width = settings.columns.length;
-  const context = canvas.getContext('2d'), over = canvas.parentElement.classList.contains('over');
+  const context = canvas.getContext('2d');
   const x = v => Math.round(v * canvas.width), y = v => Math.round(v * canvas.height);
   for (const row of rows) for (const column of columns) {
     let sum = 0;
     for (const r of row.of) for (const c of column.of) sum += values[r * width + c];
-    const value = sum / (row.of.length * column.of.length * 127);
-    const opacity = over ? 0.12 + 0.76 * Math.sqrt(Math.abs(value)) : 1;
-    context.fillStyle = `rgba(${colorOf(value).join(',')},${opacity.toFixed(3)})`;
+    context.fillStyle = settings.palette[127 + Math.round(sum / (row.of.length * column.of.length))];
     context.fillRect(x(column.from), y(row.from), x(column.to) - x(column.from), y(row.to) - y(row.from));
   }
 }
@@ -46,7 +36,7 @@ document.querySelectorAll('.card').forEach(card => {
   card.querySelectorAll('.over img').forEach(image => { image.src = source; });
 });
 document.querySelectorAll('.flag, .tile, .card').forEach(element => watcher.observe(element));
-document.getElementById('scale').style.background = `linear-gradient(to right, ${settings.palette.join(',')})`;
+document.getElementById('scale').style.backgroundImage = `linear-gradient(to right, ${settings.palette.join(',')})`;
 
 const cards = [...document.querySelectorAll('.card')];
 const filters = { label: 'filter-label', prediction: 'filter-prediction', wrong: 'filter-wrong' };
