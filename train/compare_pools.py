@@ -1,34 +1,52 @@
 #!/usr/bin/env python3
-"""Loss attention in ImageNet models without training, against the models as they are: accuracy, image by image.
+"""Loss attention in ImageNet models without training, against the models as they are: accuracy and confidence.
 
-    python train/compare_pools.py --models tf_efficientnet_lite0 --images FOLDER --output output/pools
+    python train/compare_pools.py --models tf_efficientnet_lite0 --dataset hfds/data/imagenette_val500 --workers 0
 
-FOLDER has a sub-folder for each synset (n01440764, ...); classes are those of ImageNet-1k. For each model, features are
-computed once; the stock head (mean pooling) and loss attention at each ξ read them. *gained* and *lost* are images that
-loss attention gets right and the stock model wrong, and the other way round; p is that of the exact two-sided McNemar
-test (binomial on those images), the interval of the difference a paired bootstrap over images. Writes pools.json,
-with the correctness of every image, and pools.md.
+For each model, features are computed once; the stock head (mean pooling) and loss attention at each ξ read them.
+*gained* and *lost* are images that loss attention gets right and the stock model wrong, and the other way round; p is
+that of the exact two-sided McNemar test (binomial on those images), intervals of differences to the stock model are
+paired bootstraps over images. *confidence*: mean probability of the predicted class. *calibration error*: of that
+probability, in 15 bins (M. Naeini et al., AAAI 2015; torchmetrics). *log loss*: of the true class; *at T*: with all
+logits divided by one number, chosen on the other half of the images (C. Guo et al., ICML 2017). Writes pools.json, with
+what every image got, and pools.md.
 """
-import argparse
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.data import ImageNetInfo
+from scipy.optimize import minimize_scalar
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import binary_calibration_error
 from tqdm import tqdm
 
+from lib.boxes import collate_boxes, open_boxed
+from lib.data import input_config
+from lib.flags import flag, parse, positive_int
+from lib.options import DataOptions
 from lib.record import command_line, environment
 from lib.script import script
 from timm_lossattn import load_model, loss_attention
 from timm_lossattn.evaluation.intervals import Interval, mean_interval
-from timm_lossattn.explanation import Preprocessing, input_config, open_image
 from timm_lossattn.files import replace_file, write_json
 from timm_lossattn.models.probe import split_patches
 
 XIS = (0., 0.1, 0.5, 1.)
+BINS = 15
+LOSSES = ('log_loss', 'log_loss_at_t')
+
+
+@dataclass(frozen=True)
+class PoolOptions(DataOptions):
+    """Comparison."""
+    models: list[str] = flag([], 'timm models as they are', nargs='+', metavar='NAME', required=True)
+    batch_size: int = flag(50, short='-b', type=positive_int, metavar='N')
+    output: Path = flag(Path('output/pools'), metavar='DIR')
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -37,75 +55,106 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1., 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)
 
 
+def temperature(logits: torch.Tensor, y: torch.Tensor) -> float:
+    """What to divide (B, K) logits by for the smallest log loss."""
+    found: Any = minimize_scalar(
+        lambda log_t: float(cross_entropy(logits / math.exp(log_t), y)), bounds=(-3, 3), method='bounded')
+    return math.exp(found.x)
+
+
+def losses_at_temperature(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Log loss (B,) of (B, K) logits, divided by what is best for the other half; halves are every second image."""
+    losses = torch.empty(len(y), dtype=logits.dtype)
+    for own, other in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        losses[own] = cross_entropy(logits[own] / temperature(logits[other], y[other]), y[own], reduction='none')
+    return losses
+
+
 @torch.inference_mode()
-def compare(name: str, files: list[Path], batch_size: int) -> dict[str, Any]:
-    """Correctness of every image with the stock model and with each ξ, and the share of patches without weight."""
+def compare(name: str, options: PoolOptions) -> dict[str, Any]:
+    """What every image gets from the stock model and at each ξ, and the share of patches without weight."""
     stock: Any = load_model(name)
     models = {xi: loss_attention(stock, xi=xi) for xi in XIS}
-    preprocessing = Preprocessing(input_config(stock))
-    classes = {synset: k for k, synset in enumerate(ImageNetInfo('imagenet-1k').label_names())}
-    correct: dict[str, list[bool]] = {key: [] for key in ('stock', *map(str, XIS))}
+    dataset = open_boxed(options, stock.num_classes, input_config(options, stock))
+    loader: Any = DataLoader(dataset, options.batch_size, num_workers=options.workers, collate_fn=collate_boxes)
+    found: dict[str, list[torch.Tensor]] = {key: [] for key in ('stock', *map(str, XIS))}
+    labels: list[torch.Tensor] = []
     zero = dict.fromkeys(XIS, 0.)
-    for start in tqdm(range(0, len(files), batch_size), desc=name, leave=False, dynamic_ncols=True):
-        batch = files[start:start + batch_size]
-        x = torch.stack([preprocessing(open_image(file)).x for file in batch])
-        y = torch.tensor([classes[file.parent.name] for file in batch])
+    for x, y, _ in tqdm(loader, desc=name, leave=False, dynamic_ncols=True):
         features = stock.forward_features(x)
-        correct['stock'] += (stock.forward_head(features).argmax(1) == y).tolist()
+        labels.append(y)
+        found['stock'].append(stock.forward_head(features))
         for xi, model in models.items():
             h = split_patches(features, model.patch_layout, model.patch_prefix)
             alpha = model.patch_weights(h, model.logits_of_patches(h))
             zero[xi] += float((alpha == 0).double().mean(1).sum())
-            correct[str(xi)] += (model.forward_head(features).argmax(1) == y).tolist()
-    right = {key: torch.tensor(values).float() for key, values in correct.items()}
-    rows = {'stock': {'top1': 100 * float(right['stock'].mean())}}
-    for xi in XIS:
-        difference = right[str(xi)] - right['stock']
-        gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
-        found = mean_interval(100 * difference)
-        rows[str(xi)] = {
-            'top1': 100 * float(right[str(xi)].mean()), 'difference': found.mean, 'low': found.low,
-            'high': found.high, 'gained': gained, 'lost': lost, 'p': mcnemar(gained, lost),
-            'zero_patches': 100 * zero[xi] / len(files)}
-    return {'rows': rows, 'correct': {key: ''.join('01'[v] for v in values) for key, values in correct.items()}}
+            found[str(xi)].append(model.forward_head(features))
+    y = torch.cat(labels)
+    zero_patches = {'stock': 0., **{str(xi): 100 * zero[xi] / len(y) for xi in XIS}}
+    images = {key: judged(torch.cat(parts).double(), y) for key, parts in found.items()}
+    return {'rows': {key: row(image, images['stock']) | {
+                'zero_patches': zero_patches[key], 'temperature': temperature(torch.cat(found[key]).double(), y)}
+                     for key, image in images.items()},
+            'images': {key: {name: [round(v, 5) for v in values.tolist()] for name, values in image.items()}
+                       for key, image in images.items()}}
+
+
+def judged(logits: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of each image (B,): whether it is right, how sure, and its log losses. Logits (B, K), labels (B,)."""
+    confidence, predicted = logits.softmax(1).max(1)
+    return {'right': (predicted == y).double(), 'confidence': confidence,
+            'log_loss': cross_entropy(logits, y, reduction='none'), 'log_loss_at_t': losses_at_temperature(logits, y)}
+
+
+def row(image: dict[str, torch.Tensor], stock: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Means over images, and differences to the stock model with their intervals."""
+    change = image['right'] - stock['right']
+    gained, lost = int((change > 0).sum()), int((change < 0).sum())
+    return {
+        'top1': 100 * float(image['right'].mean()), 'difference': mean_interval(100 * change).to_dict(),
+        'gained': gained, 'lost': lost, 'p': mcnemar(gained, lost),
+        'confidence': 100 * float(image['confidence'].mean()),
+        'calibration_error': 100 * float(
+            binary_calibration_error(image['confidence'], image['right'].long(), BINS)),
+        **{key: float(image[key].mean()) for key in LOSSES},
+        **{f'{key}_difference': mean_interval(image[key] - stock[key]).to_dict() for key in LOSSES}}
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table."""
-    lines = [f'{result["images"]} images, timm {timm.__version__}: `{result["command"]}`', '',
-             '| model | pooling | top-1 (%) | difference, 95 % | gained / lost | p | patches at zero (%) |',
-             '|---|---|--:|--:|--:|--:|--:|']
-    for name, found in result['models'].items():
-        for key, row in found['rows'].items():
-            if key == 'stock':
-                lines.append(f'| `{name}` | mean (stock) | {row["top1"]:.1f} | – | – | – | 0 |')
-                continue
-            difference = Interval(row['difference'], row['low'], row['high'], result['images'])
-            lines.append(
-                f'| | ξ = {float(key):g} | {row["top1"]:.1f} | {difference:+.1f} | {row["gained"]} / {row["lost"]} | '
-                f'{row["p"]:.2f} | {row["zero_patches"]:.0f} |')
-    return '\n'.join(lines) + '\n'
+    """Two tables: accuracy, and confidence."""
+    rows = [(f'`{name}` | mean (stock)' if key == 'stock' else f' | ξ = {float(key):g}', key != 'stock', row)
+            for name, found in result['models'].items() for key, row in found['rows'].items()]
+
+    def difference(row: dict[str, Any], key: str, form: str) -> str:
+        return f'{Interval.from_dict(row[key]):{form}}'
+
+    accuracy = [
+        f'| {name} | {row["top1"]:.1f} | '
+        + (f'{difference(row, "difference", "+.1f")} | {row["gained"]} / {row["lost"]} | {row["p"]:.2f}'
+           if changed else '– | – | –') + f' | {row["zero_patches"]:.0f} |' for name, changed, row in rows]
+    confidence = [
+        f'| {name} | {row["confidence"]:.1f} | {row["calibration_error"]:.1f} | ' + ' | '.join(
+            f'{row[key]:.3f} | {difference(row, f"{key}_difference", "+.3f") if changed else "–"}' for key in LOSSES)
+        + f' | {row["temperature"]:.2f} |' for name, changed, row in rows]
+    return '\n'.join([
+        f'{result["images"]} images, timm {timm.__version__}: `{result["command"]}`', '',
+        '| model | pooling | top-1 (%) | difference, 95 % | gained / lost | p | patches at zero (%) |',
+        '|---|---|--:|--:|--:|--:|--:|', *accuracy, '',
+        '| model | pooling | confidence (%) | calibration error (%) | log loss | difference, 95 % | log loss at T '
+        '| difference, 95 % | T |', '|---|---|--:|--:|--:|--:|--:|--:|--:|', *confidence, ''])
 
 
 @script
 def main(argv: list[str] | None = None) -> int:
     """Compare; errors in what the user gave are one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', required=True, metavar='NAME')
-    parser.add_argument('--images', type=Path, required=True, metavar='FOLDER')
-    parser.add_argument('-b', '--batch-size', type=int, default=50, metavar='N')
-    parser.add_argument('--output', type=Path, default=Path('output/pools'), metavar='DIR')
-    args = parser.parse_args(argv)
-    files = sorted(file for file in args.images.glob('n*/*') if file.is_file())
-    if not files:
-        raise ValueError(f'--images: no synset folder with images in {args.images}')
+    options = parse(PoolOptions, __doc__, argv)
+    models = {name: compare(name, options) for name in options.models}
     result = {
-        'command': command_line(argv), **environment('cpu', 1), 'images': len(files),
-        'models': {name: compare(name, files, args.batch_size) for name in args.models},
-        'files': ['/'.join(file.parts[-2:]) for file in files]}
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_json(args.output / 'pools.json', result)
-    replace_file(args.output / 'pools.md', markdown(result).encode())
+        'command': command_line(argv), **environment('cpu', 1),
+        'images': len(models[options.models[0]]['images']['stock']['right']), 'models': models}
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_json(options.output / 'pools.json', result)
+    replace_file(options.output / 'pools.md', markdown(result).encode())
     print(markdown(result))
     return 0
 
