@@ -251,6 +251,20 @@ def test_registry(weights):
     assert type(features) is type(timm.create_model('test_resnet', features_only=True))
 
 
+def test_new_classifier_of_pretrained_weights(tmp_path):
+    """Of few classes it begins as PyTorch's layers do, not far larger as timm's MobileNets; the rest is loaded."""
+    stock = timm.create_model('mobilenetv3_small_050')
+    save_file(stock.state_dict(), tmp_path / 'model.safetensors')
+    overlay = {'pretrained_cfg_overlay': {'file': str(tmp_path / 'model.safetensors')}}
+    model = timm.create_model('lossattn', True, backbone='mobilenetv3_small_050', num_classes=2, **overlay)
+    own = model.get_classifier()
+    assert own.weight.abs().max() <= own.in_features ** -0.5
+    assert all(torch.equal(value, stock.state_dict()[key]) for key, value in model.state_dict().items()
+               if not key.startswith('classifier'))
+    same = timm.create_model('lossattn', True, backbone='mobilenetv3_small_050', **overlay)
+    assert torch.equal(same.get_classifier().weight, stock.get_classifier().weight)
+
+
 @pytest.mark.parametrize('wrapped', [False, True])
 def test_hub_folder(weights, tmp_path, wrapped):
     """config.json names lossattn and its arguments, and the folder loads; timm alone does not know that name."""
