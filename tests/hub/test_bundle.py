@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -168,6 +169,18 @@ def test_bundles_are_current(name, tmp_path):
     assert (out / 'config.json').read_text() == (folder / 'config.json').read_text()
     hub_folder.write_card(out, name, model)
     assert (out / 'README.md').read_text() == (folder / 'README.md').read_text()
+
+
+@pytest.mark.parametrize(('name', 'example'), [
+    (NAME, None), ('lossattn.tf_efficientnet_lite0.pbc', 'tests/data/pbc_test_eosinophil_EO_170787.jpg')])
+def test_examples_are_current(name, example, tmp_path):
+    """The card's picture is what is drawn today: same size, hardly another pixel."""
+    model = timm.create_model(name, pretrained=True).eval()
+    hub_folder.draw_example(tmp_path, model, example and str(ROOT / example), multi_label=False)
+    there = hub_folder.WEIGHTS / name / hub_folder.EXAMPLE
+    with Image.open(tmp_path / hub_folder.EXAMPLE) as again, Image.open(there) as kept:
+        assert again.size == kept.size
+        assert np.abs(np.asarray(again, dtype=float) - np.asarray(kept)).mean() < 3  # fonts differ a little
 
 
 def test_error_names_the_command():
