@@ -95,8 +95,10 @@ def compare(name: str, options: PoolOptions) -> dict[str, Any]:
     return {'rows': {key: row(image, images['stock']) | {
                 'zero_patches': zero_patches[key], 'temperature': temperature(torch.cat(found[key]).double(), y)}
                      for key, image in images.items()},
-            'images': {key: {name: [round(v, 5) for v in values.tolist()] for name, values in image.items()}
-                       for key, image in images.items()}}
+            'images': {key: {  # as text: a line for each number would be 600 kB
+                'right': ''.join('01'[int(v)] for v in image['right']),
+                **{name: ' '.join(f'{v:.4f}' for v in image[name]) for name in ('confidence', 'log_loss')},
+            } for key, image in images.items()}}
 
 
 def judged(logits: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
