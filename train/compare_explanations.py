@@ -67,6 +67,7 @@ class CompareOptions(EvalOptions):
     scalar: str = flag('lead', 'what is explained', choices=('lead', 'logit'))
     tools: list[str] | None = flag(None, 'parts of the names of tools to compare (default: all)', nargs='+',
                                    metavar='NAME')
+    left_out: bool = flag(False, 'ask ours for what is lost without a patch as well')
     ig_steps: int = flag(32, 'of integrated gradients; 0: without', metavar='N')
     removal: list[str] = flag(['patches', 'pixels'], 'deletion and insertion of these; none: without',
                               nargs='*', choices=('patches', 'pixels'))
@@ -208,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(CompareOptions, __doc__, argv)
     model, config, boxed, labels = open_patch_model(options)
     model.to(memory_format=torch.channels_last)  # faster, for all tools alike
-    tools = create_tools(model, against_of(options), options.ig_steps)
+    tools = create_tools(model, against_of(options), options.ig_steps, options.left_out)
     if options.tools is not None:
         tools = {name: tool for name, tool in tools.items() if name == OURS or any(t in name for t in options.tools)}
     judge = Judge(model, tools, Settings(

@@ -10,6 +10,7 @@ from PIL import Image
 import timm_lossattn  # noqa: F401  (registers the models)
 from fake_patch_model import GRID, SIZE, planted
 from timm_lossattn.explanation import explain
+from timm_lossattn.explanation.evidence import leave_one_out
 
 NANO = 'resnet18_lossattn_conv_nano'
 
@@ -55,6 +56,30 @@ def test_versus():
     for wrong, message in ((2, 'must differ from the target'), (5, r'in \[0, 4\]'), ('dog', "'dog'")):
         with pytest.raises(ValueError, match=message):
             e.versus(wrong)
+
+
+@pytest.mark.parametrize('name', [NANO, 'lossattn.test_resnet', 'lossattn.test_vit'])
+def test_leave_one_out(name):
+    """Patch by patch, the lead of the sum without it, whose weights are made to add up to one again."""
+    torch.manual_seed(0)
+    args = {'global_pool': 'avg'} if 'vit' in name else {}
+    model = timm.create_model(name, num_classes=4, **args).eval()
+    e = explain(model, torch.randn(2, 3, *((32, 32) if name == NANO else model.default_cfg['input_size'][1:])))
+    alpha, v = e.prediction.alpha.double(), e.direction.double()
+    held = e.prediction.contributions.double() / alpha.unsqueeze(2)  # the logits of each patch, if the head is affine
+    lost = e.leave_one_out().double()
+    for b in range(2):
+        lead = (alpha[b] @ held[b]) @ v[b]
+        for m in range(alpha.shape[1]):
+            others = torch.arange(alpha.shape[1]) != m
+            weights = alpha[b, others] / alpha[b, others].sum()
+            assert float(lost[b, m]) == pytest.approx(float(lead - (weights @ held[b, others]) @ v[b]), abs=1e-5)
+
+
+def test_leave_one_out_of_one_patch():
+    """Without the only patch that counts nothing is left."""
+    lost = leave_one_out(torch.tensor([[3., 0.], [1., 2.]]), torch.tensor([[1., 0.], [0.5, 0.5]]))
+    torch.testing.assert_close(lost, torch.tensor([[3., 0.], [-1., 1.]]))
 
 
 def test_json_holds_what_is_compared():

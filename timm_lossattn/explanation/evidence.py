@@ -8,7 +8,7 @@ from typing import Literal, Union
 
 import torch
 
-__all__ = ['AGAINST', 'Against', 'direction', 'direction_over_rivals', 'evidence_along']
+__all__ = ['AGAINST', 'Against', 'direction', 'direction_over_rivals', 'evidence_along', 'leave_one_out']
 
 AGAINST = {'rest': 'its rivals', 'mean': 'the mean of the others'}  # and what they are called
 Against = Union[torch.Tensor, Literal['rest', 'mean'], None]
@@ -49,3 +49,22 @@ def direction(logits: torch.Tensor, target: torch.Tensor, against: Against = 're
 def evidence_along(contributions: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Σ_k v_k c_mk of contributions (B, M, K) and a direction v (B, K): (B, M), whose sum over M is v·z."""
     return torch.bmm(contributions, v.to(contributions.dtype).unsqueeze(2)).squeeze(2)
+
+
+def leave_one_out(evidence: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """What v·z would lose without a patch, its weight shared by the others in proportion to theirs.
+
+    v·z is Σ_m α_m q_m with q_m = e_m / α_m. Without patch m it is (v·z − e_m) / (1 − α_m), so that the loss is
+    (e_m − α_m v·z) / (1 − α_m). A patch that has all the weight takes all of v·z with it.
+
+    Args:
+        evidence: e, (B, M).
+        alpha: α, (B, M), with sum 1.
+
+    Returns:
+        (B, M).
+    """
+    total = evidence.sum(dim=1, keepdim=True)
+    rest = 1. - alpha
+    alone = rest <= 0.
+    return torch.where(alone, evidence, (evidence - alpha * total) / rest.masked_fill(alone, 1.))

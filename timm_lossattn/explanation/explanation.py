@@ -18,7 +18,7 @@ import torch
 from ..files import replace_file
 from ..prediction import PatchPrediction
 from .drawing import PANELS, draw_explanation
-from .evidence import AGAINST, Against, direction, evidence_along
+from .evidence import AGAINST, Against, direction, evidence_along, leave_one_out
 from .geometry import interpolate, patches_to_pixels, spread_over_neighbours, square_box
 from .labels import Classes, classes_of, known_classes
 from .preprocessing import Preprocessed
@@ -112,6 +112,16 @@ class Explanation:
             sigma: of the Gaussian, in steps of the grid, see ``spread_over_neighbours``.
         """
         return spread_over_neighbours(self.evidence, self.prediction.patch_logits, self.grid, sigma, self.independent)
+
+    def leave_one_out(self) -> torch.Tensor:
+        """(B, M) what the lead would lose if a patch were left out and the others shared its weight.
+
+        Evidence says who holds the lead, this what would go without one: a patch that says as much as the average loses
+        nothing. Exact for the model's own sum, the patch logits as they are and what the head holds held (capsule
+        models weigh each capsule by itself: an approximation there). It does not sum to the lead.
+        docs/reading_explanations.md compares both with what happens to blanked images.
+        """
+        return leave_one_out(self.evidence, self.prediction.alpha)
 
     def versus(self, against: Classes | None) -> Explanation:
         """The same explanation, its target compared with something else; nothing is computed anew.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from timm_lossattn.explanation import explain
-from timm_lossattn.explanation.evidence import evidence_along
+from timm_lossattn.explanation.evidence import evidence_along, leave_one_out
 from timm_lossattn.explanation.geometry import patches_to_pixels
 from timm_lossattn.models.probe import split_patches
 
@@ -125,13 +125,14 @@ def raw_cam(method: Any, model: Any, question: Question) -> torch.Tensor:
     return torch.as_tensor(cam.raw).float().flatten(1)
 
 
-def create_tools(model: Any, against: str | None, ig_steps: int) -> dict[str, Tool]:
+def create_tools(model: Any, against: str | None, ig_steps: int, left_out: bool = False) -> dict[str, Tool]:
     """Name -> tool, ours first.
 
     Args:
         model: patch model.
         against: what ``explain`` compares the target with: the same that v says.
         ig_steps: of integrated gradients; 0: without.
+        left_out: also what v·z loses without a patch, ``Explanation.leave_one_out``.
     """
     def place(scores: torch.Tensor, question: Question) -> torch.Tensor:
         H, W = question.x.shape[-2:]
@@ -148,6 +149,13 @@ def create_tools(model: Any, against: str | None, ig_steps: int) -> dict[str, To
             e.prediction.contributions.expand(len(question.v), -1, -1), question.v) if shared else e.evidence
         return Answer(place(evidence, question), evidence, evidence,
                       lambda: (e.prediction.logits * question.v).sum(dim=1))
+
+    def ours_left_out(question: Question) -> Answer:
+        with torch.no_grad():
+            out = model.forward_patches(question.x)
+        n = len(question.v)
+        scores = leave_one_out(evidence_along(out.contributions.expand(n, -1, -1), question.v), out.alpha.expand(n, -1))
+        return Answer(place(scores, question), scores)
 
     def alpha(question: Question) -> Answer:
         with torch.no_grad():
@@ -188,8 +196,11 @@ def create_tools(model: Any, against: str | None, ig_steps: int) -> dict[str, To
         scores = (distance.max() - distance).expand(len(question.v), -1)
         return Answer(place(scores, question), scores)
 
-    tools: dict[str, Tool] = {
-        OURS: ours, 'α alone': alpha, 'Grad-CAM': cam(GradCAM), 'HiResCAM': cam(HiResCAM), 'LayerCAM': cam(LayerCAM)}
+    tools: dict[str, Tool] = {OURS: ours}
+    if left_out:
+        tools[f'{OURS}, left out'] = ours_left_out
+    tools |= {
+        'α alone': alpha, 'Grad-CAM': cam(GradCAM), 'HiResCAM': cam(HiResCAM), 'LayerCAM': cam(LayerCAM)}
     if ig_steps:
         tools[f'integrated gradients ({ig_steps} steps)'] = integrated_gradients
     return tools | {'input × gradient': input_x_gradient, 'random': random, 'centre': centre}
