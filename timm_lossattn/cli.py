@@ -24,7 +24,7 @@ from .export import FORMATS, OUTPUTS, check_target, export_model
 from .loading import full_name, list_patch_models, load_patch_model
 from .report.command import add_report_command
 from .script_runner import run_script
-from .text import shorten
+from .text import percent, shorten
 
 __all__ = ['main']
 
@@ -130,7 +130,7 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
                          args.panels.split(','), args.stacked, image=str(path), model=model_name,
                          architecture=architecture, checkpoint=args.checkpoint)
         probability, best = explanation.probabilities[0].max(dim=0)
-        line = f'{path.name}: {labels[int(best)]} {100 * float(probability):.1f} %'
+        line = f'{path.name}: {labels[int(best)]} {percent(float(probability))}'
         if truth is not None and truth != int(best):
             line += f', wrong: {labels[truth]}'
         line += f'  ->  {out / stem}.png, .json'

@@ -13,13 +13,12 @@ from timm_lossattn.explanation.drawing import (
     PANELS,
     draw_explanation,
     outline,
-    percent,
-    shorten,
     signed_colors,
     two_digits,
     view_window,
 )
 from timm_lossattn.explanation.preprocessing import preprocess
+from timm_lossattn.text import percent, shorten
 
 
 def test_outline():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..text import shorten
+from ..text import percent, shorten
 from .evidence import AGAINST
 from .geometry import cell_edges, interpolate
 from .labels import known_classes
@@ -169,15 +169,6 @@ def draw_explanation(
     for n, (line, color) in enumerate(lines, start=1):
         draw.text(0.15, height - 0.17 - LINE_H * (len(lines) - n), line, fontsize=9, color=color)
     return figure
-
-
-def percent(probability: float) -> str:
-    """Whole percents; with a decimal below 1 and above 99, never "0.0 %" nor "100.0 %"."""
-    if probability < 0.001:
-        return '< 0.1 %'
-    if probability > 0.999:
-        return '> 99.9 %'
-    return f'{100 * probability:.{0 if 0.0095 <= probability < 0.99 else 1}f} %'
 
 
 def two_digits(value: float) -> str:
