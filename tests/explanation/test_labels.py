@@ -81,7 +81,7 @@ def test_training_data():
 def test_known_classes():
     """What a model knows, in a few words."""
     assert known_classes(['cat', 'dog', 'eel']) == 'knows 3 classes: cat … eel'
-    assert known_classes(['cat', 'dog'], 'PETS') == 'knows 2 classes of PETS: cat … dog'
+    assert known_classes(['cat', 'dog'], 'PETS') == 'knows 2 classes of PETS: cat, dog'  # there is none between them
     assert known_classes(['cell']) == 'knows 1 class: cell'
     assert known_classes([f'class {k}' for k in range(1000)]) == 'knows 1,000 classes, without names'
 
