@@ -98,6 +98,17 @@ def test_equal_names():
         find_class('target', 'crane', labels)
 
 
+def test_fine_tuned_weights_have_no_tag(tmp_path):
+    """A model of one's own classes is called by its backbone alone, the tag of which is that of its start."""
+    tagged = 'lossattn.test_resnet.r160_in1k'
+    assert full_name(timm.create_model(tagged)) == tagged
+    assert full_name(timm.create_model(tagged, pool='avg', num_classes=2)) == 'lossattn.test_resnet with pool=avg'
+    model = timm.create_model(tagged, num_classes=1000)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': [f'kind {k}' for k in range(1000)]}
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    assert full_name(load_patch_model(f'local-dir:{tmp_path}')) == 'lossattn.test_resnet'
+
+
 @pytest.mark.parametrize(('name', 'data'), [
     ('lossattn.convnext_tiny.fb_in22k_ft_in1k', ['in22k', 'in1k']),
     ('resnet18_lossattn_conv_nano.cifar10', ['cifar10']), ('resnet18.cifar100', ['cifar100']), ('resnet18', []),
