@@ -17,32 +17,19 @@ from rich.text import Text
 
 from .evaluation.check import check_model
 from .evaluation.check_all import check_all, read_checks
-from .explanation import class_labels, explain, open_image, preprocess
+from .explanation import class_labels, explain
 from .explanation.drawing import PANELS
 from .explanation.labels import find_class
 from .export import FORMATS, OUTPUTS, check_target, export_model
+from .files import unique_stems
 from .loading import full_name, list_patch_models, load_patch_model
 from .report.command import add_report_command
 from .script_runner import run_script
-from .text import shorten
+from .text import percent, shorten
 
 __all__ = ['main']
 
 DEFAULT_MODEL = 'resnet18_lossattn_conv_nano'
-
-
-def unique_stems(paths: Sequence[Path]) -> list[str]:
-    """A file stem for each path; equal stems (some file systems do not tell case) get a number."""
-    seen: set[str] = set()
-    stems = []
-    for path in paths:
-        stem, count = path.stem, 1
-        while stem.casefold() in seen:
-            count += 1
-            stem = f'{path.stem}-{count}'
-        seen.add(stem.casefold())
-        stems.append(stem)
-    return stems
 
 
 def print_error(console: Console, error: Exception) -> None:
@@ -108,15 +95,14 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
     architecture = full_name(model)
     model_name = architecture if args.model in (None, 'lossattn') else args.model
     title = f'{architecture} of {model_name}' if ':' in model_name else model_name
-    stems = [f'{stem}{question}' for stem in unique_stems(paths)]
+    stems = [f'{stem}{question}' for stem in unique_stems(path.stem for path in paths)]
     taken = {p.resolve() for p in paths} & {(out / f'{s}{end}').resolve() for s in stems for end in ('.png', '.json')}
     if taken:
         raise ValueError(f'--out: {out} would overwrite an input, {min(taken)}; choose another folder.')
     for path, stem in zip(paths, stems):
         try:
-            source = preprocess(model, open_image(path))
             truth = None if args.label is None else true_class(args.label, path, labels)
-            explanation = explain(model, source, target, multi_label=args.multi_label, true_class=truth)
+            explanation = explain(model, path, target, multi_label=args.multi_label, true_class=truth)
             if against is not None and int(explanation.target) == against:
                 raise ValueError(f'--against: {path.name}: {labels[against]} is what it is classified as; choose '
                                  'another class, or give the --target that it should be.')
@@ -130,7 +116,7 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
                          args.panels.split(','), args.stacked, image=str(path), model=model_name,
                          architecture=architecture, checkpoint=args.checkpoint)
         probability, best = explanation.probabilities[0].max(dim=0)
-        line = f'{path.name}: {labels[int(best)]} {100 * float(probability):.1f} %'
+        line = f'{path.name}: {labels[int(best)]} {percent(float(probability))}'
         if truth is not None and truth != int(best):
             line += f', wrong: {labels[truth]}'
         line += f'  ->  {out / stem}.png, .json'

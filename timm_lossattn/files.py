@@ -1,14 +1,14 @@
-"""Files that appear whole or not at all, and their checksums."""
+"""Files that appear whole or not at all, their checksums, and names that are free."""
 import csv
 import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ['replace_file', 'sha256_of', 'write_csv', 'write_json']
+__all__ = ['replace_file', 'sha256_of', 'unique_stems', 'write_csv', 'write_json']
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
@@ -47,3 +47,17 @@ def sha256_of(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def unique_stems(stems: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    """File stems, with a number behind those that are taken or equal (some file systems do not tell case)."""
+    seen = {stem.casefold() for stem in taken}
+    unique = []
+    for stem in stems:
+        name, count = stem, 1
+        while name.casefold() in seen:
+            count += 1
+            name = f'{stem}-{count}'
+        seen.add(name.casefold())
+        unique.append(name)
+    return unique

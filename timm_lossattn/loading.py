@@ -100,12 +100,24 @@ def is_pickle(file: Path) -> bool:
 
 
 def full_name(model: Any) -> str:
-    """Architecture of a model; of loss attention in a timm model with the backbone, ``lossattn.{backbone}``."""
-    name = str((getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__)
+    """Architecture of a model; of loss attention in a timm model with the backbone, ``lossattn.{backbone}``.
+
+    The backbone has its tag where the classes are those of the tag's weights: fine-tuned ones are others.
+    """
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    name = str(cfg.get('architecture') or type(model).__name__)
     args = getattr(model, '_model_args', {})
     if name != 'lossattn' or 'backbone' not in args:
         return name
-    return f'lossattn.{args["backbone"]}' + ('' if args['pool'] == 'lossattn' else f' with pool={args["pool"]}')
+    backbone = args['backbone']
+    try:
+        tagged: Any = timm.get_pretrained_cfg(f'lossattn.{backbone}')
+        same = (tagged.num_classes, tuple(tagged.label_names or ())) == (
+            model.num_classes, tuple(cfg.get('label_names') or ()))
+    except RuntimeError:  # a tag that timm does not know
+        same = False
+    name = f'lossattn.{backbone if same else backbone.partition(".")[0]}'
+    return name + ('' if args['pool'] == 'lossattn' else f' with pool={args["pool"]}')
 
 
 def load_model(

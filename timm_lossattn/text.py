@@ -1,11 +1,20 @@
-"""Text that fits into one line: of errors, of titles."""
-__all__ = ['one_line', 'shorten']
+"""Text that fits into one line: of errors, of titles, and probabilities."""
+__all__ = ['one_line', 'percent', 'shorten']
 
 
 def shorten(text: str, length: int) -> str:
     """At most length characters, with an ellipsis in the middle."""
     half = (length - 1) // 2
     return text if len(text) <= length else f'{text[:length - 1 - half]}…{text[len(text) - half:]}'
+
+
+def percent(probability: float) -> str:
+    """Whole percents; with a decimal below 1 and above 99, never "0.0 %" nor "100.0 %"."""
+    if probability < 0.001:
+        return '< 0.1 %'
+    if probability > 0.999:
+        return '> 99.9 %'
+    return f'{100 * probability:.{0 if 0.0095 <= probability < 0.99 else 1}f} %'
 
 
 def one_line(error: Exception, length: int = 300) -> str:

@@ -10,6 +10,7 @@ from cli_run import CAPS, CAT, NANO, SHIP, error_line, written
 from timm_lossattn.cli import main
 from timm_lossattn.explanation.preprocessing import open_image, preprocess
 from timm_lossattn.models.entrypoints import CIFAR10_LABELS
+from timm_lossattn.text import percent
 
 
 @pytest.mark.parametrize('name', [NANO, CAPS])
@@ -46,7 +47,7 @@ def test_explain_numbers(run, models, tmp_path, capsys, name):
     assert [t['label'] for t in top] == [numbers['labels'][t['class']] for t in top]
     assert [t['logit'] for t in top] == pytest.approx(logits.topk(5).values.tolist())
     assert [t['probability'] for t in top] == pytest.approx(logits.softmax(0).topk(5).values.tolist())
-    assert f'{CAT.name}: {top[0]["label"]} {100 * top[0]["probability"]:.1f} %' in capsys.readouterr().out
+    assert f'{CAT.name}: {top[0]["label"]} {percent(top[0]["probability"])}  ->' in capsys.readouterr().out
 
 
 def test_all_classes(run, models, tmp_path):

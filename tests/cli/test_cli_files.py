@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cli_run import CAT, SHIP, error_line, written
-from timm_lossattn.cli import unique_stems
+from timm_lossattn.files import unique_stems
 
 
 @pytest.mark.parametrize(('size', 'frame'), [
@@ -55,10 +55,11 @@ def test_equal_stems(run, tmp_path):
 def test_unique_stems():
     """Numbers never collide with names that look numbered, nor names with each other where case does not count."""
     paths = [Path(p) for p in ('x/a.png', 'a.jpg', 'a-2.png', 'A.png', 'b.png', 'a.gif')]
-    stems = unique_stems(paths)
+    stems = unique_stems(path.stem for path in paths)
     assert stems[0] == 'a'
     assert stems[4] == 'b'
     assert len({s.casefold() for s in stems}) == len(paths)
+    assert unique_stems(['a', 'b'], taken=['A', 'a-2']) == ['a-3', 'b']
 
 
 def test_folder_of_images(run, tmp_path, capsys):

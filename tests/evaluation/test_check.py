@@ -5,14 +5,16 @@ import re
 import signal
 
 import pytest
+import timm
 import torch
 
-from timm_lossattn import PatchPrediction
+from timm_lossattn import PatchPrediction, loss_attention
 from timm_lossattn.cli import main
 from timm_lossattn.evaluation import check_all as check_all_module
 from timm_lossattn.evaluation.check import check_model
 from timm_lossattn.evaluation.check_all import check_all, models_to_check, read_checks
 from timm_lossattn.evaluation.receptive_field import influence, middle_patch, share_in_box, side_for, square_shares
+from timm_lossattn.models.probe import NoPatchSum
 
 
 @pytest.mark.parametrize(('name', 'kind', 'layout'), [
@@ -33,6 +35,25 @@ def test_refused_and_with_average_pooling():
     assert 'global_pool="avg"' in found.reason
     assert found.additive_error is None
     assert check_model('test_vit', global_pool='avg').kind in 'AB'
+
+
+@pytest.mark.parametrize('name', ['pit_ti_224', 'deit_tiny_distilled_patch16_224', 'coat_tiny', 'volo_d1_224'])
+def test_refused_without_a_way(name):
+    """Of these timm makes no average-pooled head, or one that is no sum either: no advice that leads nowhere."""
+    with pytest.raises((ValueError, AssertionError)):
+        loss_attention(timm.create_model(name, device='meta', global_pool='avg'))
+    with pytest.raises(NoPatchSum, match=r'has no head whose logits are: choose a model that averages .*\.$') as found:
+        loss_attention(timm.create_model(name, device='meta'))
+    assert 'global_pool' not in str(found.value)
+    assert not re.search('Error|dim', str(found.value))  # nor what timm's own code raised on the way
+
+
+def test_a_way_of_a_loss_attention_model():
+    """A head that ``reset_classifier`` brings is refused with the same advice."""
+    model = timm.create_model('lossattn', backbone='test_vit', global_pool='avg')
+    model.reset_classifier(3, 'token')
+    with pytest.raises(ValueError, match=r'class token decides.*global_pool="avg"'):
+        model.forward_patches(torch.zeros(1, 3, 160, 160))
 
 
 @pytest.mark.parametrize(('args', 'message'), [

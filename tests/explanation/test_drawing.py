@@ -3,6 +3,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
@@ -13,13 +14,12 @@ from timm_lossattn.explanation.drawing import (
     PANELS,
     draw_explanation,
     outline,
-    percent,
-    shorten,
     signed_colors,
     two_digits,
     view_window,
 )
 from timm_lossattn.explanation.preprocessing import preprocess
+from timm_lossattn.text import percent, shorten
 
 
 def test_outline():
@@ -104,6 +104,22 @@ def test_right_or_wrong():
     assert other[0].endswith(f'; it is class {wrong}')
     assert f'why not class {wrong}?' in other
     assert unknown[0].startswith(f'class {predicted}, ')
+
+
+def test_two_classes():
+    """Of two classes "why" and "why not the other" are the same; independent ones, and three, have both panels."""
+    def titles(classes, **kwargs):
+        torch.manual_seed(0)
+        model = timm.create_model(NANO, num_classes=classes).eval()
+        explanation = explain(model, CAT, labels=['dog', 'fish', 'owl'][:classes], target='dog', **kwargs)
+        return [text for text, _ in texts_of(explanation.figure())]
+
+    two = titles(2)
+    assert 'why dog?' in two
+    assert not [text for text in two if text.startswith('why not')]
+    assert [text for text in two if text.endswith('its lead over fish')]
+    for others in (titles(3), titles(2, multi_label=True, against='fish')):
+        assert [text for text in others if text.startswith('why not')]
 
 
 def test_colors_of_the_evidence():

@@ -126,6 +126,8 @@ def test_no_patch_model():
     """Any other module is refused by its type."""
     with pytest.raises(TypeError, match=r'model must have forward_patches.*Linear'):
         explain(nn.Linear(2, 2), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(TypeError, match=rf"got the name '{NANO}': timm_lossattn\.load_model\('{NANO}'\) gives it"):
+        explain(NANO, torch.zeros(1, 3, 32, 32))
 
 
 def test_train_mode():
@@ -159,6 +161,28 @@ def test_images_as_files_and_tensors():
     for images, message in (([torch.zeros(3, 32, 32)], 'a list with a Tensor'), (['no/such.png'], 'no such file')):
         with pytest.raises(ValueError, match=message):
             explain(model, images)
+
+
+def test_arrays():
+    """A NumPy image, or a list of them, is what Pillow makes of it; others are refused with what is wanted."""
+    model = timm.create_model(NANO, pretrained=True).eval()
+    arrays = [np.asarray(Image.open(file)) for file in FILES]
+    assert explain(model, arrays).to_dict(1) == explain(model, FILES).to_dict(1)
+    assert explain(model, arrays[0]).to_dict() == explain(model, FILES[0]).to_dict()
+    for wrong in (arrays[0] / 255, np.stack(arrays), arrays[0].transpose(2, 0, 1)):
+        with pytest.raises(ValueError, match=r'\(H, W, 3\) uint8 say, got \((32, 32, 3\) float64|[23], .*uint8)'):
+            explain(model, wrong)
+
+
+def test_labels():
+    """Names of one's own classes, in place of the weights'; not those of other data, and neither too few nor equal."""
+    model = timm.create_model('resnet18.a1_in1k', num_classes=3).eval()
+    e = explain(model, FILES[0], target='b', against='c', labels=['a', 'b', 'c'])
+    assert (e.labels, e.target.tolist(), e.against.tolist(), e.data) == (['a', 'b', 'c'], [1], [2], '')
+    assert explain(model, FILES[0]).labels[0] == 'class 0'
+    for wrong in (['a', 'b'], ['a', 'b', 'b'], []):
+        with pytest.raises(ValueError, match=r'^labels must be 3 different names, got \['):
+            explain(model, FILES[0], labels=wrong)
 
 
 def test_one_image():

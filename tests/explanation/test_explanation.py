@@ -1,6 +1,7 @@
 """explanation.py: other comparisons of the same forward pass, and what is shown and saved."""
 import io
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from timm_lossattn.explanation import explain
 from timm_lossattn.explanation.evidence import leave_one_out
 
 NANO = 'resnet18_lossattn_conv_nano'
+SHIP = Path(__file__).parents[1] / 'data' / 'cifar10_test_00001_ship.png'
 
 
 def test_own_copy():
@@ -36,6 +38,44 @@ def test_save(tmp_path):
         with pytest.raises(ValueError, match='different plain file names'):
             e.save(tmp_path / 'c', names=names)
     assert not (tmp_path / 'c').exists()
+
+
+def test_save_under_the_names_of_the_files(tmp_path):
+    """Files are called as the pictures are; what is there, the picture itself too, is not overwritten."""
+    model = timm.create_model(NANO).eval()
+    (tmp_path / 'other').mkdir()
+    for copy in (tmp_path / 'ship.png', tmp_path / 'other' / 'Ship.png'):
+        copy.write_bytes(SHIP.read_bytes())
+    two = explain(model, [tmp_path / 'ship.png', str(tmp_path / 'other' / 'Ship.png')])
+    assert [p.name for p in two.save(tmp_path / 'out')] == ['ship.png', 'Ship-2.png']
+    assert [p.name for p in explain(model, tmp_path / 'ship.png').save(tmp_path / 'out')] == ['ship-3.png']
+    assert len(list((tmp_path / 'out').iterdir())) == 6
+    assert explain(model, tmp_path / 'ship.png').save(tmp_path) == [tmp_path / 'ship-2.png']
+    assert (tmp_path / 'ship.png').read_bytes() == SHIP.read_bytes()
+    mine = explain(model, Image.open(SHIP)).save(tmp_path / 'out', names=['ship'])  # a name that is asked for
+    assert mine == [tmp_path / 'out' / 'ship.png']
+    assert len(list((tmp_path / 'out').iterdir())) == 6
+
+
+def test_name_in_the_picture():
+    """The file's name stands above the panels unless another title is given; without one there is no empty line."""
+    def texts(figure):
+        return [text.get_text() for text in figure.texts]
+
+    model = timm.create_model(NANO).eval()
+    named, nameless = explain(model, SHIP), explain(model, Image.open(SHIP))
+    assert SHIP.name in texts(named.figure())
+    assert SHIP.name not in texts(named.figure(title='another'))
+    assert nameless.figure().get_figheight() == named.figure(title='').get_figheight() < named.figure().get_figheight()
+
+
+def test_repr():
+    """Predictions, what is explained if it is something else, and the grid; of many images the first ones."""
+    e = explain(planted(), torch.zeros(2, 3, *SIZE), target=[2, 3])
+    p = e.probabilities
+    assert repr(e) == (f'<Explanation of 2 images, 3×4 patches: class 2 {100 * float(p[0, 2]):.0f} %; '
+                       f'class 0 {100 * float(p[1, 0]):.0f} %, explained: class 3>')
+    assert repr(explain(timm.create_model(NANO).eval(), torch.zeros(5, 3, 32, 32))).endswith('; …>')
 
 
 def test_show(monkeypatch):

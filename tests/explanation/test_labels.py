@@ -81,7 +81,7 @@ def test_training_data():
 def test_known_classes():
     """What a model knows, in a few words."""
     assert known_classes(['cat', 'dog', 'eel']) == 'knows 3 classes: cat … eel'
-    assert known_classes(['cat', 'dog'], 'PETS') == 'knows 2 classes of PETS: cat … dog'
+    assert known_classes(['cat', 'dog'], 'PETS') == 'knows 2 classes of PETS: cat, dog'  # there is none between them
     assert known_classes(['cell']) == 'knows 1 class: cell'
     assert known_classes([f'class {k}' for k in range(1000)]) == 'knows 1,000 classes, without names'
 
@@ -96,6 +96,17 @@ def test_equal_names():
     assert find_class('target', labels[2], labels) == 2
     with pytest.raises(ValueError, match=r"may be 2 classes; choose one of \['crane \(0\)', 'crane \(2\)'\]"):
         find_class('target', 'crane', labels)
+
+
+def test_fine_tuned_weights_have_no_tag(tmp_path):
+    """A model of one's own classes is called by its backbone alone, the tag of which is that of its start."""
+    tagged = 'lossattn.test_resnet.r160_in1k'
+    assert full_name(timm.create_model(tagged)) == tagged
+    assert full_name(timm.create_model(tagged, pool='avg', num_classes=2)) == 'lossattn.test_resnet with pool=avg'
+    model = timm.create_model(tagged, num_classes=1000)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': [f'kind {k}' for k in range(1000)]}
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    assert full_name(load_patch_model(f'local-dir:{tmp_path}')) == 'lossattn.test_resnet'
 
 
 @pytest.mark.parametrize(('name', 'data'), [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..text import shorten
+from ..text import percent, shorten
 from .evidence import AGAINST
 from .geometry import cell_edges, interpolate
 from .labels import known_classes
@@ -67,9 +67,11 @@ class Canvas:
         index: which image of it.
         panels: how many.
         stacked: one below the other.
+        head: inches above the panels.
     """
 
-    def __init__(self, explanation: Any, index: int, panels: int, stacked: bool) -> None:
+    def __init__(self, explanation: Any, index: int, panels: int, stacked: bool, head: float) -> None:
+        self.head = head
         self.source = explanation.source(index)
         self.rows, self.columns = explanation.spans(index)
         self.grid = explanation.grid
@@ -95,7 +97,7 @@ class Canvas:
         if self.in_row < panels:
             self.cell_h += 0.15
         self.width = self.in_row * self.cell_w + (self.in_row - 1) * 0.2 + 0.3
-        self.above = -(-panels // self.in_row) * self.cell_h + HEAD_H
+        self.above = -(-panels // self.in_row) * self.cell_h + head
         self.dpi = float(np.clip(shown.width / self.panel_w, *DPI))
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +141,7 @@ def draw_explanation(
         index: which image of the batch.
         title: small, above the panels: the file's name, say.
         panels: which, in this order, or the name of one. 'why-not' is left out where nothing is compared, and of a
-            model with one class.
+            model with one class or two, where it would be 'evidence' again.
         stacked: panels one below the other, for narrow pages and telephones.
 
     Raises:
@@ -154,10 +156,11 @@ def draw_explanation(
     unknown = [name for name in panels if name not in PANELS]
     if unknown or not panels:
         raise ValueError(f'panels must be some of {", ".join(PANELS)}, got {", ".join(panels) or "none"}.')
-    if explanation.against is None or len(explanation.labels) == 1:
+    K = len(explanation.labels)
+    if explanation.against is None or K == 1 or (K == 2 and not explanation.independent):
         panels = [name for name in panels if name != 'why-not'] or ['evidence']
 
-    canvas = Canvas(explanation, index, len(panels), stacked)
+    canvas = Canvas(explanation, index, len(panels), stacked, HEAD_H if title else HEAD_H - 0.27)
     notes = footnotes(explanation, index, canvas)
     lines = [(line, color) for note, color in notes for line in wrap(note, int((canvas.width - 0.3) * 14.6))]
     height = canvas.above + LINE_H * len(lines) + 0.12
@@ -169,15 +172,6 @@ def draw_explanation(
     for n, (line, color) in enumerate(lines, start=1):
         draw.text(0.15, height - 0.17 - LINE_H * (len(lines) - n), line, fontsize=9, color=color)
     return figure
-
-
-def percent(probability: float) -> str:
-    """Whole percents; with a decimal below 1 and above 99, never "0.0 %" nor "100.0 %"."""
-    if probability < 0.001:
-        return '< 0.1 %'
-    if probability > 0.999:
-        return '> 99.9 %'
-    return f'{100 * probability:.{0 if 0.0095 <= probability < 0.99 else 1}f} %'
 
 
 def two_digits(value: float) -> str:
@@ -249,7 +243,7 @@ class Panels:
         """Axes of a panel under its two lines of title; its left and its lower end in inches from left and top."""
         canvas = self.canvas
         left = 0.15 + number % canvas.in_row * (canvas.cell_w + 0.2)
-        top = HEAD_H + number // canvas.in_row * canvas.cell_h
+        top = canvas.head + number // canvas.in_row * canvas.cell_h
         characters = int(canvas.cell_w * 10)
         self.text(left, top + 0.12, shorten(name, characters), fontsize=12)
         self.text(left, top + 0.35, shorten(detail, int(characters * 1.35)), fontsize=9, color=GREY)
@@ -330,7 +324,12 @@ class Panels:
         """What each patch adds to the target's lead."""
         one = self.main
         values = one.evidence[self.index]
-        total = 'its logit' if one.against is None else f'its lead over {AGAINST[str(one.against)]}'
+        if one.against is None:
+            total = 'its logit'
+        elif len(one.labels) == 2:
+            total = f'its lead over {one.labels[1 - int(one.target[self.index])]}'
+        else:
+            total = f'its lead over {AGAINST[str(one.against)]}'
         self.signed(number, f'why {shorten(self.target, 24)}?', f'sum: {signed(values)}, {total}', values,
                     ('against', 'for'))
 

@@ -1,19 +1,22 @@
 """explain: one forward pass of a patch model -> Explanation."""
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from ..models.any_timm import loss_attention
 from ..prediction import PatchPrediction
+from ..text import shorten
 from .evidence import AGAINST
 from .explanation import Explanation
 from .labels import Classes, class_labels, classes_of, training_data
 from .preprocessing import Preprocessed, input_config, open_image, preprocess, to_rgb
 
-Source = Union[Preprocessed, Image.Image, str, Path]
+Source = Union[Preprocessed, Image.Image, np.ndarray, str, Path]
 
 __all__ = ['explain', 'patch_model']
 
@@ -26,14 +29,16 @@ def explain(
         against: Classes | None = 'rest',
         multi_label: bool = False,
         true_class: Classes | None = None,
+        labels: Sequence[str] | None = None,
 ) -> Explanation:
     """Explain a batch of images in one forward pass without gradients.
 
     Args:
         model: patch model with a classifier, in eval mode; or a stock timm model, whose own logits are explained, every
             patch with the same weight (``loss_attention(model, pool='avg')``).
-        images: (B, C, H, W) normalised images, any size of at least one patch; or one or B image files, PIL images or
-            what ``preprocess`` returned, which get timm's evaluation transform.
+        images: (B, C, H, W) normalised images, any size of at least one patch; or one or B image files, PIL images,
+            NumPy arrays that Pillow takes, (H, W, 3) uint8 say, or what ``preprocess`` returned: they get timm's
+            evaluation transform.
         target: class to explain, name or index, for all images or for each; by default the predicted one.
         against: what to compare the target with, see ``Explanation.evidence``: 'rest', its rivals, the other classes by
             their softmax; 'mean', the others alike; a class, for all images or for each, "why not that one?"; or None,
@@ -41,18 +46,20 @@ def explain(
         multi_label: the classes are independent: probabilities are sigmoids, and 'rest' and 'mean' mean nothing.
         true_class: what the images really show, for all or for each, if it is known: wrong predictions are marked, and
             ``why_not`` is asked about it. Not where classes are independent: of these several may be right.
+        labels: names of the K classes, all different; by default those of the model's weights.
 
     Raises:
         TypeError: the model is no patch model and has no forward_features and forward_head.
         ValueError: the model, or a part of it, is in train mode, or its logits are no sum over patches; images are no
-            batch or cannot be read; a class does not exist, or it would be compared with itself.
+            batch or cannot be read; a class does not exist, or it would be compared with itself; labels are not K
+            different names.
     """
     model = patch_model(model)
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise ValueError('model must be in eval mode: call model.eval() first'
                          + (f' (its part {training!r} is in train mode).' if training else '.'))
-    if isinstance(images, (Preprocessed, Image.Image, str, Path)):
+    if isinstance(images, (Preprocessed, Image.Image, np.ndarray, str, Path)):
         images = [images]
     if isinstance(images, (list, tuple)) and not images:
         raise ValueError('images must hold at least one image, got an empty list.')
@@ -69,8 +76,10 @@ def explain(
     B, K = prediction.logits.shape
 
     logits = prediction.logits
-    labels = class_labels(model, K)
-    chosen = logits.argmax(dim=1) if target is None else classes_of('target', target, B, labels)
+    names = class_labels(model, K) if labels is None else list(labels)
+    if len(names) != K or len(set(names)) != K:
+        raise ValueError(f'labels must be {K} different names, got {shorten(str(names), 100)}.')
+    chosen = logits.argmax(dim=1) if target is None else classes_of('target', target, B, names)
     independent = K == 1 or multi_label
     if independent and true_class is not None:
         raise ValueError(f'true_class must be None where classes are independent (multi_label, or a single class), got '
@@ -87,10 +96,10 @@ def explain(
         selected=weights.selected(prediction.alpha),
         images=given,
         statistics=(config['mean'], config['std']),
-        labels=labels,
+        labels=names,
         against=None,
-        true_class=None if true_class is None else classes_of('true_class', true_class, B, labels),
-        data=training_data(model, labels),
+        true_class=None if true_class is None else classes_of('true_class', true_class, B, names),
+        data=training_data(model, names) if labels is None else '',
         independent=independent,
     )
     return explanation.versus(None if independent and isinstance(against, str) and against in AGAINST else against)
@@ -105,6 +114,8 @@ def patch_model(model: Any) -> Any:
     """
     if hasattr(model, 'forward_patches'):
         return model
+    if isinstance(model, str):
+        raise TypeError(f'model must be a model, got the name {model!r}: timm_lossattn.load_model({model!r}) gives it.')
     if not hasattr(model, 'forward_features') or not hasattr(model, 'forward_head'):
         raise TypeError('model must have forward_patches, as patch models do, or forward_features and forward_head, as '
                         f'timm models do; {type(model).__name__} has neither.')
@@ -112,7 +123,7 @@ def patch_model(model: Any) -> Any:
 
 
 def preprocessed(model: Any, image: Source) -> Preprocessed:
-    """An image file, or a PIL image of any mode, upright, through the model's evaluation transform.
+    """An image file, a PIL image of any mode or an array, upright, through the model's evaluation transform.
 
     Raises:
         ValueError: not readable, no image, or the model does not say how it wants its images.
@@ -122,8 +133,15 @@ def preprocessed(model: Any, image: Source) -> Preprocessed:
     if not hasattr(model, 'pretrained_cfg'):
         raise ValueError('images must be a tensor for a model without pretrained_cfg, which has no transform.')
     if isinstance(image, (str, Path)):
-        image = open_image(image)
-    elif not isinstance(image, Image.Image):
-        raise ValueError(f'images must be a tensor (B, C, H, W) or a list of files or PIL images, got a list with a '
-                         f'{type(image).__name__}.')
+        return replace(preprocess(model, open_image(image)), name=Path(image).name)
+    if isinstance(image, np.ndarray):
+        got = f'{image.shape} {image.dtype}'
+        try:
+            image = Image.fromarray(image)
+        except (TypeError, ValueError):
+            raise ValueError('images: a NumPy array must be one image that Pillow takes, (H, W, 3) uint8 say, got '
+                             f'{got}.') from None
+    if not isinstance(image, Image.Image):
+        raise ValueError('images must be a tensor (B, C, H, W) or a list of files, PIL images or NumPy arrays, got a '
+                         f'list with a {type(image).__name__}.')
     return preprocess(model, to_rgb(ImageOps.exif_transpose(image)))

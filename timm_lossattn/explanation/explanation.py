@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from ..files import replace_file
+from ..files import replace_file, unique_stems
 from ..prediction import PatchPrediction
+from ..text import percent
 from .drawing import PANELS, draw_explanation
 from .evidence import AGAINST, Against, direction, evidence_along, leave_one_out
 from .geometry import interpolate, patches_to_pixels, spread_over_neighbours, square_box
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
 __all__ = ['Explanation']
 
 LARGER, FEW_CLASSES, THUMBNAIL = 4, 20, 96
+SHOWN = 3  # images in the text of an explanation
 
 
-@dataclass(frozen=True, eq=False, repr=False)  # tensors have no single truth, and their text is long
+@dataclass(frozen=True, eq=False, repr=False)  # tensors have no single truth
 class Explanation:
     """Which part of each of B images decided.
 
@@ -57,7 +59,7 @@ class Explanation:
         >>> explanation = explain(model, ['cat.png'])
         >>> explanation.evidence                     # (1, M) what each patch adds to the predicted class's lead
         >>> explanation.figure(0).savefig('cat_explained.png')
-        >>> explanation.save('explanations')         # a PNG and a JSON for each image
+        >>> explanation.save('explanations')         # cat.png and cat.json -> [Path('explanations/cat.png')]
     """
     prediction: PatchPrediction
     probabilities: torch.Tensor
@@ -76,6 +78,16 @@ class Explanation:
 
     def __len__(self) -> int:
         return len(self.target)
+
+    def __repr__(self) -> str:
+        """The predictions of the first images, what is explained if it is something else, and the grid."""
+        said = []
+        for k, target, p in zip(*(t[:SHOWN].tolist() for t in (self.predicted, self.target, self.probabilities))):
+            asked = '' if k == target else f', explained: {self.labels[target]}'
+            said.append(f'{self.labels[k]} {percent(p[k])}{asked}')
+        more = '; …' if len(self) > SHOWN else ''
+        count = f'{len(self)} image' + ('s' if len(self) > 1 else '')
+        return f'<Explanation of {count}, {self.grid[0]}×{self.grid[1]} patches: {"; ".join(said)}{more}>'
 
     @property
     def evidence(self) -> torch.Tensor:
@@ -251,10 +263,13 @@ class Explanation:
         image = self.images[index]
         return image if isinstance(image, Preprocessed) else Preprocessed.from_input(image, *self.statistics)
 
-    def figure(self, index: int = 0, title: str = '', panels: Sequence[str] | str = PANELS[:3],
+    def figure(self, index: int = 0, title: str | None = None, panels: Sequence[str] | str = PANELS[:3],
                stacked: bool = False) -> Figure:
-        """Picture of one explanation, see ``drawing.draw_explanation``. Needs matplotlib, the ``viz`` extra."""
-        return draw_explanation(self, index, title, panels, stacked)
+        """Picture of one explanation, see ``drawing.draw_explanation``. Needs matplotlib, the ``viz`` extra.
+
+        The title is by default the name of the image's file.
+        """
+        return draw_explanation(self, index, self.source(index).name if title is None else title, panels, stacked)
 
     def to_dict(self, index: int = 0, all_classes: bool = False) -> dict[str, Any]:
         """The numbers of one explanation: maps as lists over patch rows and columns, boxes in pixels of the image.
@@ -308,33 +323,37 @@ class Explanation:
             self, folder: str | Path, names: Sequence[str] | None = None, titles: Sequence[str] | None = None,
             all_classes: bool = False, panels: Sequence[str] | str = PANELS[:3], stacked: bool = False,
             **notes: Any) -> list[Path]:
-        """Write NAME.png and NAME.json for each image; each file appears whole or not at all. Older ones are replaced.
+        """Write NAME.png and NAME.json for each image; each file appears whole or not at all.
 
         Args:
             folder: made if it does not exist.
-            names: of the B images, all different (default: 0, 1, ...; the next batch needs other ones).
-            titles: what stands above the B pictures (default: nothing).
+            names: of the B images, all different; older files of these names are replaced. By default those of the
+                images' files, or 0, 1, ... where there are none, with a number behind them that makes them new: cat-2.
+            titles: what stands above the B pictures (default: the names of the images' files).
             all_classes: see ``to_dict``.
             panels: of the pictures, see ``figure``.
             stacked: see ``figure``.
             notes: for every JSON, see ``to_json``.
 
         Returns:
-            Paths of the pictures.
+            Paths of the B pictures, in the order of the images; the numbers lie beside them.
 
         Raises:
             ValueError: not B names or titles, or a name that is no plain file name or occurs twice.
             ImportError: matplotlib is not installed.
         """
         B, folder = len(self), Path(folder)
-        names = [str(i) for i in range(B)] if names is None else names
-        titles = [''] * B if titles is None else titles
-        if len(names) != B or len(titles) != B:
-            raise ValueError(f'names and titles must have {B} entries, got {len(names)} and {len(titles)}.')
+        if names is None:
+            there = folder.iterdir() if folder.is_dir() else ()
+            names = unique_stems((Path(self.source(i).name).stem or str(i) for i in range(B)),
+                                 taken=[file.stem for file in there if file.suffix.lower() in ('.png', '.json')])
+        wanted = [None] * B if titles is None else titles
+        if len(names) != B or len(wanted) != B:
+            raise ValueError(f'names and titles must have {B} entries, got {len(names)} and {len(wanted)}.')
         if len(set(names)) != B or any(Path(name).name != name for name in names):
             raise ValueError(f'names must be different plain file names, got {list(names)}.')
         folder.mkdir(parents=True, exist_ok=True)
-        for i, (name, title) in enumerate(zip(names, titles)):
+        for i, (name, title) in enumerate(zip(names, wanted)):
             picture, numbers = self._png(i, title, panels, stacked), self.to_json(i, all_classes, **notes).encode()
             replace_file(folder / f'{name}.png', picture)
             replace_file(folder / f'{name}.json', numbers)
@@ -358,7 +377,7 @@ class Explanation:
         except ImportError:
             return None
 
-    def _png(self, index: int, title: str = '', panels: Sequence[str] | str = PANELS[:3],
+    def _png(self, index: int, title: str | None = None, panels: Sequence[str] | str = PANELS[:3],
              stacked: bool = False) -> bytes:
         buffer = io.BytesIO()
         self.figure(index, title, panels, stacked).savefig(buffer, format='png')

@@ -97,7 +97,7 @@ def known_classes(labels: Sequence[str], data: str = '') -> str:
     if list(labels) == numbered(len(labels)):
         return f'{count}, without names'
     ends = [shorten(label, 20) for label in (labels[0], labels[-1])]
-    return f'{count}: {" … ".join(ends[:len(labels)])}'
+    return f'{count}: {(" … " if len(labels) > 2 else ", ").join(ends[:len(labels)])}'
 
 
 def find_class(name: str, value: str, labels: Sequence[str]) -> int:

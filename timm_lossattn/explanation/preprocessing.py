@@ -89,11 +89,13 @@ class Preprocessed:
         x: (C, H, W) normalised input.
         scale: (sx, sy) image pixels per input pixel.
         offset: (ox, oy) image position of the input's corner.
+        name: of the image's file, '' if it came from none.
     """
     image: Image.Image
     x: torch.Tensor
     scale: tuple[float, float]
     offset: tuple[float, float]
+    name: str = ''
 
     @classmethod
     def from_input(cls, x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> 'Preprocessed':

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import timm
 import torch
 from timm.data import resolve_input_data_config
 from torch import nn
@@ -108,9 +109,21 @@ def meta_input(model: nn.Module, height: int, width: int) -> torch.Tensor:
 
 def refuse(model: nn.Module, reason: str) -> NoPatchSum:
     """The error of a model whose logits are no sum over patches."""
-    way_out = ('Create the model with global_pool="avg", so that its head averages all positions, and train the head.'
-               if getattr(model, 'global_pool', 'avg') != 'avg' else 'Choose a model that averages its positions.')
-    return NoPatchSum(f'{type(model).__name__}: the logits are no sum over patches: {reason}. {way_out}', reason)
+    return NoPatchSum(f'{type(model).__name__}: the logits are no sum over patches: {reason}.', reason)
+
+
+def has_average_head(model: Any) -> bool:
+    """Whether timm makes this architecture with another head, which averages all positions: tried, without numbers."""
+    name = getattr(model, '_model_args', {}).get('backbone') or (
+        getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    if not name or getattr(model, 'global_pool', 'avg') == 'avg':
+        return False
+    try:
+        with torch.device('meta'):
+            find_access(timm.create_model(name, global_pool='avg'))
+    except Exception:  # a refusal, or whatever a model's code raises for a pooling that it has not
+        return False
+    return True
 
 
 def traced_forward(model: nn.Module, twin: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,6 +187,17 @@ def analyse(model: nn.Module) -> PatchAccess:
     Raises:
         ValueError: its logits are no exact sum over patches; the message says why and what to do.
     """
+    try:
+        return find_access(model)
+    except NoPatchSum as error:
+        way_out = ('Create the model with global_pool="avg", so that its head averages all positions, and train the '
+                   'head.' if has_average_head(model) else
+                   'It has no head whose logits are: choose a model that averages its positions.')
+        raise NoPatchSum(f'{error} {way_out}', error.why) from error.__cause__
+
+
+def find_access(model: nn.Module) -> PatchAccess:
+    """``analyse``, with the reason alone where it refuses."""
     twin = shape_twin(model)
     size = input_size(model)[1:]
     features, _ = traced_forward(model, twin, meta_input(model, *size))
@@ -186,7 +210,7 @@ def analyse(model: nn.Module) -> PatchAccess:
         with torch.no_grad(), torch.device('cpu'):
             probe(model, twin, access)
     except (ArithmeticError, AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
-        raise refuse(model, f'its head does not take single patches ({said(error)})') from error
+        raise refuse(model, 'its head does not take single patches') from error
     return access
 
 
