@@ -1,5 +1,5 @@
-# make demo: explain the photographs in tests/data with ImageNet weights of the package index, and blood cells and CIFAR-10
-# images with weights that ship.   make space: the same in a web page.
+# make demo: explain the photographs in tests/data with ImageNet weights of the package index (one of them as the README
+# shows it), and blood cells and CIFAR-10 images with weights that ship.   make space: the same in a web page.
 # make test: the tests.
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +23,8 @@ $(INSTALLED): $(VENV)/.viz
 
 demo: $(VENV)/.viz
 	$(BIN)/timm-lossattn explain $(PHOTOS) --model $(MODEL) --out demo_output
+	$(BIN)/timm-lossattn explain tests/data/photo_camera.jpg --model lossattn.tf_efficientnet_lite2 --label tripod \
+		--against 'reflex camera' --out demo_output
 	$(BIN)/timm-lossattn explain tests/data/pbc_test_*.jpg --model lossattn.tf_efficientnet_lite0.pbc --out demo_output
 	$(BIN)/timm-lossattn explain tests/data/cifar10_test_*.png --label name --model resnet18_lossattn_conv_nano \
 		--out demo_output

@@ -74,6 +74,9 @@ def test_gallery_is_drawn():
     shown = re.findall(r'docs/(gallery/\w+\.jpg)', (ROOT / 'README.md').read_text())
     assert shown
     assert set(shown) <= set(drawn)
+    demo = [shlex.split(line)[1:-2] for line in (ROOT / 'Makefile').read_text().replace('\\\n', ' ').splitlines()
+            if line.startswith('\t$(BIN)/timm-lossattn explain')]
+    assert drawn[shown[1]] in demo  # `make demo` draws the README's picture as well
 
 
 def test_gallery_draws_again(tmp_path, monkeypatch):
