@@ -39,6 +39,15 @@ def test_snippets(monkeypatch, document, number):
     exec(compile(snippet, document, 'exec'), {})
 
 
+def test_number_of_exact_models():
+    """The README counts what `timm-lossattn check --all` found."""
+    checks = (ROOT / 'train' / 'results' / 'check_all.jsonl').read_text().splitlines()
+    kinds = [kind for kind in (json.loads(line)['kind'] for line in checks) if kind != 'large']
+    exact = sum(kind in ('A', 'B', 'C') for kind in kinds)
+    assert f'exact for {exact:,} of the {len(kinds):,} models under 100 million parameters' in (
+        ROOT / 'README.md').read_text().replace('\n', ' ')
+
+
 def test_overlay():
     """The recipe of docs/explain.md, on a picture as orange as its colour: the evidence can be seen all the same."""
     (recipe,) = [code for code in snippets('docs/explain.md') if 'overlay =' in code]

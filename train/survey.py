@@ -26,7 +26,7 @@ from timm_lossattn.files import replace_file
 
 DOCUMENT = Path(__file__).parents[1] / 'docs' / 'timm_models.md'
 BEGIN, END = '<!-- begin: python train/survey.py --write -->', '<!-- end -->'
-BEGIN_COUNTS = '<!-- begin: python train/survey.py --checks FILE --write -->'
+BEGIN_COUNTS = '<!-- begin: python train/survey.py --checks train/results/check_all.jsonl --write -->'
 KINDS = {
     'A': 'A', 'B': 'B', 'C': 'C', 'D': 'D', 'error': 'not known: an error',
     'large': f'over {LIMIT_MILLION:.0f} million parameters, not checked'}
