@@ -124,6 +124,19 @@ def refuse_early(backbone: str, kwargs: dict[str, Any]) -> None:
         return
 
 
+def begin_small(model: Any) -> None:
+    """Let the classifier, which timm left out when it loaded weights of other classes, begin as PyTorch's layers do.
+
+    timm begins those of EfficientNets and MobileNets with weights the larger the fewer the classes, 25 times these for
+    two; α follows the size of the logits.
+    """
+    names = model.pretrained_cfg['classifier']
+    for name in [names] if isinstance(names, str) else names:
+        layer: Any = model.get_submodule(name)
+        if hasattr(layer, 'reset_parameters'):
+            layer.reset_parameters()
+
+
 def create_lossattn(
         pretrained: bool = False,
         backbone: str | None = None,
@@ -141,7 +154,7 @@ def create_lossattn(
         pool: 'lossattn', 'avg', or other registered patch weights without parameters.
         xi: ξ of Eq. 5b; by default 0.1, or what TRAINED says.
         kwargs: every argument of the backbone. With pretrained and another num_classes than the weights have, the
-            classifier begins as that of ``reset_classifier``.
+            classifier begins as PyTorch's layers do.
 
     Raises:
         ValueError: the backbone is no plain name, or its logits are no sum over patches.
@@ -180,9 +193,7 @@ def create_lossattn(
     if kwargs.get('features_only'):
         return model
     if pretrained and 0 < model.num_classes != model.pretrained_cfg['num_classes']:
-        # The classifier is not that of the weights. EfficientNets and MobileNets would begin with one whose weights are
-        # the larger the fewer the classes, 25 times PyTorch's for two; α follows the size of the logits.
-        model.reset_classifier(model.num_classes)
+        begin_small(model)
     return loss_attention(model, pool, xi)
 
 
