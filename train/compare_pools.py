@@ -6,10 +6,10 @@
 For each model, features are computed once; the stock head (mean pooling) and loss attention at each ξ read them.
 *gained* and *lost* are images that loss attention gets right and the stock model wrong, and the other way round; p is
 that of the exact two-sided McNemar test (binomial on those images), intervals of differences to the stock model are
-paired bootstraps over images. *confidence*: mean probability of the predicted class. *calibration error*: of that
-probability, in 15 bins (M. Naeini et al., AAAI 2015; torchmetrics). *log loss*: of the true class; *at T*: with all
-logits divided by one number, chosen on the other half of the images (C. Guo et al., ICML 2017). Writes pools.json, with
-what every image got, and pools.md.
+paired bootstraps over images. *confidence*: mean probability of the predicted class, where it is right and where it is
+wrong. *calibration error*: of that probability, in 15 bins (M. Naeini et al., AAAI 2015; torchmetrics). *log loss*: of
+the true class; *at T*: with all logits divided by one number, chosen on the other half of the images (C. Guo et al.,
+ICML 2017). Writes pools.json, with what every image got, and pools.md.
 """
 import math
 import sys
@@ -115,7 +115,8 @@ def row(image: dict[str, torch.Tensor], stock: dict[str, torch.Tensor]) -> dict[
     return {
         'top1': 100 * float(image['right'].mean()), 'difference': mean_interval(100 * change).to_dict(),
         'gained': gained, 'lost': lost, 'p': mcnemar(gained, lost),
-        'confidence': 100 * float(image['confidence'].mean()),
+        'confidence': {name: 100 * float(image['confidence'][chosen].mean()) for name, chosen in (
+            ('right', image['right'] > 0), ('wrong', image['right'] == 0))},
         'calibration_error': 100 * float(
             binary_calibration_error(image['confidence'], image['right'].long(), BINS)),
         **{key: float(image[key].mean()) for key in LOSSES},
@@ -124,32 +125,35 @@ def row(image: dict[str, torch.Tensor], stock: dict[str, torch.Tensor]) -> dict[
 
 def markdown(result: dict[str, Any]) -> str:
     """Two tables: accuracy, and confidence."""
-    rows = [(f'`{name}` | mean (stock)' if key == 'stock' else f' | ξ = {float(key):g}', key != 'stock', row)
-            for name, found in result['models'].items() for key, row in found['rows'].items()]
+    rows = [(f'`{name}` | mean (stock)' if key == 'stock' else f' | ξ = {float(key):g}', key != 'stock', found)
+            for name, model in result['models'].items() for key, found in model['rows'].items()]
 
-    def difference(row: dict[str, Any], key: str, form: str) -> str:
-        return f'{Interval.from_dict(row[key]):{form}}'
+    def difference(found: dict[str, Any], key: str, form: str) -> str:
+        return f'{Interval.from_dict(found[key]):{form}}'
 
     accuracy = [
-        f'| {name} | {row["top1"]:.1f} | '
-        + (f'{difference(row, "difference", "+.1f")} | {row["gained"]} / {row["lost"]} | {row["p"]:.2f}'
-           if changed else '– | – | –') + f' | {row["zero_patches"]:.0f} |' for name, changed, row in rows]
+        f'| {name} | {found["top1"]:.1f} | '
+        + (f'{difference(found, "difference", "+.1f")} | {found["gained"]} / {found["lost"]} | {found["p"]:.2f}'
+           if changed else '– | – | –') + f' | {found["zero_patches"]:.0f} |' for name, changed, found in rows]
     confidence = [
-        f'| {name} | {row["confidence"]:.1f} | {row["calibration_error"]:.1f} | ' + ' | '.join(
-            f'{row[key]:.3f} | {difference(row, f"{key}_difference", "+.3f") if changed else "–"}' for key in LOSSES)
-        + f' | {row["temperature"]:.2f} |' for name, changed, row in rows]
+        f'| {name} | {found["confidence"]["right"]:.0f} | {found["confidence"]["wrong"]:.0f} | '
+        f'{found["calibration_error"]:.1f} | ' + ' | '.join(
+            f'{found[key]:.3f} | {difference(found, f"{key}_difference", "+.3f") if changed else "–"}'
+            for key in LOSSES) + f' | {found["temperature"]:.2f} |' for name, changed, found in rows]
     return '\n'.join([
         f'{result["images"]} images, timm {timm.__version__}: `{result["command"]}`', '',
         '| model | pooling | top-1 (%) | difference, 95 % | gained / lost | p | patches at zero (%) |',
         '|---|---|--:|--:|--:|--:|--:|', *accuracy, '',
-        '| model | pooling | confidence (%) | calibration error (%) | log loss | difference, 95 % | log loss at T '
-        '| difference, 95 % | T |', '|---|---|--:|--:|--:|--:|--:|--:|--:|', *confidence, ''])
+        '| model | pooling | confidence, right (%) | wrong (%) | calibration error (%) | log loss | difference, 95 % '
+        '| log loss at T | difference, 95 % | T |', '|---|---|--:|--:|--:|--:|--:|--:|--:|--:|', *confidence, ''])
 
 
 @script
 def main(argv: list[str] | None = None) -> int:
     """Compare; errors in what the user gave are one line on stderr and exit code 2."""
     options = parse(PoolOptions, __doc__, argv)
+    if options.multi_label:
+        raise ValueError('--multi-label: images have one class each here')
     models = {name: compare(name, options) for name in options.models}
     result = {
         'command': command_line(argv), **environment('cpu', 1),

@@ -38,8 +38,8 @@ def test_row():
     stock, sharper = judged(logits, y), judged(3 * logits, y)
     found = row(sharper, stock)
     assert row(stock, stock)['calibration_error'] == pytest.approx(20., abs=1e-4)
-    assert row(stock, stock)['confidence'] == pytest.approx(80.)
-    assert found['confidence'] == pytest.approx(100 * 64 / 65)
+    assert row(stock, stock)['confidence'] == pytest.approx({'right': 80., 'wrong': 80.})
+    assert found['confidence'] == pytest.approx({'right': 100 * 64 / 65, 'wrong': 100 * 64 / 65})
     assert found['difference'] == {'mean': 0., 'low': 0., 'high': 0., 'n': 20}
     assert found['log_loss_difference']['mean'] == pytest.approx(
         0.6 * (math.log(65 / 64) - math.log(5 / 4)) + 0.4 * (math.log(65) - math.log(5)))
