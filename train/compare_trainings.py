@@ -6,7 +6,9 @@
 A folder holds result.json of train.py, test.json and boxed.json of validate.py --results-file on images held out and
 on images with boxes, and compare.json and images.jsonl of compare_explanations.py on the latter. Two folders may hold
 the same training, weighed in two ways. The interval of the accuracy is Wilson's, 95 %; the others are bootstrap over
-images. The differences are to the first way, image by image. Rows that need no model are those of the first way.
+images. The differences are to the first way, image by image. *all patches*: all of them taken, by what the way calls
+them; *patches in the object*: the precision of a choice that knows neither image nor class. Rows that need no model are
+those of the first way.
 """
 import argparse
 import json
@@ -37,6 +39,9 @@ def read(folder: Path) -> dict[str, Any]:
         found = {name: json.loads((folder / f'{name}.json').read_text())
                  for name in ('result', 'test', 'boxed', 'compare')}
         lines = [json.loads(line) for line in (folder / 'images.jsonl').read_text().splitlines()]
+        missing = [key for key in PATCHES if f'{key}_all_patches' not in found['boxed']]
+        if missing:
+            raise ValueError(f'boxed.json has no {missing[0]}_all_patches; run validate.py again')
     except (OSError, ValueError) as error:
         raise ValueError(f'FOLDER: {folder}: {error}') from error
     return found | {'images': {line['index']: line for line in lines if line['kind'] == 'image'}}
@@ -66,7 +71,9 @@ def markdown(ways: dict[str, dict[str, Any]], command: str) -> str:
             *([name, accuracy(way['test']), *(f'{way["boxed"][key]:.1f}' for key in PATCHES),
                f'{way["result"]["epochs"][-1]["seconds"]:.0f}',
                f'{way["result"]["epochs"][-1]["train"]["images_per_second"]:.1f}'] for name, way in ways.items()),
-            ['all patches', '–', *(f'{boxed[f"{key}_all_patches"]:.1f}' for key in PATCHES), '–', '–']]),
+            *([f'{name}: all patches', '–', *(f'{way["boxed"][f"{key}_all_patches"]:.1f}' for key in PATCHES), '–', '–']
+              for name, way in ways.items()),
+            ['patches in the object', '–', f'{boxed["patches_in_object"]:.1f}', *'––––']]),
         *table(['map', *(f'{title} ↑' for title in MEASURES.values())], [
             *([f'{name}: {title}', *(cell(way, tool, key) for key in MEASURES)]
               for name, way in ways.items() for tool, title in TOOLS.items()),

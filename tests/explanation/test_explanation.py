@@ -8,10 +8,11 @@ import timm
 import torch
 from PIL import Image
 
-import timm_lossattn  # noqa: F401  (registers the models)
 from fake_patch_model import GRID, SIZE, planted
+from timm_lossattn import loss_attention
 from timm_lossattn.explanation import explain
 from timm_lossattn.explanation.evidence import leave_one_out
+from timm_lossattn.models.probe import split_patches
 
 NANO = 'resnet18_lossattn_conv_nano'
 SHIP = Path(__file__).parents[1] / 'data' / 'cifar10_test_00001_ship.png'
@@ -98,22 +99,37 @@ def test_versus():
             e.versus(wrong)
 
 
-@pytest.mark.parametrize('name', [NANO, 'lossattn.test_resnet', 'lossattn.test_vit'])
-def test_leave_one_out(name):
-    """Patch by patch, the lead of the sum without it, whose weights are made to add up to one again."""
+def test_leave_one_out():
+    """With ξ = 0 it is what the model's own weights make of the other patches alone."""
+    torch.manual_seed(0)
+    model = loss_attention(timm.create_model('test_resnet', num_classes=4), xi=0.).eval()
+    x = torch.randn(2, 3, 160, 160)
+    e = explain(model, x)
+    h = split_patches(model.forward_features(x), model.patch_layout, model.patch_prefix)
+    p = model.logits_of_patches(h)
+    M = h.shape[1]
+    for m in range(M):
+        others = torch.arange(M) != m
+        alpha = model.patch_weights(h[:, others], p[:, others])
+        lead = ((alpha.unsqueeze(1) @ p[:, others]).squeeze(1) * e.direction).sum(1)
+        torch.testing.assert_close(e.leave_one_out()[:, m], e.evidence.sum(1) - lead, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['lossattn.test_resnet', 'lossattn.test_vit'])
+def test_leave_one_out_of_held_weights(name):
+    """Patch by patch, the lead of the sum without it, whose weights add up to one again; some of them are 0."""
     torch.manual_seed(0)
     args = {'global_pool': 'avg'} if 'vit' in name else {}
-    model = timm.create_model(name, num_classes=4, **args).eval()
-    e = explain(model, torch.randn(2, 3, *((32, 32) if name == NANO else model.default_cfg['input_size'][1:])))
-    alpha, v = e.prediction.alpha.double(), e.direction.double()
-    held = e.prediction.contributions.double() / alpha.unsqueeze(2)  # the logits of each patch, if the head is affine
-    lost = e.leave_one_out().double()
+    model = timm.create_model(name, num_classes=4, xi=1., **args).eval()
+    e = explain(model, torch.randn(2, 3, *model.default_cfg['input_size'][1:]))
+    alpha = e.prediction.alpha.double()
+    assert (alpha == 0).any()
+    evidence, lost = e.evidence.double(), e.leave_one_out().double()
     for b in range(2):
-        lead = (alpha[b] @ held[b]) @ v[b]
         for m in range(alpha.shape[1]):
             others = torch.arange(alpha.shape[1]) != m
-            weights = alpha[b, others] / alpha[b, others].sum()
-            assert float(lost[b, m]) == pytest.approx(float(lead - (weights @ held[b, others]) @ v[b]), abs=1e-5)
+            lead = float(evidence[b, others].sum() / alpha[b, others].sum())
+            assert float(lost[b, m]) == pytest.approx(float(evidence[b].sum()) - lead, abs=1e-5)
 
 
 def test_leave_one_out_of_one_patch():

@@ -17,6 +17,7 @@ def way(folder, top1, energies, precision):
     (folder / 'boxed.json').write_text(json.dumps({
         'images': len(energies), 'patch_precision': precision, 'patch_recall': 50., 'patch_f': 55.,
         'patch_precision_all_patches': 20., 'patch_recall_all_patches': 100., 'patch_f_all_patches': 33.3,
+        'patches_in_object': 17.,
         'command': f'validate {folder.name}'}))
     mean = sum(energies) / len(energies)
     (folder / 'compare.json').write_text(json.dumps({
@@ -45,7 +46,8 @@ def test_table(tmp_path, capsys):
     summary, differences = (rows(part) for part in text.split('Differences'))
     # Wilson's interval of 180 of 200, by its formula
     assert summary['mean'] == ['90.00 [85.06, 93.43]', '61.2', '50.0', '55.0', '61', '7.2']
-    assert summary['all patches'] == ['–', '20.0', '100.0', '33.3', '–', '–']
+    assert summary['other: all patches'] == ['–', '20.0', '100.0', '33.3', '–', '–']
+    assert summary['patches in the object'] == ['–', '17.0', '–', '–', '–', '–']
     assert summary['other: evidence'][0] == '0.396 [0.386, 0.406]'
     assert summary['random'] == ['0.250', '–', '–']
     assert differences['other: evidence'][0].startswith('**+0.10')
@@ -61,3 +63,13 @@ def test_table(tmp_path, capsys):
 def test_errors(given, tmp_path, capsys):
     assert compare_trainings.main([given, '--out', str(tmp_path / 'x.md')]) == 2
     assert 'FOLDER: ' in capsys.readouterr().err
+
+
+def test_older_measurement(tmp_path, capsys):
+    """A boxed.json from before there were baselines is an error that says what to do."""
+    folder = way(tmp_path / 'a', 90., [0.2], 61.)
+    boxed = json.loads((folder / 'boxed.json').read_text())
+    del boxed['patch_f_all_patches']
+    (folder / 'boxed.json').write_text(json.dumps(boxed))
+    assert compare_trainings.main([f'a={folder}', '--out', str(tmp_path / 'x.md')]) == 2
+    assert 'boxed.json has no patch_f_all_patches; run validate.py again' in capsys.readouterr().err

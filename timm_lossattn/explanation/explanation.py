@@ -129,9 +129,9 @@ class Explanation:
         """(B, M) what the lead would lose if a patch were left out and the others shared its weight.
 
         Evidence says who holds the lead, this what would go without one: a patch that says as much as the average loses
-        nothing. Exact for the model's own sum, the patch logits as they are and what the head holds held (capsule
-        models weigh each capsule by itself: an approximation there). It does not sum to the lead.
-        docs/reading_explanations.md compares both with what happens to blanked images.
+        nothing. Exact for the weights and patch logits as they are: weights anew for M − 1 patches are these for ξ = 0,
+        while the threshold ξ/M of Eq. 5b would move a little. Capsule models weigh each capsule by itself, there it is
+        an approximation. It does not sum to the lead. docs/reading_explanations.md compares it with blanked images.
         """
         return leave_one_out(self.evidence, self.prediction.alpha)
 
