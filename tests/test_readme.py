@@ -26,7 +26,16 @@ def snippets(document):
 
 
 ALONE = [(document, number) for document in DOCUMENTS for number in range(len(snippets(document)))]
+AT_LEAST = {'README.md': 3, 'docs/explain.md': 3, 'docs/fine_tune.md': 1, 'docs/publish.md': 1, 'docs/report.md': 1}
 NEEDS_A_REPORT = ('docs/report.md', 0)  # tests/report runs it on one
+
+
+@pytest.mark.parametrize('document', DOCUMENTS)
+def test_snippets_are_found(document):
+    """A fence that is broken would take its snippet's test with it; a document that gets its first is entered."""
+    found = len(snippets(document))
+    assert found >= AT_LEAST.get(document, 0)
+    assert bool(found) is (document in AT_LEAST)
 
 
 @pytest.mark.parametrize(('document', 'number'), [one for one in ALONE if one != NEEDS_A_REPORT])

@@ -42,10 +42,27 @@ def test_refused_without_a_way(name):
     """Of these timm makes no average-pooled head, or one that is no sum either: no advice that leads nowhere."""
     with pytest.raises((ValueError, AssertionError)):
         loss_attention(timm.create_model(name, device='meta', global_pool='avg'))
-    with pytest.raises(NoPatchSum, match=r'has no head whose logits are: choose a model that averages .*\.$') as found:
+    with pytest.raises(NoPatchSum, match=r'has no head whose logits are a sum over patches: choose a .*\.$') as found:
         loss_attention(timm.create_model(name, device='meta'))
     assert 'global_pool' not in str(found.value)
     assert not re.search('Error|dim', str(found.value))  # nor what timm's own code raised on the way
+
+
+@pytest.mark.parametrize('name', ['convnext_atto', 'regnetx_002'])
+def test_refused_for_its_arguments(name):
+    """Models that keep their pooling in the head, and average unless they are told otherwise: the way out is theirs."""
+    with pytest.raises(NoPatchSum, match=r'does not average .*\. Create the model with global_pool="avg"'):
+        loss_attention(timm.create_model(name, device='meta', global_pool='max'))
+    assert loss_attention(timm.create_model(name, device='meta', global_pool='avg')).patch_kind in 'AB'
+
+
+@pytest.mark.parametrize('pool', ['token', 'max'])
+def test_refused_without_a_name(pool):
+    """Of a model that was made by hand nothing is known to promise or to deny."""
+    model = timm.models.VisionTransformer(depth=1, embed_dim=24, num_heads=1, global_pool=pool, device='meta')
+    with pytest.raises(NoPatchSum, match=r'If it can be made with global_pool="avg"') as found:
+        loss_attention(model)
+    assert 'has no head' not in str(found.value)
 
 
 def test_a_way_of_a_loss_attention_model():

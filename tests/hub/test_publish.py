@@ -193,6 +193,20 @@ def test_folder_of_timm(tmp_path):
     assert torch.equal(loaded(x), model(x))
 
 
+@pytest.mark.parametrize(('num_classes', 'multi_label', 'third'), [(2, False, False), (3, False, True), (3, True, False)])
+def test_picture_of_a_card(shipped, tmp_path, num_classes, multi_label, third):
+    """Its text names the third panel where there is one."""
+    for file in ('model.safetensors', 'example.png'):
+        shutil.copyfile(shipped / file, tmp_path / file)
+    result = json.loads((shipped / 'result.json').read_text())
+    result['args']['multi_label'] = multi_label
+    config = json.loads((shipped / 'config.json').read_text()) | {'num_classes': num_classes}
+    text = card.make_card(
+        tmp_path, timm.create_model(NANO, device='meta'), result, config, 'x', 'hf-hub:me/x', card.Words()).text
+    assert '![The image, what speaks for the predicted class' in text
+    assert ('why not another one](example.png)' in text) is third
+
+
 @pytest.mark.parametrize('num_classes', [10, 4])
 def test_labels_are_those_of_the_weights(tmp_path, num_classes):
     """Weights that know other classes, or nobody knows which, are not said to know those of CIFAR-10."""

@@ -59,7 +59,8 @@ class Explanation:
         >>> explanation = explain(model, ['cat.png'])
         >>> explanation.evidence                     # (1, M) what each patch adds to the predicted class's lead
         >>> explanation.figure(0).savefig('cat_explained.png')
-        >>> explanation.save('explanations')         # cat.png and cat.json -> [Path('explanations/cat.png')]
+        >>> explanation.save('explanations')         # cat.png and cat.json, the next time cat-2.png and cat-2.json
+        [PosixPath('explanations/cat.png')]
     """
     prediction: PatchPrediction
     probabilities: torch.Tensor
@@ -320,16 +321,17 @@ class Explanation:
         return json.dumps({**notes, **self.to_dict(index, all_classes)}, indent=1)
 
     def save(
-            self, folder: str | Path, names: Sequence[str] | None = None, titles: Sequence[str] | None = None,
-            all_classes: bool = False, panels: Sequence[str] | str = PANELS[:3], stacked: bool = False,
-            **notes: Any) -> list[Path]:
+            self, folder: str | Path, names: Sequence[str] | None = None,
+            titles: Sequence[str | None] | None = None, all_classes: bool = False,
+            panels: Sequence[str] | str = PANELS[:3], stacked: bool = False, **notes: Any) -> list[Path]:
         """Write NAME.png and NAME.json for each image; each file appears whole or not at all.
 
         Args:
             folder: made if it does not exist.
             names: of the B images, all different; older files of these names are replaced. By default those of the
                 images' files, or 0, 1, ... where there are none, with a number behind them that makes them new: cat-2.
-            titles: what stands above the B pictures (default: the names of the images' files).
+                Two processes that write at the same time can take the same one: give names there.
+            titles: what stands above the B pictures; None, by default for all: the name of the image's file.
             all_classes: see ``to_dict``.
             panels: of the pictures, see ``figure``.
             stacked: see ``figure``.
@@ -345,15 +347,16 @@ class Explanation:
         B, folder = len(self), Path(folder)
         if names is None:
             there = folder.iterdir() if folder.is_dir() else ()
-            names = unique_stems((Path(self.source(i).name).stem or str(i) for i in range(B)),
+            files = [image.name if isinstance(image, Preprocessed) else '' for image in self.images]
+            names = unique_stems((Path(file).stem or str(i) for i, file in enumerate(files)),
                                  taken=[file.stem for file in there if file.suffix.lower() in ('.png', '.json')])
-        wanted = [None] * B if titles is None else titles
-        if len(names) != B or len(wanted) != B:
-            raise ValueError(f'names and titles must have {B} entries, got {len(names)} and {len(wanted)}.')
+        titles = [None] * B if titles is None else titles
+        if len(names) != B or len(titles) != B:
+            raise ValueError(f'names and titles must have {B} entries, got {len(names)} and {len(titles)}.')
         if len(set(names)) != B or any(Path(name).name != name for name in names):
             raise ValueError(f'names must be different plain file names, got {list(names)}.')
         folder.mkdir(parents=True, exist_ok=True)
-        for i, (name, title) in enumerate(zip(names, wanted)):
+        for i, (name, title) in enumerate(zip(names, titles)):
             picture, numbers = self._png(i, title, panels, stacked), self.to_json(i, all_classes, **notes).encode()
             replace_file(folder / f'{name}.png', picture)
             replace_file(folder / f'{name}.json', numbers)

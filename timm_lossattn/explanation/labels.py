@@ -44,7 +44,8 @@ def class_labels(model: Any, num_classes: int) -> list[str]:
     """
     cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
     labels = cfg.get('label_names') or ()
-    if not labels and cfg.get('num_classes') == num_classes and re.search(r'in(1|12|21|22)k', cfg.get('tag') or ''):
+    imagenet = any(key.startswith('in') for key in data_of(cfg.get('tag') or ''))
+    if not labels and cfg.get('num_classes') == num_classes and imagenet:
         subset = infer_imagenet_subset(cfg)
         labels = imagenet_labels(subset) if subset else ()
     count = Counter(labels)

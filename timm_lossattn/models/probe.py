@@ -7,6 +7,7 @@ itself, its mode and the random state are not touched, and it may lie on the met
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import timm
@@ -112,12 +113,21 @@ def refuse(model: nn.Module, reason: str) -> NoPatchSum:
     return NoPatchSum(f'{type(model).__name__}: the logits are no sum over patches: {reason}.', reason)
 
 
-def has_average_head(model: Any) -> bool:
-    """Whether timm makes this architecture with another head, which averages all positions: tried, without numbers."""
+def way_out(model: Any) -> str:
+    """What to do about a refused model."""
     name = getattr(model, '_model_args', {}).get('backbone') or (
         getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
-    if not name or getattr(model, 'global_pool', 'avg') == 'avg':
-        return False
+    if not name or not timm.is_model(name):  # made by hand: nothing to try
+        return ('If it can be made with global_pool="avg", so that its head averages all positions, do so and train '
+                'the head; else choose a model that averages its positions.')
+    if has_average_head(name):
+        return 'Create the model with global_pool="avg", so that its head averages all positions, and train the head.'
+    return 'It has no head whose logits are a sum over patches: choose a model that averages its positions.'
+
+
+@cache
+def has_average_head(name: str) -> bool:
+    """Whether timm makes an architecture with a head that averages all positions: tried once, without numbers."""
     try:
         with torch.device('meta'):
             find_access(timm.create_model(name, global_pool='avg'))
@@ -190,10 +200,7 @@ def analyse(model: nn.Module) -> PatchAccess:
     try:
         return find_access(model)
     except NoPatchSum as error:
-        way_out = ('Create the model with global_pool="avg", so that its head averages all positions, and train the '
-                   'head.' if has_average_head(model) else
-                   'It has no head whose logits are: choose a model that averages its positions.')
-        raise NoPatchSum(f'{error} {way_out}', error.why) from error.__cause__
+        raise NoPatchSum(f'{error} {way_out(model)}', error.why) from error.__cause__
 
 
 def find_access(model: nn.Module) -> PatchAccess:
