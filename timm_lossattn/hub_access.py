@@ -39,11 +39,11 @@ def hub_trouble() -> str:
 
     def ask() -> None:
         try:
-            if not getproxies().keys() & {url.scheme, 'all'}:  # which look up the name themselves
+            if not getproxies().keys() & {url.scheme, 'all'}:  # a proxy looks up the name itself
                 create_connection((url.hostname, url.port or (80 if url.scheme == 'http' else 443)), CONNECT).close()
         except TimeoutError:
             return
-        except OSError:
+        except (OSError, ValueError):
             pass  # the client, which may know another way, has the last word
         connected.set()
         try:
