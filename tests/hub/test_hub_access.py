@@ -1,18 +1,18 @@
 """hub_access.py: what is said at once where there is no network, and what works all the same."""
 import socket
 import time
-from threading import Thread
+from threading import Barrier, Thread
 
 import pytest
 import timm
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, hf_hub_download
 from timm.models import save_for_hf
 
 from timm_lossattn import hub_access
 from timm_lossattn.cli import main
 from timm_lossattn.evaluation.check import check_model
-from timm_lossattn.hub_access import hub_in_reach, hub_or_cache
+from timm_lossattn.hub_access import hub_or_cache, hub_trouble
 from timm_lossattn.loading import load_patch_model
 from timm_lossattn.report.dataset import open_images
 
@@ -35,29 +35,44 @@ def published(hub, tmp_path):
 
 def test_asked_each_time(hub, monkeypatch):
     """The Hub comes and goes; switched off, nothing is sent to it."""
-    assert hub_in_reach()
+    assert hub_trouble() == ''
     monkeypatch.setattr(constants, 'ENDPOINT', NOWHERE)
-    assert not hub_in_reach()
+    assert hub_trouble() == f'the Hub ({NOWHERE}) is out of reach'
     monkeypatch.setattr(constants, 'ENDPOINT', hub.endpoint)
-    assert hub_in_reach()
+    assert hub_trouble() == ''
     sent = len(hub.log)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    assert not hub_in_reach()
+    assert hub_trouble() == 'HF_HUB_OFFLINE is set'
     assert len(hub.log) == sent
 
 
 def test_silence(monkeypatch):
     """Neither a Hub that takes the connection and says nothing nor a name server that does not answer takes long."""
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(hub_access, 'TIMEOUT', 0.5)
+    monkeypatch.setattr(hub_access, 'CONNECT', 0.5)
+    monkeypatch.setattr(hub_access, 'ANSWER', 1.)
     with socket.create_server(('127.0.0.1', 0)) as silent:
-        monkeypatch.setattr(constants, 'ENDPOINT', f'http://127.0.0.1:{silent.getsockname()[1]}')
+        endpoint = f'http://127.0.0.1:{silent.getsockname()[1]}'
+        monkeypatch.setattr(constants, 'ENDPOINT', endpoint)
         begin = time.monotonic()
-        assert not hub_in_reach()
+        assert hub_trouble() == f'the Hub ({endpoint}) did not answer within 1 s'
         monkeypatch.setattr(constants, 'ENDPOINT', 'http://some.name')
         monkeypatch.setattr(socket, 'getaddrinfo', lambda *args, **kwargs: time.sleep(20))
-        assert not hub_in_reach()
+        for name in ('http_proxy', 'all_proxy'):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+        assert hub_trouble() == 'the Hub (http://some.name) did not answer within 0.5 s'
         assert time.monotonic() - begin < 10
+
+
+def test_slow_hub(hub, monkeypatch):
+    """A Hub that takes longer to answer than a connection may take is there."""
+    monkeypatch.setattr(hub_access, 'CONNECT', 1.)
+    slow = hub.fault('HEAD', '/', 'slow', before=2.5)
+    begin = time.monotonic()
+    assert hub_trouble() == ''
+    assert slow.hits
+    assert time.monotonic() - begin > 2.5
 
 
 @pytest.mark.parametrize('name', ['resnet10t.c3_in1k', 'lossattn.resnet10t.c3_in1k', f'hf-hub:{REPO}'])
@@ -124,17 +139,71 @@ def test_weights_at_hand_ask_nobody(hub):
     assert hub.log == []
 
 
-def test_threads_wait_for_each_other(hub):
-    """The switch is one for the process: what one thread does with the Hub switched off, no other undoes."""
-    order = []
+def test_switched_off_by_the_user(hub, monkeypatch, capsys):
+    """Said as what it is, and not as a network that is missing."""
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    assert main(['explain', 'tests/data/photo_cat.jpg', '--model', f'hf-hub:{REPO}']) == 2
+    message = ' '.join(capsys.readouterr().err.split())
+    assert 'HF_HUB_OFFLINE is set. Without the Hub: local-dir:FOLDER' in message
+    assert 'reach' not in message
+    assert constants.HF_HUB_OFFLINE
+    assert hub.log == []
 
-    def second():
+
+def started(inside):
+    """A thread that calls something within hub_or_cache."""
+    def work():
         with hub_or_cache():
-            order.append('second')
+            inside()
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_threads_wait_for_each_other(hub, monkeypatch):
+    """The switch is one for the process: what one thread does with the Hub switched off, no other undoes."""
+    monkeypatch.setattr(constants, 'ENDPOINT', NOWHERE)
+    order = []
     with hub_or_cache():
-        thread = Thread(target=second)
-        thread.start()
+        thread = started(lambda: order.append('second'))
         time.sleep(0.5)
+        assert constants.HF_HUB_OFFLINE
         order.append('first')
     thread.join(20)
     assert order == ['first', 'second']
+    assert not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize('offline', [False, True])
+def test_threads_side_by_side(hub, monkeypatch, offline):
+    """Where nothing is switched, nobody waits for the download of another."""
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
+    both = Barrier(2)
+    with hub_or_cache():
+        thread = started(lambda: both.wait(20))
+        both.wait(20)  # raises if the other is kept out
+    thread.join(20)
+
+
+def test_error_of_the_inner_one(hub, waits, monkeypatch):
+    """One inside of another says why as well, so that whoever catches it there can tell."""
+    monkeypatch.setattr(constants, 'ENDPOINT', NOWHERE)
+    with hub_or_cache(), pytest.raises(ConnectionError, match='is out of reach'), hub_or_cache():
+        hf_hub_download(REPO, 'config.json')
+    assert waits == []
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_no_download_is_broken_off(hub, monkeypatch):
+    """A thread that finds the Hub gone switches it off when those that it serves are through; inside, nobody asks."""
+    order = []
+    with hub_or_cache():
+        monkeypatch.setattr(constants, 'ENDPOINT', NOWHERE)
+        thread = started(lambda: order.append(constants.HF_HUB_OFFLINE))
+        time.sleep(0.5)
+        with hub_or_cache():
+            assert order == []
+            assert not constants.HF_HUB_OFFLINE
+    thread.join(20)
+    assert order == [True]
+    assert not constants.HF_HUB_OFFLINE

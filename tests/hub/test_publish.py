@@ -193,7 +193,8 @@ def test_folder_of_timm(tmp_path):
     assert torch.equal(loaded(x), model(x))
 
 
-@pytest.mark.parametrize(('num_classes', 'multi_label', 'third'), [(2, False, False), (3, False, True), (3, True, False)])
+@pytest.mark.parametrize(('num_classes', 'multi_label', 'third'), [
+    (2, False, False), (3, False, True), (3, True, False)])
 def test_picture_of_a_card(shipped, tmp_path, num_classes, multi_label, third):
     """Its text names the third panel where there is one."""
     for file in ('model.safetensors', 'example.png'):
