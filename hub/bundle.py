@@ -2,6 +2,7 @@
 """Turn a finished run into weights that ``pretrained=True`` finds and that publish.py --all uploads.
 
     python hub/bundle.py output/train/mine ARCH.TAG [--in-package] [--dataset-id ORG/DATASET] [--note TEXT]
+    python hub/bundle.py output/train/mine ARCH.TAG --model-kwargs pool=lossattn xi=1   # put in after the training
     python hub/bundle.py --rewrite                  # config.json and card of all, after a change of their words
 
 Takes model_best.pth.tar (EMA weights if it has them) and result.json of the run, refuses a run that
@@ -25,6 +26,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save
+from timm.utils import ParseKwargs
 from torch import nn
 
 from card import Words
@@ -69,6 +71,7 @@ class Options:
         device: to evaluate on.
         example: image to explain in the card.
         words: for the card.
+        model_kwargs: arguments of the model that ships, where it was trained with others.
         command: that was typed, for result.json.
     """
     run: Path
@@ -82,6 +85,7 @@ class Options:
     device: str = 'cpu'
     example: str | None = None
     words: Words = field(default_factory=Words)
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
     command: str = ''
 
 
@@ -106,7 +110,8 @@ def model_of_run(options: Options, result: dict[str, Any]) -> Any:
         raise ValueError(f'ARCH.TAG: the run is of {architecture}, got {options.name}')
     if flags.get('multi_label'):
         raise ValueError('RUN: bundle.py measures top-1 alone; publish multi-label weights with publish.py RUN')
-    kwargs = {key: flags[key] for key in MODEL_ARGS if flags.get(key) is not None} | (flags.get('model_kwargs') or {})
+    kwargs = {key: flags[key] for key in MODEL_ARGS if flags.get(key) is not None}
+    kwargs |= (flags.get('model_kwargs') or {}) | options.model_kwargs
     state, _ = read_checkpoint(options.run / options.checkpoint)
     try:
         overlay = {**result['data_config'], 'label_names': flags.get('label_names')}
@@ -225,6 +230,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--example', metavar='IMAGE', help='image to explain in the card')
     parser.add_argument('--dataset-id', metavar='ID', help='id of the training set on the Hub, for the card')
     parser.add_argument('--note', metavar='TEXT', help='what the card should say about the data')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+                        help='arguments of the model that ships, where it was trained with others')
     parser.add_argument('--license', default=Words.license, metavar='ID', help=f'default: {Words.license}')
     return parser
 
@@ -243,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = Options(
             args.run, args.name, args.checkpoint, args.in_package, args.dataset, args.val_split, args.input_key,
             args.target_key, args.device, args.example, Words(args.dataset_id, args.note, args.license),
-            shlex.join(['python', 'hub/bundle.py', *(sys.argv[1:] if argv is None else argv)]))
+            args.model_kwargs, shlex.join(['python', 'hub/bundle.py', *(sys.argv[1:] if argv is None else argv)]))
         result = bundle(options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f'error: {" ".join(str(error).split())}', file=sys.stderr)

@@ -67,13 +67,14 @@ def markdown(ways: dict[str, dict[str, Any]], command: str) -> str:
     lines = [
         f'Top-1 in percent of {test["images"]:,} images; the rest of {boxed["images"]} images with boxes, patches in '
         f'percent. One run of each training, n = 1; `{command}`',
-        *table(['way', 'top-1 (%)', *PATCHES.values(), 'seconds an epoch', 'training images/s'], [
-            *([name, accuracy(way['test']), *(f'{way["boxed"][key]:.1f}' for key in PATCHES),
+        *table(['way', 'top-1 (%)', 'log loss', *PATCHES.values(), 'seconds an epoch', 'training images/s'], [
+            *([name, accuracy(way['test']), f'{way["test"]["loss"]:.3f}',
+               *(f'{way["boxed"][key]:.1f}' for key in PATCHES),
                f'{way["result"]["epochs"][-1]["seconds"]:.0f}',
                f'{way["result"]["epochs"][-1]["train"]["images_per_second"]:.1f}'] for name, way in ways.items()),
-            *([f'{name}: all patches', '–', *(f'{way["boxed"][f"{key}_all_patches"]:.1f}' for key in PATCHES), '–', '–']
-              for name, way in ways.items()),
-            ['patches in the object', '–', f'{boxed["patches_in_object"]:.1f}', *'––––']]),
+            *([f'{name}: all patches', '–', '–',
+               *(f'{way["boxed"][f"{key}_all_patches"]:.1f}' for key in PATCHES), '–', '–'] for name, way in ways.items()),
+            ['patches in the object', '–', '–', f'{boxed["patches_in_object"]:.1f}', *'––––']]),
         *table(['map', *(f'{title} ↑' for title in MEASURES.values())], [
             *([f'{name}: {title}', *(cell(way, tool, key) for key in MEASURES)]
               for name, way in ways.items() for tool, title in TOOLS.items()),

@@ -13,7 +13,7 @@ def way(folder, top1, energies, precision):
     (folder / 'result.json').write_text(json.dumps({
         'last': {'top1': 12.}, 'commands': [f'train {folder.name}'], 'epochs': [epoch]}))
     (folder / 'test.json').write_text(json.dumps(
-        {'top1': top1, 'images': 200, 'command': f'validate --val-split test {folder.name}'}))
+        {'top1': top1, 'loss': 0.25, 'images': 200, 'command': f'validate --val-split test {folder.name}'}))
     (folder / 'boxed.json').write_text(json.dumps({
         'images': len(energies), 'patch_precision': precision, 'patch_recall': 50., 'patch_f': 55.,
         'patch_precision_all_patches': 20., 'patch_recall_all_patches': 100., 'patch_f_all_patches': 33.3,
@@ -45,9 +45,9 @@ def test_table(tmp_path, capsys):
     text = out.read_text()
     summary, differences = (rows(part) for part in text.split('Differences'))
     # Wilson's interval of 180 of 200, by its formula
-    assert summary['mean'] == ['90.00 [85.06, 93.43]', '61.2', '50.0', '55.0', '61', '7.2']
-    assert summary['other: all patches'] == ['–', '20.0', '100.0', '33.3', '–', '–']
-    assert summary['patches in the object'] == ['–', '17.0', '–', '–', '–', '–']
+    assert summary['mean'] == ['90.00 [85.06, 93.43]', '0.250', '61.2', '50.0', '55.0', '61', '7.2']
+    assert summary['other: all patches'] == ['–', '–', '20.0', '100.0', '33.3', '–', '–']
+    assert summary['patches in the object'] == ['–', '–', '17.0', '–', '–', '–', '–']
     assert summary['other: evidence'][0] == '0.396 [0.386, 0.406]'
     assert summary['random'] == ['0.250', '–', '–']
     assert differences['other: evidence'][0].startswith('**+0.10')

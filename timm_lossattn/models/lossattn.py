@@ -7,7 +7,7 @@
 Every other argument is the backbone's. What follows the first dot of a name timm takes for the tag of pretrained
 weights, and hands to the entry point: here it is the backbone, with its own tag. The tag may be one of ours:
 
-    timm.create_model('lossattn.tf_efficientnet_lite0.pbc', pretrained=True)  # trained with loss attention, see TRAINED
+    timm.create_model('lossattn.tf_efficientnet_lite0.pbc', pretrained=True)  # weights for loss attention, see TRAINED
 """
 from dataclasses import dataclass, fields
 from typing import Any
@@ -34,13 +34,13 @@ __all__ = ['DEFAULT_BACKBONE', 'TRAINED', 'refuse_early']
 
 DEFAULT_BACKBONE = 'resnet18'
 DEFAULT_XI = 0.1
-# Weights that were trained with loss attention, by backbone and tag. Of each, what differs from the backbone's own cfg,
-# and ξ. PBC: peripheral blood cells (ig: immature granulocytes).
+# Weights for loss attention, by backbone and tag. Of each, what differs from the backbone's own cfg, and ξ. PBC:
+# peripheral blood cells (ig: immature granulocytes), trained with averaging, loss attention put in afterwards.
 TRAINED: dict[str, tuple[dict[str, Any], float]] = {
     'tf_efficientnet_lite0.pbc': ({
         'num_classes': 8, 'crop_pct': 1.0, 'license': 'apache-2.0', 'label_names': (
             'basophil', 'eosinophil', 'erythroblast', 'ig', 'lymphocyte', 'monocyte', 'neutrophil', 'platelet'),
-    }, 0.1),
+    }, 1.),
 }
 SOURCES = ('hf-hub', 'local-dir')
 
