@@ -72,8 +72,8 @@ def markdown(ways: dict[str, dict[str, Any]], command: str) -> str:
                *(f'{way["boxed"][key]:.1f}' for key in PATCHES),
                f'{way["result"]["epochs"][-1]["seconds"]:.0f}',
                f'{way["result"]["epochs"][-1]["train"]["images_per_second"]:.1f}'] for name, way in ways.items()),
-            *([f'{name}: all patches', '–', '–',
-               *(f'{way["boxed"][f"{key}_all_patches"]:.1f}' for key in PATCHES), '–', '–'] for name, way in ways.items()),
+            *([f'{name}: all patches', '–', '–', *(f'{way["boxed"][f"{key}_all_patches"]:.1f}' for key in PATCHES),
+               '–', '–'] for name, way in ways.items()),
             ['patches in the object', '–', '–', f'{boxed["patches_in_object"]:.1f}', *'––––']]),
         *table(['map', *(f'{title} ↑' for title in MEASURES.values())], [
             *([f'{name}: {title}', *(cell(way, tool, key) for key in MEASURES)]

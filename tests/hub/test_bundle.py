@@ -109,6 +109,15 @@ def test_in_package(run, place):
         assert not other.exists()
 
 
+def test_other_arguments_than_in_training(run, place, capsys):
+    """A run with another ξ is refused, unless the model that ships is said to have the registered one."""
+    change(run, model_kwargs={'xi': 0.5})
+    expect(capsys, 'in xi', run, NAME)
+    assert bundle.main([str(run), NAME, '--model-kwargs', 'xi=0.1', '--device', 'cpu']) == 0
+    assert load_model(f'local-dir:{place / NAME}').xi == 0.1
+    assert '--model-kwargs xi=0.1' in json.loads((place / NAME / 'result.json').read_text())['shipped']['command']
+
+
 def expect(capsys, text, *args):
     """One line with the error, exit code 2."""
     assert bundle.main([*map(str, args), '--device', 'cpu']) == 2
