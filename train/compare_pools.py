@@ -91,9 +91,10 @@ def compare(name: str, options: PoolOptions) -> dict[str, Any]:
             found[str(xi)].append(model.forward_head(features))
     y = torch.cat(labels)
     zero_patches = {'stock': 0., **{str(xi): 100 * zero[xi] / len(y) for xi in XIS}}
-    images = {key: judged(torch.cat(parts).double(), y) for key, parts in found.items()}
+    logits = {key: torch.cat(parts).double() for key, parts in found.items()}
+    images = {key: judged(z, y) for key, z in logits.items()}
     return {'rows': {key: row(image, images['stock']) | {
-                'zero_patches': zero_patches[key], 'temperature': temperature(torch.cat(found[key]).double(), y)}
+                'zero_patches': zero_patches[key], 'temperature': temperature(logits[key], y)}
                      for key, image in images.items()},
             'images': {key: {  # as text: a line for each number would be 600 kB
                 'right': ''.join('01'[int(v)] for v in image['right']),
