@@ -251,24 +251,6 @@ def test_registry(weights):
     assert type(features) is type(timm.create_model('test_resnet', features_only=True))
 
 
-@pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'caformer_s18', 'levit_128s', 'repvit_m0_9'])
-def test_new_classifier_of_pretrained_weights(tmp_path, name):
-    """Of few classes it begins as PyTorch's layers do, which timm's need not; all that timm loads stays loaded."""
-    stock = timm.create_model(name)
-    save_file(stock.state_dict(), tmp_path / 'model.safetensors')
-    overlay = {'pretrained_cfg_overlay': {'file': str(tmp_path / 'model.safetensors')}}
-    model = timm.create_model('lossattn', True, backbone=name, num_classes=2, **overlay)
-    names = stock.pretrained_cfg['classifier']
-    classifiers = (names,) if isinstance(names, str) else names
-    for classifier in classifiers:
-        layer = model.get_submodule(classifier)
-        assert layer.weight.abs().max() <= layer.in_features ** -0.5
-    assert all(torch.equal(value, stock.state_dict()[key]) for key, value in model.state_dict().items()
-               if not key.startswith(classifiers))
-    same = timm.create_model('lossattn', True, backbone=name, **overlay)
-    assert all(torch.equal(value, stock.state_dict()[key]) for key, value in same.state_dict().items())
-
-
 @pytest.mark.parametrize('wrapped', [False, True])
 def test_hub_folder(weights, tmp_path, wrapped):
     """config.json names lossattn and its arguments, and the folder loads; timm alone does not know that name."""

@@ -130,7 +130,7 @@ def begin_small(model: Any) -> None:
     timm begins those of EfficientNets and MobileNets with weights the larger the fewer the classes, 25 times these for
     two; α follows the size of the logits.
     """
-    names = model.pretrained_cfg['classifier']
+    names = model.pretrained_cfg.get('classifier') or ()  # of encoders timm names none, and left none out
     for name in [names] if isinstance(names, str) else names:
         layer: Any = model.get_submodule(name)
         if hasattr(layer, 'reset_parameters'):
