@@ -18,7 +18,6 @@ import timm
 import torch
 
 from lib.model import count_gmacs
-from lib.record import from_root
 from timm_lossattn.files import replace_file
 from timm_lossattn.loading import list_patch_models
 
@@ -70,7 +69,7 @@ def weights_table() -> str:
             f'{seconds / 3600:.2f} | {result["hardware"]} |')
         commands += ['', f'`{name}`:', '', '```bash']
         for command in (*(command for run in runs for command in run['commands']), shipped['command']):
-            commands += wrap(from_root(command))
+            commands += wrap(command)
         commands.append('```')
     return '\n'.join([*lines, *commands, '', END])
 

@@ -3,7 +3,6 @@ import contextlib
 import importlib
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from timm_lossattn.files import write_csv
 from .checkpoint import load_checkpoint
 from .options import RunOptions
 
-__all__ = ['command_line', 'environment', 'from_root', 'print_table', 'save_hub_folder', 'trackers', 'write_summary']
+__all__ = ['command_line', 'environment', 'print_table', 'save_hub_folder', 'trackers', 'write_summary']
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,14 +74,6 @@ def command_line(argv: list[str] | None) -> str:
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(sys.argv[0])
     return shlex.join(['python', str(name), *sys.argv[1:]])
-
-
-def from_root(command: str) -> str:
-    """A command of a record as it runs in the root of the repository.
-
-    A run that was written beside the repository, into ../output, stands in output/ for the commands that read it.
-    """
-    return re.sub(r'(--output )(?:\.\./)+', r'\1', command)
 
 
 def environment(device_type: str = 'cpu', world_size: int = 1) -> dict[str, Any]:
