@@ -48,9 +48,9 @@ def recipe_values(recipe: str, model: str | None) -> dict[str, Any]:
     entry = known['recipes'][name]
     dataset = dataset or entry.get('default_dataset', '')
     values = dict(entry['flags'], **(known['datasets'][dataset] if dataset else {}))
-    model = model or values.get('model')
+    model = model or values.get('model', TrainOptions.model)
     for pattern, changes in entry.get('models', {}).items():
-        if model and fnmatch(model, pattern):
+        if fnmatch(model, pattern):
             values |= changes
     return values | entry.get('datasets', {}).get(dataset, {})
 
