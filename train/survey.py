@@ -2,7 +2,7 @@
 """For which timm models is loss attention exact? docs/timm_models.md, a row a family.
 
     python train/survey.py [--output output/survey.jsonl] [--write]
-    python train/survey.py --checks FILE [--write]
+    python train/survey.py --checks [--write]    # counts train/results/check_all.jsonl
 
 Checks the smallest model under 100 million parameters of each of timm's modules, with random weights, in processes of
 their own; what is in --output already is not checked again. Models whose class token or attention pooling decides are
@@ -25,8 +25,9 @@ from timm_lossattn.evaluation.check_all import LIMIT_MILLION, models_to_check, r
 from timm_lossattn.files import replace_file
 
 DOCUMENT = Path(__file__).parents[1] / 'docs' / 'timm_models.md'
+CHECKS = Path(__file__).parent / 'results' / 'check_all.jsonl'
 BEGIN, END = '<!-- begin: python train/survey.py --write -->', '<!-- end -->'
-BEGIN_COUNTS = '<!-- begin: python train/survey.py --checks train/results/check_all.jsonl --write -->'
+BEGIN_COUNTS = '<!-- begin: python train/survey.py --checks --write -->'
 KINDS = {
     'A': 'A', 'B': 'B', 'C': 'C', 'D': 'D', 'error': 'not known: an error',
     'large': f'over {LIMIT_MILLION:.0f} million parameters, not checked'}
@@ -98,10 +99,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output', type=Path, default=Path('output/survey.jsonl'), metavar='FILE')
     parser.add_argument('--write', action='store_true', help='the table into docs/timm_models.md')
-    parser.add_argument('--checks', type=Path, metavar='FILE', help='count what is in it')
+    parser.add_argument('--checks', action='store_true', help="count what timm-lossattn check --all found")
     args = parser.parse_args(argv)
     if args.checks:
-        text = counts_by_kind(read_checks(args.checks))
+        text = counts_by_kind(read_checks(CHECKS))
         print(text)
         if args.write:
             write_section(BEGIN_COUNTS, text)

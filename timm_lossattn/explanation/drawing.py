@@ -25,7 +25,7 @@ MAX_ASPECT = 4.  # of longer images only the part around the model's input is sh
 MAX_PIXELS = 1200  # larger images are drawn at a lower resolution
 FINE = 480  # points along the longer side at least, so that a map is smooth over a thumbnail too
 DPI = (140, 200)  # a panel has the photograph's own pixels where that is between these
-TITLE_H, BAR_H, HEAD_H, LINE_H = 0.55, 0.42, 0.72, 0.19  # inches
+TITLE_H, BAR_H, WORDS_H, NAME_H, LINE_H = 0.55, 0.42, 0.45, 0.27, 0.19  # inches
 
 
 def view_window(size: tuple[int, int], frame: list[float]) -> tuple[int, int, int, int]:
@@ -160,7 +160,7 @@ def draw_explanation(
     if explanation.against is None or K == 1 or (K == 2 and not explanation.independent):
         panels = [name for name in panels if name != 'why-not'] or ['evidence']
 
-    canvas = Canvas(explanation, index, len(panels), stacked, HEAD_H if title else HEAD_H - 0.27)
+    canvas = Canvas(explanation, index, len(panels), stacked, WORDS_H + (NAME_H if title else 0))
     notes = footnotes(explanation, index, canvas)
     lines = [(line, color) for note, color in notes for line in wrap(note, int((canvas.width - 0.3) * 14.6))]
     height = canvas.above + LINE_H * len(lines) + 0.12
