@@ -10,7 +10,8 @@ Each run is train.py in a process of its own, with the paper's recipe for its mo
 sgd for the rest) or --recipe; what stands after ``--`` goes to train.py as it is. Runs that are finished are not run
 again, one that was interrupted goes on, and tables and figures share runs. Writes <output>/table2.md and table2.png:
 mean ± standard deviation over seeds 0, 1, ... of the last epoch's model (no choice of an epoch by test accuracy), and
-n; for accuracies and mAP beside it that of the epoch with the best test accuracy. A figure of images (4, 5, 6) is drawn
+n; for accuracies and mAP beside it that of the epoch with the best test accuracy; table2-runs.jsonl has every run by
+itself, with its command. A figure of images (4, 5, 6) is drawn
 by figures.py from the run of seed 0.
 """
 import argparse
@@ -22,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,31 @@ def fill(cells: Cells, runs: int, options: RunOptions) -> None:
                 values += [value for value in found if value is not None]
 
 
+def finished(cells: Iterable[Cells], runs: int, options: RunOptions) -> list[dict[str, Any]]:
+    """What is on record of each finished run behind some cells: command, seconds, machine and measures."""
+    records = []
+    jobs = dict.fromkeys(cell.job for some in cells for cell in all_cells(some) if cell.job is not None)
+    for job, seed in product(jobs, range(max(runs, 4))):
+        folder = job.folder(seed, options)
+        if (folder / 'hub').is_dir():
+            result = json.loads((folder / 'result.json').read_text())
+            record = {key: value for key, value in result.items() if key not in ('args', 'epochs', 'data_config')}
+            validated = folder / 'validation.json'
+            records.append(record | ({'validation': json.loads(validated.read_text())} if validated.is_file() else {}))
+    return records
+
+
+def write_records(records: list[dict[str, Any]], file: Path) -> str:
+    """A line for each run; what they took together, in words."""
+    replace_file(file.with_name(f'{file.name}-runs.jsonl'),
+                 ''.join(f'{json.dumps(record, ensure_ascii=False)}\n' for record in records).encode())
+    if not records:
+        return ''
+    machines = ' and '.join(sorted({record['hardware'] for record in records}))
+    hours = sum(record['seconds'] for record in records) / 3600
+    return f'\nRuns: {len(records)}, {hours:.1f} hours in all ({machines}).\n'
+
+
 def run_jobs(jobs: Iterable[Job], runs: int, options: RunOptions) -> ValueError | None:
     """Train what is not finished, seed by seed; the first error."""
     wanted = list(dict.fromkeys(jobs))
@@ -179,7 +206,8 @@ def reproduce_table(
                 cell.values = [parameters(table['rows'][row]['model'], options)]
     unread = first_error([partial(fill, cells, args.runs, options)])
     draw_table(title, cells, file.with_suffix('.png'))
-    return header(title, argv, *notes(table, options)) + markdown(cells), failure or unread
+    spent = write_records(finished([cells], args.runs, options), file)
+    return header(title, argv, *notes(table, options)) + markdown(cells) + spent, failure or unread
 
 
 def reproduce_sweeps(
@@ -198,7 +226,8 @@ def reproduce_sweeps(
     draw_sweeps(title, sweeps, symbols, file.with_suffix('.png'))
     rows: Cells = {f'{names[key]} = {value}': columns for key, cells in sweeps.items()
                    for value, columns in cells.items()}
-    return header(title, argv, *notes(figure, options)) + markdown(rows), failure or unread
+    spent = write_records(finished(sweeps.values(), args.runs, options), file)
+    return header(title, argv, *notes(figure, options)) + markdown(rows) + spent, failure or unread
 
 
 def draw_picture(number: str, run: Path, file: Path) -> None:

@@ -319,8 +319,13 @@ def test_nano_run(folder, tmp_path, capfd):
     assert '(n = 2)' in rows['vgg11_bn_cifar']['CIFAR-100']
     assert rows['resnet18_lossattn_conv']['parameters'] == '0.51'
     assert not any(' / ' in cell for cells in rows.values() for cell in cells.values())
-    for file in out.glob('*/result.json'):
-        result = json.loads(file.read_text())
+    results = [json.loads(file.read_text()) for file in sorted(out.glob('*/result.json'))]
+    records = [json.loads(line) for line in (out / 'table2-nano-runs.jsonl').read_text().splitlines()]
+    assert [(record['seed'], record['commands'], record['last']) for record in records] == [
+        (seed, result['commands'], result['last']) for seed, result in enumerate(results)]
+    hours = sum(result['seconds'] for result in results) / 3600
+    assert f'Runs: 2, {hours:.1f} hours in all ({results[0]["hardware"]}).' in text
+    for result in results:
         assert result['parameters'] == sum(p.numel() for p in timm.create_model(
             'vgg11_bn_cifar', num_classes=2, width_mult=1 / 8, device='meta').parameters())
 
