@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output', type=Path, default=Path('output/survey.jsonl'), metavar='FILE')
     parser.add_argument('--write', action='store_true', help='the table into docs/timm_models.md')
-    parser.add_argument('--checks', action='store_true', help="count what timm-lossattn check --all found")
+    parser.add_argument('--checks', action='store_true', help='count what is in train/results/check_all.jsonl')
     args = parser.parse_args(argv)
     if args.checks:
         text = counts_by_kind(read_checks(CHECKS))

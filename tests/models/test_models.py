@@ -306,7 +306,8 @@ SHIPPED = [name for name in list_patch_models() if timm.models.is_model_pretrain
 
 
 def test_nano_models_have_weights():
-    names = ('resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano', 'resnet18_lossattn_conv_nano_s2')
+    names = ('resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano', 'resnet18_lossattn_conv_nano_s2',
+             'vgg11_bn_lossattn_conv_nano')
     assert set(names) <= set(SHIPPED)
 
 

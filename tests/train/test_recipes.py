@@ -1,11 +1,16 @@
-"""What recipes.yaml leads to: which parameters decay, what is mirrored, how a schedule begins."""
+"""What recipes.yaml leads to: which parameters decay, what is mirrored, how a schedule begins, for which models."""
 import pytest
+import timm
+import torch
+import yaml
 
 import timm_lossattn  # noqa: F401  (registers the models)
 from lib import build, command
 from lib.data import padded_crop
 from lib.model import create_model
 from lib.process import Process
+
+TABLE_4 = yaml.safe_load((command.RECIPES.parent / 'paper_tables.yaml').read_text())['tables'][4]['rows']
 
 
 def decays(recipe):
@@ -47,3 +52,31 @@ def test_svhn_images_keep_their_sides():
     for _ in range(20):
         x = transform(image).float()
         assert x[..., :16].sum() > x[..., 16:].sum()
+
+
+def test_patterns_of_a_recipe(tmp_path):
+    """They hold for the model that is trained, also for the default one; flags win."""
+    def stride(*argv):
+        return command.parse_args(['--recipe', *argv]).backbone_stride
+
+    config = tmp_path / 'config.yaml'
+    config.write_text('model: resnet18_cifar\n')
+    assert command.TrainOptions.model == 'resnet18_lossattn_conv'
+    assert stride('nano/cifar10') == stride('nano/cifar10', '--model', 'resnet18_lossattn_conv') == 2
+    assert stride('nano/cifar10', '--backbone-stride', '4') == 4
+    for other in ('resnet18_cifar', 'resnet18_lossattn_conv_nano', 'resnet18_lossattn_conv_s2'):
+        assert stride('nano/cifar10', '--model', other) is None
+    assert stride('nano/cifar10', '--config', str(config)) is None
+
+
+@pytest.mark.parametrize('model', [row['model'] for name, row in TABLE_4.items() if name != 'vgg11_bn_cifar'])
+def test_small_networks_begin_with_weights_that_ship(model):
+    """All networks of Table 4 but the plain VGG begin with the first convolution of the weights of their kind."""
+    options = command.parse_args(
+        ['--recipe', 'nano_finetune/tiny_imagenet_mini', '--width-mult', '0.125', '--model', model])
+    kind = 'vgg11_bn' if model.startswith('vgg11_bn') else 'resnet18'
+    source = timm.create_model(f'{kind}_lossattn_conv_nano', pretrained=True)
+    first, begun = (next(value for name, value in one.state_dict().items()
+                         if name.startswith('backbone.') and value.dim() == 4)
+                    for one in (source, create_model(options, Process())))
+    assert torch.equal(first, begun)

@@ -11,6 +11,7 @@ import benchmark
 import reproduce
 import timm_lossattn  # noqa: F401  (registers the models)
 from lib import paper, paper_report
+from lib.options import LossOptions
 
 HERE = Path(reproduce.__file__).parent
 KNOWN = yaml.safe_load((HERE / 'paper_tables.yaml').read_text())
@@ -98,12 +99,15 @@ def test_table_7_is_complete(tmp_path):
 
 
 def test_runs_are_shared():
-    """The middle of both sweeps of Figure 7 is one run, and one of Table 6, whatever the order of the flags."""
+    """The middle of both sweeps of Figure 7 is one run, one of Table 6, and one of Table 4, which names no flags."""
     options = paper.RunOptions('out')
     middle = {job for (flag, curve), cells in paper.sweep_cells(KNOWN['figures'][7], options).items()
               if curve == 'ResNet18' for cell in cells['0.1'].values() for job in [cell.job]}
-    table = paper.table_cells(KNOWN['tables'][6], options)
-    assert middle == {table['resnet18_lossattn_conv_s2, γ_max = 0.1, ξ = 0.1']['accuracy'].job}
+    six, four = (paper.table_cells(KNOWN['tables'][number], options) for number in (6, 4))
+    assert middle == {six['resnet18_lossattn_conv_s2, γ_max = 0.1, ξ = 0.1']['accuracy'].job}
+    assert middle == {four['resnet18_lossattn_conv_s2']['accuracy'].job}
+    model = timm.create_model('resnet18_lossattn_conv_s2', device='meta')
+    assert {'gamma_max': LossOptions.gamma_max, 'xi': model.xi} == paper.USUAL
 
 
 def test_figure_7_has_eight_panels(tmp_path, monkeypatch, capsys):
@@ -323,11 +327,20 @@ def test_nano_run(folder, tmp_path, capfd):
     records = [json.loads(line) for line in (out / 'table2-nano-runs.jsonl').read_text().splitlines()]
     assert [(record['seed'], record['commands'], record['last']) for record in records] == [
         (seed, result['commands'], result['last']) for seed, result in enumerate(results)]
-    hours = sum(result['seconds'] for result in results) / 3600
-    assert f'Runs: 2, {hours:.1f} hours in all ({results[0]["hardware"]}).' in text
+    assert f'Runs: 2, 0.0 hours in all ({results[0]["hardware"]}).' in text
     for result in results:
         assert result['parameters'] == sum(p.numel() for p in timm.create_model(
             'vgg11_bn_cifar', num_classes=2, width_mult=1 / 8, device='meta').parameters())
+
+
+def test_hours_of_runs(tmp_path):
+    """Together, and on which machines; no runs, no words."""
+    slow, quick = {'seconds': 9000, 'hardware': 'CPU, 1 threads'}, {'seconds': 1800, 'hardware': 'GPU'}
+    text = reproduce.write_records([slow, quick, slow], tmp_path / 'table9')
+    assert text == '\nRuns: 3, 5.5 hours in all (CPU, 1 threads and GPU).\n'
+    lines = (tmp_path / 'table9-runs.jsonl').read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [slow, quick, slow]
+    assert reproduce.write_records([], tmp_path / 'table8') == ''
 
 
 def test_failed_run_is_reported(tmp_path, capfd):

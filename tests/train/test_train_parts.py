@@ -62,7 +62,8 @@ RECIPES = yaml.safe_load(command.RECIPES.read_text())
 def test_recipes_hold_flags(recipe, dataset):
     """Every key is a flag of train.py, and all values are accepted."""
     args = command.parse_args(['--recipe', f'{recipe}/{dataset}' if dataset else recipe])
-    for values in (RECIPES['recipes'][recipe]['flags'], RECIPES['datasets'].get(dataset, {})):
+    entry = RECIPES['recipes'][recipe]
+    for values in (entry['flags'], *entry.get('models', {}).values(), RECIPES['datasets'].get(dataset, {})):
         assert set(values) <= set(vars(command.build_parser().parse_args([])))
     dataset = dataset or RECIPES['recipes'][recipe].get('default_dataset')
     assert args.dataset == (RECIPES['datasets'][dataset]['dataset'] if dataset else '')

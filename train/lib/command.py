@@ -86,20 +86,22 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
     Exits with status 2 and one line for unknown flags, unknown keys in the config file, and values out of range.
     """
     parser = build_parser()
+    parser.set_defaults(model=None)  # to know whether it is given
     given = parser.parse_known_args(argv)[0]
+    defaults = {'model': TrainOptions.model}
     from_file = config_values(parser, given.config) if given.config else {}
     if given.config:
         parser.set_defaults(**from_file)
         given = parser.parse_known_args(argv)[0]
     if given.recipe:
         try:
-            recipe = recipe_values(given.recipe, given.model if given.model != TrainOptions.model else None)
+            defaults |= recipe_values(given.recipe, given.model)
         except ValueError as error:
             parser.error(f'--recipe: {error}')
-        parser.set_defaults(**recipe | from_file)
+    parser.set_defaults(**defaults | from_file)
     args = parser.parse_args(argv)
     if args.recipe:
-        scale_schedule(args, recipe)
+        scale_schedule(args, defaults)
     whole_batches, padded = args.cache_dataset, args.crop_padding is not None
     if args.color_jitter is None:
         args.color_jitter = 0. if whole_batches or padded else 0.4
