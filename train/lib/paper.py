@@ -13,7 +13,7 @@ __all__ = ['ADAM', 'BASELINES', 'NANO', 'Cell', 'Cells', 'Job', 'RunOptions', 'a
            'sweep_cells', 'table_cells']
 
 NANO = 1 / 8  # of the widths
-USUAL = {'gamma_max': 0.1, 'xi': 0.1}  # what a run has without these flags, so that a row that names them shares it
+USUAL = {'gamma_max': 0.1, 'xi': 0.1}  # of a run without flags, which a row that names nothing else shares
 NANO_DATASETS = {'tiny_imagenet': 'tiny_imagenet_mini'}
 ADAM = ('*_meanpool_*', '*_routing_*')  # the paper trains these with Adam
 # measure -> what stands beside it wherever it is reported, because it takes no choice: name, and measure of validate.py
@@ -45,7 +45,9 @@ class RunOptions:
 
     def job(self, model: str, dataset: str, recipe: str | None = None, flags: Mapping[str, Any] | None = None) -> 'Job':
         """What is run for a model on a dataset, by a recipe of the table or else the one of these options."""
-        flags = {name: value for name, value in (flags or {}).items() if USUAL.get(name) != value}
+        flags = dict(flags or {})
+        if flags.items() <= USUAL.items():
+            flags = {}
         if self.nano:
             flags['width_mult'] = NANO
             dataset = NANO_DATASETS.get(dataset, dataset)
