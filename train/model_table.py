@@ -160,7 +160,7 @@ def main() -> None:
     args = parser.parse_args()
     for name, table in (('docs/models.md', model_table()), ('MODEL_CARD.md', weights_table()),
                         ('docs/reading_explanations.md', receptive_field_table()), ('train/TRAINING.md', None),
-                        ('docs/timm_models.md', None), ('docs/blood_cells.md', None),
+                        ('docs/timm_models.md', None), ('docs/blood_cells.md', None), ('docs/nano_tables.md', None),
                         ('docs/leaderboard.md', leaderboard_table())):
         if not args.write:
             print(table or '')
