@@ -154,18 +154,21 @@ def wrap(command: str) -> list[str]:
     return [f'{first} \\', *(f'    --{flag} \\' for flag in flags[:-1]), f'    --{flags[-1]}'] if flags else [first]
 
 
+TABLES = {'docs/models.md': model_table, 'MODEL_CARD.md': weights_table,
+          'docs/reading_explanations.md': receptive_field_table, 'docs/leaderboard.md': leaderboard_table}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--write', action='store_true', help='replace the tables in the documents')
     args = parser.parse_args()
-    for name, table in (('docs/models.md', model_table()), ('MODEL_CARD.md', weights_table()),
-                        ('docs/reading_explanations.md', receptive_field_table()), ('train/TRAINING.md', None),
-                        ('docs/timm_models.md', None), ('docs/blood_cells.md', None), ('docs/nano_tables.md', None),
-                        ('docs/leaderboard.md', leaderboard_table())):
+    for path in (ROOT / 'MODEL_CARD.md', ROOT / 'train' / 'TRAINING.md', *sorted((ROOT / 'docs').glob('*.md'))):
+        create = TABLES.get(str(path.relative_to(ROOT)))
+        table = create() if create else ''
         if not args.write:
-            print(table or '')
+            if table:
+                print(table)
             continue
-        path = ROOT / name
         text = path.read_text()
         if table:
             before, rest = text.split(BEGIN)

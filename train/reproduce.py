@@ -11,8 +11,7 @@ sgd for the rest) or --recipe; what stands after ``--`` goes to train.py as it i
 again, one that was interrupted goes on, and tables and figures share runs. Writes <output>/table2.md and table2.png:
 mean ± standard deviation over seeds 0, 1, ... of the last epoch's model (no choice of an epoch by test accuracy), and
 n; for accuracies and mAP beside it that of the epoch with the best test accuracy; table2-runs.jsonl has every run by
-itself, with its command. A figure of images (4, 5, 6) is drawn
-by figures.py from the run of seed 0.
+itself, with its command. A figure of images (4, 5, 6) is drawn by figures.py from the run of seed 0.
 """
 import argparse
 import json

@@ -6,8 +6,8 @@
 
 Checks the smallest model under 100 million parameters of each of timm's modules, with random weights, in processes of
 their own; what is in --output already is not checked again. Models whose class token or attention pooling decides are
-checked a second time with global_pool='avg'. With --checks nothing is checked: the models in a file of
-``timm-lossattn check --all`` are counted by kind. --write puts the table into docs/timm_models.md.
+checked a second time with global_pool='avg'. With --checks nothing is checked: what
+``timm-lossattn check --all`` wrote there is counted by kind. --write puts the table into docs/timm_models.md.
 """
 import argparse
 import json
