@@ -63,10 +63,15 @@ def run_script(script: str, flags: list[str]) -> None:
         raise ValueError(f'{script} ended with exit code {code}; its message stands above')
 
 
+def is_finished(run: Path) -> bool:
+    """Whether train.py has written what it writes last: the model."""
+    return (run / 'hub').is_dir()
+
+
 def train(job: Job, seed: int, options: RunOptions) -> None:
     """Train unless the run is finished; go on where it was interrupted."""
     folder = job.folder(seed, options)
-    if (folder / 'hub').is_dir():
+    if is_finished(folder):
         return
     flags = [f for name, value in job.flags for f in (f'--{name.replace("_", "-")}', value)]
     run_script('train.py', [
@@ -103,7 +108,7 @@ def measure(job: Job, seed: int, name: str, options: RunOptions, epoch: str = 'l
         epoch: 'last', or 'best' for the one with the best test accuracy.
     """
     folder = job.folder(seed, options)
-    if not (folder / 'hub').is_dir():
+    if not is_finished(folder):
         return None
     result = json.loads((folder / 'result.json').read_text())
     if name == 'epoch_seconds':
@@ -163,7 +168,7 @@ def finished(cells: Iterable[Cells], runs: int, options: RunOptions) -> list[dic
     jobs = dict.fromkeys(cell.job for some in cells for cell in all_cells(some) if cell.job is not None)
     for job, seed in product(jobs, range(max(runs, 4))):
         folder = job.folder(seed, options)
-        if (folder / 'hub').is_dir():
+        if is_finished(folder):
             result = json.loads((folder / 'result.json').read_text())
             record = {key: value for key, value in result.items() if key not in ('args', 'epochs', 'data_config')}
             validated = folder / 'validation.json'
@@ -244,7 +249,7 @@ def reproduce_pictures(
     files = {name: file.with_name(f'{file.name}-{job.folder(0, options).name}.png') for name, job in jobs.items()}
     undrawn = first_error(
         partial(draw_picture, number, job.folder(0, options), files[name]) for name, job in jobs.items()
-        if (job.folder(0, options) / 'hub').is_dir() and not files[name].is_file())
+        if is_finished(job.folder(0, options)) and not files[name].is_file())
     lines = ['| | picture |', '|---|---|']
     lines += [f'| {name} | {f"![{name}]({picture.name})" if picture.is_file() else "not run"} |'
               for name, picture in files.items()]

@@ -103,7 +103,7 @@ class Explanation:
 
         What all logits of a patch have in common makes its weight larger, but, once weighted, cancels in the softmax.
         It drops out of all but the last, which is for models with independent classes (multi-label), whose logits
-        count each by itself. docs/reading_explanations.md measures the difference.
+        count each by itself. docs/other_tools.md measures the difference.
         """
         return evidence_along(self.prediction.contributions, self.direction)
 
@@ -132,7 +132,7 @@ class Explanation:
         Evidence says who holds the lead, this what would go without one: a patch that says as much as the average loses
         nothing. Exact for the weights and patch logits as they are: weights anew for M − 1 patches are these for ξ = 0,
         while the threshold ξ/M of Eq. 5b would move a little. Capsule models weigh each capsule by itself, there it is
-        an approximation. It does not sum to the lead. docs/reading_explanations.md compares it with blanked images.
+        an approximation. It does not sum to the lead. docs/other_tools.md compares it with blanked images.
         """
         return leave_one_out(self.evidence, self.prediction.alpha)
 
