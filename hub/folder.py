@@ -64,7 +64,7 @@ def copy_bundle(name: str, folder: Path) -> None:
     shutil.copyfile(weights, folder / WEIGHTS_NAME)
     result, config = read_json(folder, str(name))
     check_pair(name, folder, result, config)
-    if sha256_of(folder / WEIGHTS_NAME) not in (folder / CARD).read_text():
+    if sha256_of(folder / WEIGHTS_NAME) not in (folder / CARD).read_text('utf-8'):
         raise ValueError(f'RUN_OR_FOLDER: the card of {name} is of other weights; run `python hub/bundle.py --rewrite`')
     load_folder(folder, name)
 

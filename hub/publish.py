@@ -70,16 +70,17 @@ def prepare(job: Job) -> None:
     copy_bundle(name, job.folder)
 
 
-def check_folder(job: Job, chosen: bool) -> None:
+def check_folder(job: Job) -> None:
     """Refuse a folder that must not be emptied.
 
     Raises:
-        ValueError: it is the source, or the user chose it and it holds other files.
+        ValueError: it is the source, or it holds that or other files.
     """
     folder = job.folder
-    if folder.resolve() in (Path(job.source).resolve(), Path(job.source, 'hub').resolve()):
-        raise ValueError(f'--folder: {folder} is the source and would be emptied; choose another')
-    if chosen and folder.exists() and {p.name for p in folder.iterdir()} - set(FILES):
+    weights = Path(job.source, 'hub').resolve()
+    if folder.resolve() in (weights, *weights.parents):
+        raise ValueError(f'--folder: {folder} is or holds the source and would be emptied; choose another')
+    if folder.exists() and {p.name for p in folder.iterdir()} - set(FILES):
         raise ValueError(f'--folder: {folder} holds other files and would be emptied; choose another')
 
 
@@ -109,7 +110,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         jobs = [Job(args.source, folder, target, words, args.example)]
     for job in jobs:
         validate_repo_id(job.target.repo_id)
-        check_folder(job, chosen=args.folder is not None)
+        check_folder(job)
     return jobs
 
 

@@ -52,7 +52,8 @@ def image_files(given: Sequence[str], console: Console) -> list[Path]:
             continue
         content = sorted(path.iterdir())
         images = [file for file in content if file.suffix.lower() in endings and file.is_file()]
-        others = [file.name + '/' * file.is_dir() for file in content if file not in images]
+        known = set(images)
+        others = [file.name + '/' * file.is_dir() for file in content if file not in known]
         if not images:
             raise ValueError(f'IMAGE: no images in the folder {path}' + (
                 f'; it holds {shorten(", ".join(others), 100)}' if others else ''))

@@ -32,9 +32,9 @@ def write_json(path: str | Path, value: Any, indent: int = 2) -> None:
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with the same keys, which become the header, see ``replace_file``."""
+    """Rows, whose keys become the header, empty where a row has no such key; see ``replace_file``."""
     content = io.StringIO(newline='')
-    writer = csv.DictWriter(content, fieldnames=list(rows[0]))
+    writer = csv.DictWriter(content, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
     writer.writerows(rows)
     replace_file(path, content.getvalue().encode())

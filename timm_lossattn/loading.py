@@ -24,8 +24,8 @@ from .models.probe import NoPatchSum
 from .text import one_line
 
 __all__ = [
-    'MODEL_CONFIG', 'check_name', 'full_name', 'list_patch_models', 'load_model', 'load_patch_model', 'model_config',
-    'read_checkpoint',
+    'MODEL_CONFIG', 'backbone_name', 'check_name', 'full_name', 'list_patch_models', 'load_model', 'load_patch_model',
+    'model_config', 'read_checkpoint',
 ]
 
 MODEL_CONFIG = 'model_config'

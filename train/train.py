@@ -202,10 +202,10 @@ def run(options: TrainOptions, command: str) -> None:
 
         recovery = Recovery(options.checkpoint_minutes, process, saver, position)
         for epoch in range(start_epoch, num_epochs):
-            start = time.perf_counter()
             begin_epoch(epoch, options.seed, process.rank, train_loader)
             train_metrics = train_one_epoch(
                 epoch, options, process, task, train_loader, optimizer, scheduler, autocast, scaler, recovery)
+            start = time.perf_counter() - train_metrics.pop('seconds')
             if process.distributed and options.dist_bn and not options.sync_bn:
                 for ema in (False, True)[:1 + task.has_ema()]:
                     distribute_bn(task.get_eval_model(ema=ema), process.world_size, options.dist_bn == 'reduce')

@@ -169,6 +169,16 @@ def test_classifier_on_a_pruned_backbone():
     assert model.patch_boxes(32, 32)[1].tolist() == [2, 0, 4, 2]
 
 
+def test_head_goes_with_the_patch_layers():
+    """Its classifier has their width, not the backbone's."""
+    model = timm.create_model('resnet50_lossattn_conv', width_mult=1 / 8, num_classes=3).eval()
+    model.prune_intermediate_layers(1, prune_norm=True, prune_head=False)
+    assert model.num_classes == 0
+    model.reset_classifier(3)
+    out = model.forward_patches(torch.randn(1, 3, 32, 32))
+    torch.testing.assert_close(out.contributions.sum(1), out.logits)
+
+
 @pytest.mark.parametrize('name', [
     'resnet18_lossattn_conv', 'resnet18_lossattn_caps', 'resnet18_lossattn_conv_s2', 'vgg11_bn_lossattn_conv',
     'vgg11_bn_lossattn_caps'])

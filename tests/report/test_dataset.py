@@ -231,6 +231,21 @@ def test_boxes_from_a_file(model, folder, tmp_path, monkeypatch):
     assert 'left:0.0%;top:0.0%;width:50.0%;height:100.0%' in page
 
 
+def test_boxes_of_other_files(model, folder, tmp_path):
+    """A CSV with names that the data set has not is an error if none fits, else a note; a BOM is no part of a name."""
+    def with_boxes(*names):
+        rows = ['file,x0,y0,x1,y1', *(f'{name},0,0,9,9' for name in names)]
+        (tmp_path / 'boxes.csv').write_text('\n'.join(rows), encoding='utf-8-sig')
+        return opened(model, folder, boxes=tmp_path / 'boxes.csv')
+
+    with pytest.raises(ValueError, match=r'--boxes: .*boxes.csv is of other files, such as .*0.png; those of the'):
+        with_boxes(folder / 'bird' / '0.png')
+    images, _, note = with_boxes('bird/0.png', 'none.png', 'bird/./1.png')
+    assert '1 of the 3 files with boxes are not in the data set' in note
+    assert [i for i in range(len(images)) if len(images[i].boxes)] == [
+        i for i in range(len(images)) if images.file(i).startswith('bird')]
+
+
 @pytest.mark.parametrize('content', ['name,x0\na,1\n', 'file,x0,y0,x1,y1\na,1,2,x,4\n', 'file,x0,y0,x1,y1\na,1,2\n'])
 def test_bad_boxes(tmp_path, content):
     """One error that names the file and the columns."""

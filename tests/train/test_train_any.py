@@ -9,6 +9,9 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
 import train as train_script
+from lib.command import parse_args
+from lib.model import create_model
+from lib.process import Process
 from timm_lossattn import LossAttentionTask, freeze_backbone, load_model, loss_attention
 from timm_lossattn.cli import main
 
@@ -68,6 +71,17 @@ def test_run(runs, stock, name):
     assert result['args']['freeze_backbone'] == (name == 'frozen')
     assert result['trained_parameters'] == sum(p.numel() for p in trained)
     assert result['parameters'] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(('model', 'classes'), [
+    (('--model', f'lossattn.{BACKBONE}'), 3), (('--model', 'lossattn', '--model-kwargs', f'backbone={BACKBONE}'), 3),
+    (('--model', f'lossattn.{BACKBONE}'), 2)])
+def test_classifier_of_the_file(stock, model, classes):
+    """--pretrained-path: kept where it has as many classes, new where it has not."""
+    options = parse_args(['--pretrained', '--pretrained-path', str(stock), '--num-classes', str(classes), *model])
+    weight = create_model(options, Process()).get_classifier().weight
+    before = torch.load(stock)['classifier.weight']
+    assert (classes == 3) is (weight.shape == before.shape and torch.equal(weight, before))
 
 
 @pytest.mark.parametrize('name', ['whole', 'frozen'])

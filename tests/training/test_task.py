@@ -242,6 +242,18 @@ def test_optimizer_groups_are_those_of_the_model(name, layer_decay):
         assert scales[1] == pytest.approx(scales[0] / 0.75)
 
 
+@pytest.mark.parametrize('name', ['resnet18_lossattn_conv_nano', 'lossattn.test_resnet', 'lossattn.test_efficientnet'])
+def test_adaptive_clipping_leaves_out_the_classifier(name):
+    """As timm's own tasks, which leave out the last two parameters; and nothing else that has "head" in its name."""
+    model = timm.create_model(name, num_classes=K)
+    task = LossAttentionTask(model, verbose=False)
+    clipped = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
+    left_out = [p for p in model.parameters() if id(p) not in clipped]
+    assert {id(p) for p in left_out} == {id(p) for p in model.get_classifier().parameters()}
+    assert len(left_out) == 2
+    assert len(task.get_clip_parameters()) == len(list(model.parameters()))
+
+
 def test_training_step_with_optimizer(task):
     """A few steps of an optimizer made for the trainable module lower the loss of the batch."""
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt='adamw', lr=1e-2, layer_decay=0.75)

@@ -30,7 +30,8 @@ def read_checks(file: str | Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: there is something else in the file.
     """
-    lines = Path(file).read_text().split('\n')[:-1] if Path(file).is_file() else []  # whole ones end with a newline
+    # whole lines end with a newline
+    lines = Path(file).read_text('utf-8').split('\n')[:-1] if Path(file).is_file() else []
     rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         try:

@@ -237,7 +237,7 @@ class Explanation:
         Raises:
             ValueError: values are not one for each patch.
         """
-        values = self.evidence[index] if values is None else torch.as_tensor(values).detach().cpu()
+        values = self.evidence[index] if values is None else torch.as_tensor(values, device='cpu').detach()
         if values.shape != self.patch_boxes.shape[:1]:
             raise ValueError(f'values must have the shape ({len(self.patch_boxes)},), got {tuple(values.shape)}.')
         width, height = self.source(index).image.size

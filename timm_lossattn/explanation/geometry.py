@@ -125,8 +125,8 @@ def inside_boxes(boxes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.
     Returns:
         (B, H, W) bool, on the CPU.
     """
-    y, x = torch.arange(size[0])[:, None] + 0.5, torch.arange(size[1])[None] + 0.5
-    result = torch.zeros(len(boxes), *size, dtype=torch.bool)
+    y, x = torch.arange(size[0], device='cpu')[:, None] + 0.5, torch.arange(size[1], device='cpu')[None] + 0.5
+    result = torch.zeros(len(boxes), *size, dtype=torch.bool, device='cpu')
     for mask, truth in zip(result, boxes):
         x0, y0, x1, y1 = truth.cpu().reshape(-1, 4).T[..., None, None]
         mask |= ((x >= x0) & (x < x1) & (y >= y0) & (y < y1)).any(dim=0)
@@ -144,7 +144,7 @@ def square_box(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         (4,) x0, y0, x1, y1.
     """
     low, high = boxes[:, :2].amin(dim=0), boxes[:, 2:].amax(dim=0)
-    limit = torch.tensor([size[1], size[0]])
+    limit = torch.tensor([size[1], size[0]], device=boxes.device)
     side = (high - low).max()
     start = torch.div(low + high - side, 2, rounding_mode='floor')
     start = start.minimum(limit - side).clamp(min=0)

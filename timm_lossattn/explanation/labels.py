@@ -39,15 +39,16 @@ Classes = Union[int, str, Sequence[Union[int, str]], torch.Tensor]
 def class_labels(model: Any, num_classes: int) -> list[str]:
     """Label names of the model's weights if there is one for each of the classes, or else the indices; all different.
 
-    timm's ImageNet models carry no names; their tag says which ImageNet their classes are. Of weights that call several
-    classes the same, these have their index behind the name.
+    timm's ImageNet models carry no names; their tag says which ImageNet their classes are, unless the names are known
+    to be none (()). Of weights that call several classes the same, these have their index behind the name.
     """
     cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
-    labels = cfg.get('label_names') or ()
+    labels = cfg.get('label_names')
     imagenet = any(key.startswith('in') for key in data_of(cfg.get('tag') or ''))
-    if not labels and cfg.get('num_classes') == num_classes and imagenet:
+    if labels is None and cfg.get('num_classes') == num_classes and imagenet:
         subset = infer_imagenet_subset(cfg)
         labels = imagenet_labels(subset) if subset else ()
+    labels = labels or ()
     count = Counter(labels)
     return [label if count[label] == 1 else f'{label} ({k})' for k, label in enumerate(labels)] if (
         len(labels) == num_classes) else numbered(num_classes)
@@ -141,7 +142,7 @@ def classes_of(name: str, value: Classes, batch: int, labels: Sequence[str]) -> 
         value = [find_class(name, one, labels) if isinstance(one, str) else one for one in value]
     accepted = f'{name} must hold {batch} classes in [0, {len(labels) - 1}]'
     try:
-        result = torch.as_tensor(value).reshape(-1).cpu()
+        result = torch.as_tensor(value, device='cpu').reshape(-1)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f'{accepted}, got {value!r}.') from None
     if isinstance(value, int) and not isinstance(value, bool):

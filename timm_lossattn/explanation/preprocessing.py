@@ -66,18 +66,18 @@ def boxes_to_image(
         boxes: torch.Tensor, size: tuple[int, int], scale: tuple[float, float],
         offset: tuple[float, float]) -> torch.Tensor:
     """(..., 4) boxes in input pixels to boxes in the pixels of an image of size (W, H), see ``Preprocessed``."""
-    places = torch.tensor([*offset, *offset], dtype=torch.float64)
-    limit = torch.tensor([*size, *size], dtype=torch.float64)
-    return (boxes.double() * torch.tensor([*scale, *scale], dtype=torch.float64) + places).clamp(min=0).minimum(limit)
+    boxes = boxes.double()
+    places, limit = boxes.new_tensor([*offset, *offset]), boxes.new_tensor([*size, *size])
+    return (boxes * boxes.new_tensor([*scale, *scale]) + places).clamp(min=0).minimum(limit)
 
 
 def boxes_to_input(
         boxes: torch.Tensor, size: tuple[int, int], scale: tuple[float, float],
         offset: tuple[float, float]) -> torch.Tensor:
     """(..., 4) boxes in image pixels to boxes in the pixels of an input of size (W, H), clipped to it; float64."""
-    places = torch.tensor([*offset, *offset], dtype=torch.float64)
-    limit = torch.tensor([*size, *size], dtype=torch.float64)
-    return ((boxes.double() - places) / torch.tensor([*scale, *scale], dtype=torch.float64)).clamp(min=0).minimum(limit)
+    boxes = boxes.double()
+    places, limit = boxes.new_tensor([*offset, *offset]), boxes.new_tensor([*size, *size])
+    return ((boxes - places) / boxes.new_tensor([*scale, *scale])).clamp(min=0).minimum(limit)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class Preprocessed:
         """A model's input (C, H, W) as an image: normalisation undone; other than three channels in grey."""
         if len(x) != len(mean):
             mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
-        pixels = x.float().cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+        pixels = x.float().cpu()
+        pixels = pixels * pixels.new_tensor(std).view(-1, 1, 1) + pixels.new_tensor(mean).view(-1, 1, 1)
         if len(pixels) != 3:
             pixels = pixels.mean(dim=0, keepdim=True).expand(3, -1, -1)
         image = (pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()

@@ -7,8 +7,8 @@ are the head on Σ_m α_m h_m.
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, lru_cache, wraps
-from types import FunctionType
+from functools import cache, lru_cache, partial, wraps
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -19,14 +19,14 @@ from torch import nn
 from ..attention.weights import PatchWeights, create_weights, list_weights, weighted_sum
 from ..prediction import PatchPrediction, upcast
 from .held import Record, Replay, frozen_batch_norms
-from .probe import PatchAccess, analyse, feature_grid, join_patches, split_patches
+from .probe import PatchAccess, analyse, feature_grid, held_tensors, join_patches, split_patches
 
 __all__ = ['LossAttentionMixin', 'loss_attention']
 
 Base: Any = nn.Module if TYPE_CHECKING else object
 RESTRUCTURING = ('reset_classifier', 'set_input_size', 'prune_intermediate_layers')
-# what is known of a stock model, with the modules that it had then
-_known: 'WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Module]], PatchAccess]]' = WeakKeyDictionary()
+# what is known of a stock model, with the modules and their settings that it had then
+_known: 'WeakKeyDictionary[nn.Module, tuple[list[ref], list[dict[str, Any]], PatchAccess]]' = WeakKeyDictionary()
 
 
 @torch.fx.wrap  # reason: dtype dependent control flow
@@ -38,7 +38,8 @@ def pool_patches(alpha: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=64)
 def equal_boxes(rows: int, cols: int, height: int, width: int) -> torch.Tensor:
     """height × width pixels in rows × cols equal parts, rounded to whole pixels, (rows · cols, 4)."""
-    y, x = ((torch.arange(n + 1) * size / n).round().long() for n, size in ((rows, height), (cols, width)))
+    y, x = ((torch.arange(n + 1, device='cpu') * size / n).round().long()
+            for n, size in ((rows, height), (cols, width)))
     top, left = torch.meshgrid(y[:-1], x[:-1], indexing='ij')
     bottom, right = torch.meshgrid(y[1:], x[1:], indexing='ij')
     return torch.stack((left, top, right, bottom), dim=-1).reshape(-1, 4)
@@ -201,8 +202,7 @@ class LossAttentionMixin(Base):
 
 def own_modules(model: nn.Module) -> None:
     """Give a model modules of its own, of the same parameters and buffers, before it is restructured."""
-    memo = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
-    model._modules = copy.deepcopy(model._modules, memo)
+    model._modules = copy.deepcopy(model._modules, {id(tensor): tensor for tensor in held_tensors(model)})
 
 
 def restructuring(method: Callable) -> Callable:
@@ -217,6 +217,9 @@ def restructuring(method: Callable) -> Callable:
             result = method(self, *args, **kwargs)
         finally:
             self._restructuring = nested
+        cfg = getattr(self, 'pretrained_cfg', None)
+        if cfg and method.__name__ == 'reset_classifier':  # the new classes have no names yet, nor those of the tag
+            self.pretrained_cfg = self.default_cfg = {**cfg, 'label_names': ()}
         if self.num_classes > 0 and not nested:
             try:
                 self._set_patch_access(analyse(stock_view(self)))
@@ -258,10 +261,29 @@ def empty_model(stock: Any) -> Any:
 
 
 def shallow_copy(model: nn.Module, new: Any) -> Any:
-    """Fill a new module with the attributes, modules, parameters and buffers of another."""
-    new.__dict__.update({key: copy.copy(value) if isinstance(value, (dict, list, set)) else value
-                         for key, value in model.__dict__.items()})
+    """Fill a new module with the attributes, modules, parameters and buffers of another.
+
+    What calls the other one calls the new one instead; ``nn.Module.compile`` is to be called anew.
+    """
+    new.__dict__.update({key: rebound(value, model, new) for key, value in model.__dict__.items()
+                         if key != '_compiled_call_impl'})
     return new
+
+
+def rebound(value: Any, model: nn.Module, new: nn.Module) -> Any:
+    """An attribute's value for a copy: of containers a copy; of a method, a partial or a callable that holds the model,
+    as ``freeze_backbone`` and other libraries put them in a model's place, the same with the copy."""
+    if isinstance(value, (dict, list, set)):
+        return copy.copy(value)
+    if isinstance(value, MethodType) and value.__self__ is model:
+        return MethodType(value.__func__, new)
+    if isinstance(value, partial) and any(argument is model for argument in value.args):
+        return partial(value.func, *(new if one is model else one for one in value.args), **value.keywords)
+    if callable(value) and not isinstance(value, nn.Module) and any(
+            held is model for held in getattr(value, '__dict__', {}).values()):
+        value = copy.copy(value)
+        value.__dict__.update({name: new for name, held in value.__dict__.items() if held is model})
+    return value
 
 
 def stock_view(model: Any) -> Any:
@@ -273,14 +295,15 @@ def stock_view(model: Any) -> Any:
 
 
 def access_to(model: Any) -> PatchAccess:
-    """``analyse``, once for a model as long as its modules stay the same."""
+    """``analyse``, once for a model as long as its modules and their settings, but for the mode, stay the same."""
     modules = list(model.modules())
+    settings = [{name: value for name, value in vars(module).items()
+                 if isinstance(value, (str, int, float)) and name != 'training'} for module in modules]
     known = _known.get(model)
-    if known is not None and len(known[0]) == len(modules) and all(
-            then() is now for then, now in zip(known[0], modules)):
-        return known[1]
+    if known is not None and known[1] == settings and all(then() is now for then, now in zip(known[0], modules)):
+        return known[2]
     access = analyse(model)
-    _known[model] = [ref(module) for module in modules], access
+    _known[model] = [ref(module) for module in modules], settings, access
     return access
 
 

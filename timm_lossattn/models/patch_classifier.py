@@ -227,7 +227,7 @@ class PatchClassifier(nn.Module):
 
         Args:
             indices: stages to keep, as in forward_intermediates.
-            prune_norm: drop the patch layers even if the last stage is kept.
+            prune_norm: drop the patch layers even if the last stage is kept; the head, made for them, goes with them.
             prune_head: drop the head.
         """
         prune_end = not self._reaches_end(indices)
@@ -240,7 +240,7 @@ class PatchClassifier(nn.Module):
             self._head_class = NoPatchLayers.head
             self.classifier_pool = NoPatchLayers.default_pool
             self._grids = {}
-        if prune_head or prune_end:
+        if prune_head or prune_norm or prune_end:
             self.reset_classifier(0, '')
         return take_indices
 
@@ -301,7 +301,7 @@ class PatchClassifier(nn.Module):
         step, size, before = (
             n * self.backbone_stride for n in (self.patch_stride, self.patch_layers.kernel, self.patch_padding))
         y, x = torch.meshgrid(
-            torch.arange(rows) * step - before, torch.arange(cols) * step - before, indexing='ij')
+            *(torch.arange(n, device='cpu') * step - before for n in (rows, cols)), indexing='ij')
         boxes = torch.stack((x, y, x + size, y + size), dim=-1).reshape(-1, 4).clamp(min=0)
         # feature maps are rounded up to whole positions, so the last patch may reach up to s − 1 pixels outside
-        return boxes.minimum(torch.tensor([width, height, width, height]))
+        return boxes.minimum(torch.tensor([width, height, width, height], device='cpu'))

@@ -79,13 +79,26 @@ def join_patches(h: torch.Tensor, layout: str, prefix: int) -> torch.Tensor:
     return F.pad(h.unsqueeze(1), (0, 0, prefix, 0))
 
 
+def held_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters, buffers, and what modules keep beside them, as attention biases that timm computes once.
+
+    The last may be part of a graph, and ``copy.deepcopy`` refuses them: it is told what to take instead.
+    """
+    held = []
+    for module in model.modules():
+        for value in vars(module).values():
+            several = value.values() if isinstance(value, dict) else value
+            held += [one for one in (several if isinstance(value, (dict, list, tuple)) else [value])
+                     if isinstance(one, torch.Tensor)]
+    return held
+
+
 def shape_twin(model: nn.Module) -> Any:
     """The model in eval mode on the meta device; modules are copied, weights are not."""
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device='meta'), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device='meta')
+    for tensor in held_tensors(model):
+        empty = torch.empty_like(tensor, device='meta', requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):  # the user's; they expect numbers
@@ -98,6 +111,9 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) of the images that a model was made for: of its weights, unless its arguments say something else."""
     one_channel = {'mean': (0.,), 'std': (1.,)}  # timm would warn of those that do not fit the channels
     channels, height, width = resolve_input_data_config(model, one_channel)['input_size']
+    if not getattr(model, 'pretrained_cfg', None):  # made by hand: timm takes 224, a model of one size has its own
+        size = getattr(getattr(model, 'patch_embed', model), 'img_size', None)
+        height, width = (height, width) if size is None else (size, size) if isinstance(size, int) else size
     return getattr(model, 'in_chans', channels), height, width
 
 

@@ -129,7 +129,7 @@ class ReportImages(Dataset):
             return Item(index, file, None, None, (0, 0), (1., 1.), (0., 0.), None, one_line(error))
         boxes = None
         if self.boxed:
-            rows = found if self.boxes is None else self.boxes.get(file or '', [])
+            rows = found if self.boxes is None else self.boxes.get(Path(file or '').as_posix(), [])
             boxes = torch.tensor(rows if rows is not None else [], dtype=torch.float32).reshape(-1, 4)
         return Item(index, file, self.label(target), source.x, image.size, source.scale, source.offset, boxes)
 
@@ -157,15 +157,30 @@ def read_boxes(path: str | Path) -> dict[str, list[list[float]]]:
     """
     found: dict[str, list[list[float]]] = defaultdict(list)
     try:
-        with open(path, newline='') as file:
+        with open(path, newline='', encoding='utf-8-sig') as file:
             for row in csv.DictReader(file):
-                found[row['file']].append([float(row[key]) for key in ('x0', 'y0', 'x1', 'y1')])
+                found[Path(row['file']).as_posix()].append([float(row[key]) for key in ('x0', 'y0', 'x1', 'y1')])
     except OSError as error:
         raise ValueError(f'--boxes: {error}') from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f'--boxes: {path} must have the columns file, x0, y0, x1, y1 with numbers: {error!r}') from None
     return dict(found)
+
+
+def check_box_names(images: ReportImages, path: str | Path) -> str:
+    """A note if some files of a CSV with boxes are not in the data set, else ''.
+
+    Raises:
+        ValueError: none of them is.
+    """
+    known = {Path(images.file(index) or '').as_posix() for index in range(len(images))}
+    boxes = images.boxes or {}
+    missing = [name for name in boxes if name not in known]
+    if boxes and len(missing) == len(boxes):
+        raise ValueError(f'--boxes: {path} is of other files, such as {missing[0]}; those of the data set are named as '
+                         f'{min(known)}, from its folder on')
+    return f'{len(missing)} of the {len(boxes)} files with boxes are not in the data set' if missing else ''
 
 
 def match_classes(names: Sequence[str], labels: Sequence[str], synsets: Sequence[str] = ()) -> tuple[list[int], str]:
@@ -287,4 +302,7 @@ def open_images(
     if not remote:
         root = str(images.reader.root)
         split = '' if Path(root) == Path(name) else Path(root).name
-    return ReportImages(images, preprocessing, len(labels), classes, labelled, by_name, boxed, split), shown, note
+    report_images = ReportImages(images, preprocessing, len(labels), classes, labelled, by_name, boxed, split)
+    if boxes and not from_hub:
+        note = '; '.join(filter(None, [note, check_box_names(report_images, boxes)]))
+    return report_images, shown, note

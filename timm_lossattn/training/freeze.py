@@ -25,6 +25,13 @@ class FrozenTrain:
         return self.model
 
 
+def classifiers(model: Any) -> list[nn.Module]:
+    """What ``get_classifier`` returns, one or several, as far as it has parameters."""
+    found = model.get_classifier()
+    return [head for head in (found if isinstance(found, (tuple, list)) else [found])
+            if isinstance(head, nn.Module) and list(head.parameters())]
+
+
 def freeze_backbone(model: Any) -> list[str]:
     """Freeze all of a model but its classifier, and what weighs its patches, if that has parameters.
 
@@ -41,9 +48,7 @@ def freeze_backbone(model: Any) -> list[str]:
     Raises:
         ValueError: the model has no classifier with parameters.
     """
-    classifiers = model.get_classifier()
-    heads = [*(classifiers if isinstance(classifiers, (tuple, list)) else [classifiers])]
-    heads = [head for head in heads if isinstance(head, nn.Module) and list(head.parameters())]
+    heads = classifiers(model)
     if not heads:
         raise ValueError(f'{type(model).__name__} has no classifier to train.')
     weights = getattr(model, 'patch_weights', None)

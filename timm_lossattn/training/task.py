@@ -8,6 +8,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..prediction import PatchPrediction
+from .freeze import classifiers
 from .loss import LossAttentionLoss, gamma_rampup
 
 __all__ = ['LossAttentionTask', 'PatchTrainingModule']
@@ -127,9 +128,10 @@ class LossAttentionTask(TrainingTask):
         return inner.model if isinstance(inner, PatchTrainingModule) else resolved
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """Parameters to clip; without the head for adaptive gradient clipping."""
-        named = self.get_eval_model().named_parameters()
-        return [p for name, p in named if not (exclude_head and 'head.' in name)]
+        """Parameters to clip; with exclude_head, as adaptive gradient clipping wants it, without the classifier."""
+        model = self.get_eval_model()
+        left_out = {id(p) for head in classifiers(model) for p in head.parameters()} if exclude_head else set()
+        return [p for p in model.parameters() if id(p) not in left_out]
 
     def create_evaluator(self, **kwargs: Any) -> Any:
         """timm's evaluator for single-label or, if the loss is, for multi-label targets."""

@@ -53,7 +53,7 @@ class AtomicSaver(CheckpointSaver):
         torch.save(state, save_path)
 
     def _replace(self, src: str, dst: str) -> None:
-        with open(src, 'rb') as file:
+        with open(src, 'rb+') as file:  # Windows syncs what can be written
             os.fsync(file.fileno())
         os.replace(src, dst)
 

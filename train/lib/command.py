@@ -39,7 +39,7 @@ def recipe_values(recipe: str, model: str | None) -> dict[str, Any]:
     Raises:
         ValueError: no such recipe or dataset.
     """
-    known = yaml.safe_load(RECIPES.read_text())
+    known = yaml.safe_load(RECIPES.read_text('utf-8'))
     name, _, dataset = recipe.partition('/')
     if name not in known['recipes']:
         raise ValueError(f'no recipe {name!r}; there are {", ".join(known["recipes"])}')
@@ -58,7 +58,7 @@ def recipe_values(recipe: str, model: str | None) -> dict[str, Any]:
 def config_values(parser: argparse.ArgumentParser, config: str) -> dict[str, Any]:
     """Values of a --config file."""
     try:
-        values = yaml.safe_load(Path(config).read_text()) or {}
+        values = yaml.safe_load(Path(config).read_text('utf-8')) or {}
     except (OSError, yaml.YAMLError) as error:
         parser.error(f'--config {config}: {" ".join(str(error).split())}')
     if not isinstance(values, dict):

@@ -33,8 +33,8 @@ def train_one_epoch(
     """One pass over the training set, or what ``recovery`` has left of it.
 
     Returns:
-        Means over the images of the loss terms and of γ, images/s of all processes, and the share of the time in which
-        the step waited for the loader.
+        Means over the images of the loss terms and of γ, images/s of all processes, the share of the time in which the
+        step waited for the loader, and the seconds; with those that an interrupted run spent on it.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -43,14 +43,15 @@ def train_one_epoch(
     updates, batches = updates_in_epoch(options, loader), len(loader)
     tail = batches % options.grad_accum_steps or options.grad_accum_steps  # batches in the last update
     sums: dict[str, Any] = {}  # tensors stay on the device: reading one waits for it
-    images, step = 0, epoch * updates
+    images, step, earlier, waited = 0, epoch * updates, 0., 0.
     recovery = recovery or Recovery(None, process, None)
     if recovery.position is not None:
         images, step = recovery.position['images'], step + recovery.position['batches'] // options.grad_accum_steps
+        earlier = recovery.position.get('seconds', 0.)
         sums = {name: value.to(process.device) if torch.is_tensor(value) else value
                 for name, value in recovery.position['sums'].items()}
-    start = end = time.perf_counter()
-    waited = 0.
+    end = time.perf_counter()
+    start = end - earlier
     bar = tqdm(total=batches, desc=f'epoch {epoch + 1}/{options.epochs}', leave=False, dynamic_ncols=True,
                disable=process.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
     optimizer.zero_grad()
@@ -96,7 +97,9 @@ def train_one_epoch(
                     raise FloatingPointError(f'loss is {means["loss"]} by update {step}; try a lower --lr')
                 rate = images * process.world_size / (time.perf_counter() - start)
                 bar.set_postfix({k: f'{v:.4g}' for k, v in means.items()} | {'images/s': f'{rate:.0f}'}, refresh=False)
-            recovery.batch_done(epoch, i + 1, step if update and i + 1 < batches else None, images, sums)
+            end = time.perf_counter()
+            recovery.batch_done(
+                epoch, i + 1, step if update and i + 1 < batches else None, images, sums, end - start)
             end = time.perf_counter()
     recovery.position = None
     total = torch.tensor([float(value) for value in sums.values()] + [images], dtype=torch.float64)
@@ -106,4 +109,4 @@ def train_one_epoch(
     seconds = time.perf_counter() - start
     *values, images = total.tolist()
     return {name: value / images for name, value in zip(sums, values)} | {
-        'images_per_second': images / seconds, 'loader_share': waited / seconds}
+        'images_per_second': images / seconds, 'loader_share': waited / (seconds - earlier), 'seconds': seconds}

@@ -1,6 +1,7 @@
 """Options as dataclasses whose fields are also the flags of a script: each is declared once, with its type."""
 import argparse
 import copy
+import inspect
 import types
 from collections.abc import Sequence
 from dataclasses import MISSING, field, fields
@@ -41,7 +42,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
     hints = get_type_hints(options)
     groups: dict[type, Any] = {}
     for one in fields(options):  # type: ignore[arg-type]  # of any dataclass
-        owner = next(base for base in options.__mro__ if one.name in vars(base).get('__annotations__', {}))
+        owner = next(base for base in options.__mro__ if one.name in inspect.get_annotations(base))
         if owner not in groups:
             groups[owner] = parser.add_argument_group((owner.__doc__ or '').splitlines()[0].rstrip('.').lower())
         kwargs: dict[str, Any] = dict(one.metadata)

@@ -32,7 +32,7 @@ class Records:
     def __init__(self, path: Path, asked: dict[str, Any]) -> None:
         self.path = path
         self.entries: list[dict[str, Any]] = []
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        lines = path.read_text('utf-8').splitlines(keepends=True) if path.is_file() else []
         whole = [line for line in lines if line.endswith('\n')]
         if not whole:
             whole = [json.dumps({'kind': 'asked', **asked}, ensure_ascii=False) + '\n']
@@ -49,7 +49,7 @@ class Records:
     def add(self, entries: list[dict[str, Any]]) -> None:
         """Append, on disk at once."""
         entries = [rounded(entry) for entry in entries]
-        with self.path.open('a') as file:
+        with self.path.open('a', encoding='utf-8') as file:
             file.writelines(json.dumps(entry, ensure_ascii=False) + '\n' for entry in entries)
         self.entries += entries
 

@@ -63,7 +63,9 @@ class Recovery:
             set_random_state(self.position['random'][-before], self.process.device)
         return True
 
-    def batch_done(self, epoch: int, batches: int, updates: int | None, images: int, sums: dict[str, Any]) -> None:
+    def batch_done(
+            self, epoch: int, batches: int, updates: int | None, images: int, sums: dict[str, Any],
+            seconds: float) -> None:
         """Save if it is time, after an update.
 
         Args:
@@ -72,6 +74,7 @@ class Recovery:
             updates: done in all, None within one.
             images: done in the epoch.
             sums: of the loss terms over them.
+            seconds: spent on them.
         """
         if self.minutes is None:
             return
@@ -80,7 +83,7 @@ class Recovery:
             return
         if not self.process.from_first(time.monotonic() - self.saved >= 60 * self.minutes):
             return
-        own = {'batches': batches, 'images': images, 'random': self.states,
+        own = {'batches': batches, 'images': images, 'random': self.states, 'seconds': seconds,
                'sums': {name: value.cpu() if torch.is_tensor(value) else value for name, value in sums.items()}}
         ranks = [own]
         if self.process.distributed:
