@@ -37,7 +37,7 @@ from lib.boxes import collate_boxes, open_patch_model
 from lib.comparison import Judge, Settings, grid_entries
 from lib.explainers import OURS, Question, create_tools
 from lib.flags import flag, parse, positive_int
-from lib.image_records import Records, Table, means_and_differences
+from lib.image_records import SPREAD, Records, Table, means_and_differences
 from lib.options import EvalOptions
 from lib.plots import ORANGE, draw_box, images_of, panels, save, show_heat
 from lib.record import command_line, environment
@@ -156,7 +156,8 @@ def markdown(tables: dict[str, Table], records: Records, scalar: str, command: s
             lines.append(f'| {row} | ' + ' | '.join(shown) + ' |')
         compared = [m for m in measures if m not in ('complete', 'ms')]
         if compared:
-            lines += ['', 'Ours less theirs, with 95 % intervals; bold where zero lies outside:', '',
+            like = ' (of spread maps, ours spread)' if any(row.endswith(SPREAD) for row in table) else ''
+            lines += ['', f'Ours less theirs{like}, with 95 % intervals; bold where zero lies outside:', '',
                       '| | ' + ' | '.join(titles[measures.index(m)] for m in compared) + ' |',
                       '|---|' + '--:|' * len(compared)]
         for row, cells in table.items() if compared else ():

@@ -11,6 +11,7 @@ from timm_lossattn.explanation.geometry import patches_to_pixels, spread_over_ne
 
 from .explainers import Answer, Question, Tool, pooled
 from .extras import need
+from .image_records import SPREAD
 
 try:
     from timm_lossattn.evaluation.constant_boxes import square_hits, whole_hits
@@ -125,7 +126,7 @@ class Judge:
                 self.settings.multi_label or patch_logits.shape[2] == 1)
             heat = patches_to_pixels(scores, patch_boxes, (H, W))
             parts = scores if answer.parts is not None and answer.parts.shape == scores.shape else None
-            forms.append((f'{name}, spread', Answer(heat, scores, parts, answer.total)))
+            forms.append((name + SPREAD, Answer(heat, scores, parts, answer.total)))
         return forms
 
     def measures(

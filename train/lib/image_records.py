@@ -13,8 +13,9 @@ from timm_lossattn.evaluation.constant_boxes import IOUS, cross_fitted_accuracy
 from timm_lossattn.evaluation.intervals import Interval, mean_interval
 from timm_lossattn.files import replace_file
 
-__all__ = ['Records', 'Table', 'hits_to_text', 'means_and_differences', 'text_to_hits']
+__all__ = ['SPREAD', 'Records', 'Table', 'hits_to_text', 'means_and_differences', 'text_to_hits']
 
+SPREAD = ', spread'  # behind the name of a map: after it was spread over neighbours
 Table = dict[str, dict[str, tuple[Interval, Interval | None]]]  # row -> measure -> mean, and ours less it
 
 
@@ -41,7 +42,10 @@ class Records:
         if differ:
             raise ValueError(f'--output: {path} was begun with another {differ[0]}, {found.get(differ[0])!r}; choose '
                              'another folder')
-        self.entries = [json.loads(line) for line in whole[1:]]
+        first: dict[tuple[str, int], dict[str, Any]] = {}  # two processes may have measured the same image
+        for entry in map(json.loads, whole[1:]):
+            first.setdefault((entry['kind'], entry['index']), entry)
+        self.entries = list(first.values())
         if lines != whole:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, ''.join(whole).encode())
@@ -99,12 +103,16 @@ def column(entries: list[dict[str, Any]], row: str, measure: str) -> torch.Tenso
 
 
 def means_and_differences(entries: list[dict[str, Any]], ours: str) -> Table:
-    """Mean of every row and measure, and the paired difference of ours to it, over images or grids."""
+    """Mean of every row and measure, and the paired difference of ours to it, over images or grids.
+
+    Of a map that was spread over neighbours ours is taken as well that was spread.
+    """
     table: Table = {}
     columns = {(row, measure): column(entries, row, measure) for row, measure in rows_of(entries)}
     nothing = torch.full((len(entries),), torch.nan)
     for (row, measure), values in columns.items():
-        own = columns.get((ours, measure), nothing)
+        spread = ours + SPREAD
+        own = columns.get((spread if row.endswith(SPREAD) and row != spread else ours, measure), nothing)
         other = None if row == ours or own.isnan().all() else mean_interval(own - values)
         table.setdefault(row, {})[measure] = mean_interval(values), other
     return table
