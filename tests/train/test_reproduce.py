@@ -89,7 +89,7 @@ def test_table_7_is_complete(tmp_path):
     assert reproduce.main(['--table', '7', '--runs', '0', '--output', str(tmp_path)]) == 0
     text = (tmp_path / 'table7.md').read_text()
     rows = printed_rows(text)
-    assert list(next(iter(rows.values()))) == ['accuracy', 'accuracy, best test epoch', 'an epoch']
+    assert list(next(iter(rows.values()))) == ['accuracy', 'accuracy, best test epoch', 'an epoch (s)']
     grids = []
     for row in KNOWN['tables'][7]['rows'].values():
         model = timm.create_model(row['model'].replace('conv', 'conv_nano'), **row['flags'])
@@ -179,7 +179,7 @@ def test_one_row(folder, tmp_path, capfd, monkeypatch):
     last, best = result['epochs'][-1]['eval']['top1'], max(epoch['eval']['top1'] for epoch in result['epochs'])
     rows = printed_rows((tmp_path / 'out' / 'table2.md').read_text())
     assert rows['resnet18_cifar'] == {
-        'parameters': '11.17 / 11.17', 'CIFAR-10': f'{last:.2f} (n = 1) / 94.76',
+        'parameters (million)': '11.17 / 11.17', 'CIFAR-10': f'{last:.2f} (n = 1) / 94.76',
         'CIFAR-10, best test epoch': f'{best:.2f} (n = 1)', 'CIFAR-100': 'not run / 76.61',
         'CIFAR-100, best test epoch': 'not run', 'SVHN': 'not run / 96.98', 'SVHN, best test epoch': 'not run'}
     assert list(rows['vgg11_bn_lossattn_conv'].values()).count('not run') == 3
@@ -321,7 +321,7 @@ def test_nano_run(folder, tmp_path, capfd):
     assert 'All models at an eighth of their widths' in text
     assert "the paper's number" not in text
     assert '(n = 2)' in rows['vgg11_bn_cifar']['CIFAR-100']
-    assert rows['resnet18_lossattn_conv']['parameters'] == '0.51'
+    assert rows['resnet18_lossattn_conv']['parameters (million)'] == '0.51'
     assert not any(' / ' in cell for cells in rows.values() for cell in cells.values())
     results = [json.loads(file.read_text()) for file in sorted(out.glob('*/result.json'))]
     records = [json.loads(line) for line in (out / 'table2-nano-runs.jsonl').read_text().splitlines()]
