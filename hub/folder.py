@@ -162,6 +162,8 @@ def tidy_config(config: dict[str, Any], result: dict[str, Any] | None) -> None:
     config['pretrained_cfg'].pop('label_names', None)
     if labels and len(labels) == config['num_classes']:
         config['label_names'] = list(labels)
+    elif labels is not None and not labels:  # known to have no names: not those of the tag either
+        config['pretrained_cfg']['label_names'] = []
 
 
 def load_folder(folder: Path, source: str) -> Any:
@@ -233,7 +235,7 @@ def model_differences(name: str, model: Any) -> list[str]:
         return tuple(value) if isinstance(value, list) else value
 
     found = [key for key in SAME if plain(model.pretrained_cfg.get(key)) != plain(getattr(cfg, key))
-             and not (key == 'label_names' and model.pretrained_cfg.get(key) is None)]
+             and not (key == 'label_names' and not model.pretrained_cfg.get(key))]
     return found + [key for key in SAME_ATTRIBUTES
                     if plain(getattr(model, key, None)) != plain(getattr(registered, key, None))]
 

@@ -28,7 +28,7 @@ from torch import nn
 from .explanation import class_labels, input_config
 from .explanation.evidence import direction_over_rivals, evidence_along
 from .models.any_timm import LossAttentionMixin
-from .models.probe import held_tensors
+from .models.probe import without_graph
 from .text import one_line
 
 __all__ = ['FORMATS', 'OUTPUTS', 'ExportReport', 'export_model']
@@ -114,9 +114,7 @@ def export_model(
     config = input_config(model)
     _, height, width = config['input_size'] if img_size is None else (0, img_size, img_size)
     input_size = (model.in_chans, height, width)
-    part_of_graph = [tensor for tensor in held_tensors(model) if tensor.grad_fn is not None]
-    own = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in part_of_graph})
-    module = NamedOutputs(own).cpu().float().eval()
+    module = NamedOutputs(copy.deepcopy(model, without_graph(model))).cpu().float().eval()
     if hasattr(module.model, 'set_grad_checkpointing'):
         module.model.set_grad_checkpointing(False)
 

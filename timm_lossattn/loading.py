@@ -112,8 +112,8 @@ def full_name(model: Any) -> str:
     backbone = args['backbone']
     try:
         tagged: Any = timm.get_pretrained_cfg(f'lossattn.{backbone}')
-        same = (tagged.num_classes, tuple(tagged.label_names or ())) == (
-            model.num_classes, tuple(cfg.get('label_names') or ()))
+        names = [None if names is None else tuple(names) for names in (tagged.label_names, cfg.get('label_names'))]
+        same = tagged.num_classes == model.num_classes and names[0] == names[1]
     except RuntimeError:  # a tag that timm does not know
         same = False
     name = f'lossattn.{backbone if same else backbone.partition(".")[0]}'

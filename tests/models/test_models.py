@@ -177,6 +177,10 @@ def test_head_goes_with_the_patch_layers():
     model.reset_classifier(3)
     out = model.forward_patches(torch.randn(1, 3, 32, 32))
     torch.testing.assert_close(out.contributions.sum(1), out.logits)
+    plain = timm.create_model('resnet18_cifar', width_mult=1 / 8, num_classes=3).eval()  # without patch layers
+    before = plain(torch.ones(1, 3, 32, 32))
+    plain.prune_intermediate_layers(1, prune_norm=True, prune_head=False)
+    assert torch.equal(plain(torch.ones(1, 3, 32, 32)), before)
 
 
 @pytest.mark.parametrize('name', [

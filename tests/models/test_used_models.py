@@ -6,54 +6,56 @@ from types import MethodType
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
+from torch import nn
 
-from timm_lossattn import explain, freeze_backbone, loss_attention
+from card import Words
+from folder import make_folder
+from timm_lossattn import explain, freeze_backbone, load_model, loss_attention
 from timm_lossattn.explanation import class_labels
 from timm_lossattn.export import export_model
+from timm_lossattn.loading import full_name
 from timm_lossattn.models.any_timm import equal_boxes
+from timm_lossattn.report.dataset import imagenet_synsets
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def compiled(model):
-    model.compile(backend='eager')
-
-
-def bound(model):
-    model.forward = MethodType(type(model).forward, model)
-
-
-def partially_bound(model):
-    model.forward = partial(type(model).forward, model)
-
-
-class Called:
-    """A callable that holds the model, as hooks of other libraries do."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __call__(self, x):
-        return type(self.model).forward(self.model, x)
-
-
-def held(model):
-    model.forward = Called(model)
-
-
-@pytest.mark.parametrize('change', [compiled, bound, partially_bound, held])
-def test_calls_are_those_of_the_new_model(change):
-    """What calls the stock model is not taken over as it is: model(x) would be the stock model's answer."""
+def test_compiled():
+    """``Module.compile`` keeps a call of the stock model, whose answer would be that of the new one."""
     torch.manual_seed(0)
     stock = timm.create_model('test_resnet', num_classes=5).eval()
     plain = loss_attention(stock)(X)
-    change(stock)
+    stock.compile(backend='eager')
     before = stock(X)
     new = loss_attention(stock)
     assert torch.equal(new(X), plain)
     torch.testing.assert_close(new(X), new.forward_patches(X).logits)
     assert not torch.allclose(new(X), before)
     assert torch.equal(stock(X), before)
+
+
+@pytest.mark.parametrize('name', ['forward', 'forward_head', 'forward_features'])
+@pytest.mark.parametrize('known', [False, True])
+def test_replaced_on_the_object(name, known):
+    """Whatever it calls, and however it is bound, it may call the stock model: refused, also if the model is known."""
+    model = timm.create_model('test_resnet', num_classes=5).eval()
+    if known:
+        loss_attention(model)
+    setattr(model, name, partial(getattr(type(model), name), model))
+    with pytest.raises(ValueError, match=f'`del model.{name}` first'):
+        loss_attention(model)
+    delattr(model, name)
+    assert loss_attention(model)(X).shape == (2, 5)
+
+
+def test_bound_methods():
+    """Of other methods the new model gets its own, and the stock model keeps its."""
+    model = timm.create_model('test_resnet', num_classes=5)
+    model.itself = MethodType(lambda self: self, model)
+    new = loss_attention(model)
+    assert new.itself() is new
+    assert model.itself() is model
 
 
 def test_frozen_before():
@@ -89,30 +91,56 @@ def test_after_a_forward_pass(name, tmp_path):
         export_model(model, tmp_path / 'model.pt2', 'torch.export')
 
 
-def test_new_classes_have_no_names():
-    """Neither those of the weights, nor those of the tag's data set."""
+def test_new_classes_have_no_names(tmp_path):
+    """Neither those of the weights, nor those of the tag's data set, also not after they were published."""
     cells = timm.create_model('lossattn.tf_efficientnet_lite0.pbc', pretrained=True)
     assert class_labels(cells, 8)[0] == 'basophil'
     cells.reset_classifier(8)
     assert class_labels(cells, 8)[0] == 'class 0'
     thousand = timm.create_model('lossattn.resnet18.a1_in1k')
+    assert full_name(thousand) == 'lossattn.resnet18.a1_in1k'
     thousand.reset_classifier(1000)
     assert class_labels(thousand, 1000)[5] == 'class 5'
+    assert full_name(thousand) == 'lossattn.resnet18'
+    assert imagenet_synsets(thousand) == []
+    save_for_hf(thousand, tmp_path / 'saved', safe_serialization=True)
+    (tmp_path / 'published').mkdir()
+    for folder in ('saved', 'published'):
+        if folder == 'published':
+            make_folder(str(tmp_path / 'saved'), tmp_path / folder, 'me/x', Words(), None)
+        assert class_labels(load_model(f'local-dir:{tmp_path / folder}'), 1000)[5] == 'class 5'
 
 
 def test_setting_changed_by_hand():
     """The analysis of a model is kept as long as the model is what it was."""
     model = timm.create_model('test_vit', num_classes=5, global_pool='avg').eval()
     loss_attention(model)
-    model.global_pool = 'token'
-    with pytest.raises(ValueError, match='class token'):
-        loss_attention(model)
+    new, grid = loss_attention(model), torch.randn(1, 3, 160, 160)
+    model.global_pool = new.global_pool = 'token'
+    for use in (lambda: loss_attention(model), lambda: new.forward_patches(grid)):
+        with pytest.raises(ValueError, match='class token'):
+            use()
 
 
-def test_made_by_hand_for_another_size():
-    model = timm.models.VisionTransformer(
-        img_size=64, patch_size=16, embed_dim=32, depth=1, num_heads=2, num_classes=5, global_pool='avg').eval()
-    new = loss_attention(model)
+def test_tensor_beside_the_buffers():
+    """A plain tensor in the head keeps its number while the head is probed."""
+    class Scaled(nn.Linear):
+        scale = None
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    model = timm.create_model('test_resnet', num_classes=5).eval()
+    model.fc = Scaled(model.num_features, 5)
+    model.fc.scale = torch.tensor(2.)
+    assert loss_attention(model).patch_kind == 'A'
+
+
+@pytest.mark.parametrize('model', [
+    partial(timm.models.VisionTransformer, embed_dim=32, depth=1, num_heads=2, global_pool='avg'),
+    partial(timm.models.MlpMixer, embed_dim=32, num_blocks=1)])
+def test_made_by_hand_for_another_size(model):
+    new = loss_attention(model(img_size=64, patch_size=16, num_classes=5).eval())
     assert new.patch_grid(64, 64) == (4, 4)
     out = new.forward_patches(X)
     torch.testing.assert_close(out.contributions.sum(1), out.logits)

@@ -7,7 +7,7 @@ are the head on Σ_m α_m h_m.
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, lru_cache, partial, wraps
+from functools import cache, lru_cache, wraps
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
@@ -19,14 +19,14 @@ from torch import nn
 from ..attention.weights import PatchWeights, create_weights, list_weights, weighted_sum
 from ..prediction import PatchPrediction, upcast
 from .held import Record, Replay, frozen_batch_norms
-from .probe import PatchAccess, analyse, feature_grid, held_tensors, join_patches, split_patches
+from .probe import PatchAccess, analyse, feature_grid, join_patches, split_patches, without_graph
 
 __all__ = ['LossAttentionMixin', 'loss_attention']
 
 Base: Any = nn.Module if TYPE_CHECKING else object
 RESTRUCTURING = ('reset_classifier', 'set_input_size', 'prune_intermediate_layers')
 # what is known of a stock model, with the modules and their settings that it had then
-_known: 'WeakKeyDictionary[nn.Module, tuple[list[ref], list[dict[str, Any]], PatchAccess]]' = WeakKeyDictionary()
+_known: 'WeakKeyDictionary[nn.Module, tuple[list[ref], dict[str, Any], PatchAccess]]' = WeakKeyDictionary()
 
 
 @torch.fx.wrap  # reason: dtype dependent control flow
@@ -120,8 +120,8 @@ class LossAttentionMixin(Base):
         """
         if self.num_classes == 0:
             raise ValueError('forward_patches needs a classifier, but the model has num_classes=0.')
-        if not torch.compiler.is_compiling() and self._modules_now() != self._modules_then:
-            self._set_patch_access(analyse(stock_view(self)))  # a layer was replaced by hand: it may be of another kind
+        if not torch.compiler.is_compiling() and structure(self) != self._structure_then:
+            self._set_patch_access(analyse(stock_view(self)))  # changed by hand: it may be of another kind
         if self.patch_refusal:
             raise ValueError(self.patch_refusal)
         features = self.forward_features(x)
@@ -184,15 +184,11 @@ class LossAttentionMixin(Base):
         return equal_boxes(*self.patch_grid(height, width), height, width).clone()
 
     @torch.jit.ignore
-    def _modules_now(self) -> tuple[str, ...]:
-        return tuple(f'{name}: {type(module).__qualname__}' for name, module in self.named_modules())
-
-    @torch.jit.ignore
     def _set_patch_access(self, access: PatchAccess) -> None:
         self.patch_access = access
-        self._modules_then = self._modules_now()
         self.patch_kind, self.patch_layout, self.patch_prefix = access.kind, access.layout, access.prefix
         self.patch_batch_norm, self.patch_refusal = access.batch_norm, ''
+        self._structure_then = structure(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For copy and pickle: the class is made of the stock model's, not looked up by name."""
@@ -202,7 +198,8 @@ class LossAttentionMixin(Base):
 
 def own_modules(model: nn.Module) -> None:
     """Give a model modules of its own, of the same parameters and buffers, before it is restructured."""
-    model._modules = copy.deepcopy(model._modules, {id(tensor): tensor for tensor in held_tensors(model)})
+    shared = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    model._modules = copy.deepcopy(model._modules, without_graph(model) | shared)
 
 
 def restructuring(method: Callable) -> Callable:
@@ -263,7 +260,8 @@ def empty_model(stock: Any) -> Any:
 def shallow_copy(model: nn.Module, new: Any) -> Any:
     """Fill a new module with the attributes, modules, parameters and buffers of another.
 
-    What calls the other one calls the new one instead; ``nn.Module.compile`` is to be called anew.
+    What is bound to the other one, as ``freeze_backbone`` does with ``train``, is bound to the new one instead;
+    ``nn.Module.compile`` is to be called anew.
     """
     new.__dict__.update({key: rebound(value, model, new) for key, value in model.__dict__.items()
                          if key != '_compiled_call_impl'})
@@ -271,18 +269,16 @@ def shallow_copy(model: nn.Module, new: Any) -> Any:
 
 
 def rebound(value: Any, model: nn.Module, new: nn.Module) -> Any:
-    """An attribute's value for a copy: of containers a copy; of a method, a partial or a callable that holds the model,
-    as ``freeze_backbone`` and other libraries put them in a model's place, the same with the copy."""
+    """An attribute's value for a copy: a copy of a container, a method of the model or an object that holds it anew."""
     if isinstance(value, (dict, list, set)):
         return copy.copy(value)
     if isinstance(value, MethodType) and value.__self__ is model:
         return MethodType(value.__func__, new)
-    if isinstance(value, partial) and any(argument is model for argument in value.args):
-        return partial(value.func, *(new if one is model else one for one in value.args), **value.keywords)
-    if callable(value) and not isinstance(value, nn.Module) and any(
-            held is model for held in getattr(value, '__dict__', {}).values()):
+    holding = [] if isinstance(value, (FunctionType, nn.Module)) else [
+        name for name, held in getattr(value, '__dict__', {}).items() if held is model]
+    if holding:
         value = copy.copy(value)
-        value.__dict__.update({name: new for name, held in value.__dict__.items() if held is model})
+        value.__dict__.update(dict.fromkeys(holding, new))
     return value
 
 
@@ -294,16 +290,25 @@ def stock_view(model: Any) -> Any:
     return view
 
 
+def structure(model: nn.Module) -> dict[str, Any]:
+    """Names and classes of all modules, with their settings: what a model is, but for its tensors and the mode."""
+    def plain(value: Any) -> bool:
+        return value is None or isinstance(value, (str, int, float)) or (
+            isinstance(value, tuple) and all(map(plain, value)))
+
+    return {f'{name}: {type(module).__qualname__}': {
+        key: value for key, value in vars(module).items() if key != 'training' and plain(value)}
+        for name, module in model.named_modules()}
+
+
 def access_to(model: Any) -> PatchAccess:
-    """``analyse``, once for a model as long as its modules and their settings, but for the mode, stay the same."""
-    modules = list(model.modules())
-    settings = [{name: value for name, value in vars(module).items()
-                 if isinstance(value, (str, int, float)) and name != 'training'} for module in modules]
+    """``analyse``, once for a model as long as its modules and their settings stay the same."""
+    modules, now = list(model.modules()), structure(model)
     known = _known.get(model)
-    if known is not None and known[1] == settings and all(then() is now for then, now in zip(known[0], modules)):
+    if known is not None and known[1] == now and all(then() is module for then, module in zip(known[0], modules)):
         return known[2]
     access = analyse(model)
-    _known[model] = [ref(module) for module in modules], settings, access
+    _known[model] = [ref(module) for module in modules], now, access
     return access
 
 
@@ -325,7 +330,8 @@ def loss_attention(model: Any, pool: str = 'lossattn', xi: float = 0.1) -> Any:
 
     Raises:
         TypeError: the model has no forward_features and forward_head.
-        ValueError: its logits are no exact sum over patches, or there is no such pool or xi.
+        ValueError: its logits are no exact sum over patches, its forward was replaced on the object, or there is no
+            such pool or xi.
 
     Examples:
         >>> model = loss_attention(timm.create_model('resnet50', pretrained=True)).eval()
@@ -342,6 +348,10 @@ def loss_attention(model: Any, pool: str = 'lossattn', xi: float = 0.1) -> Any:
     classes = getattr(model, 'num_classes', None)
     if not isinstance(classes, int):
         raise TypeError(f'model must have num_classes, as timm models do; {type(model).__name__} has not.')
+    own = [name for name in ('forward', 'forward_features', 'forward_head') if name in vars(model)]
+    if own:  # what it calls, and with which model, cannot be known
+        raise ValueError(f'model has a {own[0]} of its own, set on this object; loss attention goes by that of its '
+                         f'class: `del model.{own[0]}` first.')
     access = access_to(model) if classes > 0 else PatchAccess('', 'NCHW', 0, 0, False)
     weights = plain_weights(pool, access.channels, xi)
     new = shallow_copy(model, empty_model(type(model)))

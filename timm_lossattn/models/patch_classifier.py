@@ -227,10 +227,11 @@ class PatchClassifier(nn.Module):
 
         Args:
             indices: stages to keep, as in forward_intermediates.
-            prune_norm: drop the patch layers even if the last stage is kept; the head, made for them, goes with them.
+            prune_norm: drop the patch layers, if there are any, and with them the head, even if the last stage is kept.
             prune_head: drop the head.
         """
         prune_end = not self._reaches_end(indices)
+        prune_norm = prune_norm and not isinstance(self.patch_layers, NoPatchLayers)
         take_indices = self.backbone.prune_intermediate_layers(indices)
         self.feature_info = self.feature_info[:take_indices[-1] + 1]
         if prune_norm or prune_end:

@@ -79,26 +79,31 @@ def join_patches(h: torch.Tensor, layout: str, prefix: int) -> torch.Tensor:
     return F.pad(h.unsqueeze(1), (0, 0, prefix, 0))
 
 
-def held_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters, buffers, and what modules keep beside them, as attention biases that timm computes once.
+def without_graph(model: nn.Module) -> dict[int, Any]:
+    """For ``copy.deepcopy``, which refuses tensors of a graph: what takes the place of those that modules keep.
 
-    The last may be part of a graph, and ``copy.deepcopy`` refuses them: it is told what to take instead.
+    Caches of them, as timm's attention biases, are empty in the copy, and computed anew; others are detached.
     """
-    held = []
+    def in_graph(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.grad_fn is not None
+
+    memo: dict[int, Any] = {}
     for module in model.modules():
-        for value in vars(module).values():
-            several = value.values() if isinstance(value, dict) else value
-            held += [one for one in (several if isinstance(value, (dict, list, tuple)) else [value])
-                     if isinstance(one, torch.Tensor)]
-    return held
+        for name, value in vars(module).items():
+            if in_graph(value):
+                memo[id(value)] = value.detach()
+            elif isinstance(value, dict) and name != '_buffers' and any(map(in_graph, value.values())):
+                memo[id(value)] = {}
+    return memo
 
 
 def shape_twin(model: nn.Module) -> Any:
     """The model in eval mode on the meta device; modules are copied, weights are not."""
-    memo: dict[int, Any] = {}
-    for tensor in held_tensors(model):
-        empty = torch.empty_like(tensor, device='meta', requires_grad=False)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    memo = without_graph(model)
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device='meta'), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device='meta')
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):  # the user's; they expect numbers
@@ -112,8 +117,9 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     one_channel = {'mean': (0.,), 'std': (1.,)}  # timm would warn of those that do not fit the channels
     channels, height, width = resolve_input_data_config(model, one_channel)['input_size']
     if not getattr(model, 'pretrained_cfg', None):  # made by hand: timm takes 224, a model of one size has its own
-        size = getattr(getattr(model, 'patch_embed', model), 'img_size', None)
-        height, width = (height, width) if size is None else (size, size) if isinstance(size, int) else size
+        sizes = (getattr(module, 'img_size', None) for module in model.modules())
+        size: Any = next((size for size in sizes if size is not None), (height, width))
+        height, width = (size, size) if isinstance(size, int) else size
     return getattr(model, 'in_chans', channels), height, width
 
 

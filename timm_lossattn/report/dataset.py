@@ -172,9 +172,12 @@ def check_box_names(images: ReportImages, path: str | Path) -> str:
     """A note if some files of a CSV with boxes are not in the data set, else ''.
 
     Raises:
-        ValueError: none of them is.
+        ValueError: none of them is, or its images have no names.
     """
-    known = {Path(images.file(index) or '').as_posix() for index in range(len(images))}
+    files = (images.file(index) for index in range(len(images)))
+    known = {Path(file).as_posix() for file in files if file}
+    if not known:
+        raise ValueError('--boxes: the images of this data set have no file names')
     boxes = images.boxes or {}
     missing = [name for name in boxes if name not in known]
     if boxes and len(missing) == len(boxes):
@@ -217,7 +220,8 @@ def match_classes(names: Sequence[str], labels: Sequence[str], synsets: Sequence
 
 def imagenet_synsets(model: Any) -> list[str]:
     """WordNet ids of an ImageNet model's classes, or nothing."""
-    subset = infer_imagenet_subset(getattr(model, 'pretrained_cfg', None) or {})
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    subset = infer_imagenet_subset(cfg) if cfg.get('label_names') is None or cfg['label_names'] else None
     found = list(ImageNetInfo(subset).label_names()) if subset else []
     return found if len(found) == model.num_classes else []
 

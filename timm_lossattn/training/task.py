@@ -130,7 +130,9 @@ class LossAttentionTask(TrainingTask):
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Parameters to clip; with exclude_head, as adaptive gradient clipping wants it, without the classifier."""
         model = self.get_eval_model()
-        left_out = {id(p) for head in classifiers(model) for p in head.parameters()} if exclude_head else set()
+        if not exclude_head or not hasattr(model, 'get_classifier'):
+            return list(model.parameters())
+        left_out = {id(p) for head in classifiers(model) for p in head.parameters()}
         return [p for p in model.parameters() if id(p) not in left_out]
 
     def create_evaluator(self, **kwargs: Any) -> Any:

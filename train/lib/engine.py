@@ -55,11 +55,14 @@ def train_one_epoch(
     bar = tqdm(total=batches, desc=f'epoch {epoch + 1}/{options.epochs}', leave=False, dynamic_ncols=True,
                disable=process.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
     optimizer.zero_grad()
+    parameters = task.get_clip_parameters(exclude_head='agc' in options.clip_mode)
     with bar:  # an error clears it
         for i, (x, y) in enumerate(loader):
             waited += time.perf_counter() - end
             if recovery.skip(i):
                 bar.update()
+                end = time.perf_counter()  # drawing again what was trained on is no training
+                start, waited = end - earlier, 0.
                 continue
             if options.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
@@ -68,7 +71,6 @@ def train_one_epoch(
                 with autocast():
                     result = task(x, y)
                 loss = result['loss'] / (tail if i >= batches - tail else options.grad_accum_steps)
-                parameters = task.get_clip_parameters(exclude_head='agc' in options.clip_mode)
                 if scaler is not None:
                     scaler(loss, optimizer, clip_grad=options.clip_grad, clip_mode=options.clip_mode,
                            parameters=parameters, need_update=update)

@@ -21,7 +21,7 @@ def header(title: str, argv: list[str], *notes: str) -> str:
 def markdown(cells: Cells) -> str:
     """A table: ours / paper in every cell, and ours of the best test epoch in a column beside."""
     columns = dict.fromkeys(next(iter(cells.values())), False)  # column -> whether the best epoch stands beside it
-    units = {}
+    units: dict[str, str] = {}
     for row in cells.values():
         columns |= {name: True for name, cell in row.items() if cell is not None and cell.chosen}
         units |= {name: f' ({cell.unit})' for name, cell in row.items() if cell is not None and cell.unit != '%'}

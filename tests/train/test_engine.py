@@ -1,0 +1,34 @@
+"""One epoch of training: what it says of its own time."""
+import time
+from contextlib import nullcontext
+
+import pytest
+import torch
+from timm.task import ClassificationTask
+from torch import nn
+
+from lib.command import parse_args
+from lib.engine import train_one_epoch
+from lib.position import Recovery
+from lib.process import Process
+
+
+def test_times_of_a_resumed_epoch():
+    """Images, seconds and rate are those of the whole epoch; drawing again what was trained on is in none of them."""
+    class Loader(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(0.02)
+                yield batch
+
+    data = Loader([(torch.randn(6, 3), torch.randint(2, (6,))) for _ in range(20)])
+    task = ClassificationTask(nn.Linear(3, 2), nn.CrossEntropyLoss(), verbose=False)
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    options = parse_args(['--device', 'cpu'])
+    position = {'batches': 18, 'images': 108, 'sums': {'loss': 108.}, 'random': [], 'seconds': 1.8}
+    metrics = train_one_epoch(
+        0, options, Process(), task, data, optimizer, None, nullcontext, None,
+        Recovery(None, Process(), None, {'ranks': [position]}))
+    assert 1.8 < metrics['seconds'] < 2.3  # 18 batches of 0.1 s before the break, two of 0.02 s after it
+    assert metrics['images_per_second'] == pytest.approx(120 / metrics['seconds'])
+    assert 0 < metrics['loader_share'] <= 1

@@ -1,0 +1,47 @@
+"""images.jsonl of a comparison: read again, each image once, and compared like with like."""
+import json
+
+import pytest
+
+from lib.image_records import Records, means_and_differences
+
+ASKED = {'model': 'm'}
+
+
+def entry(index, ours, theirs):
+    rows = {'ours': ours, 'ours, spread': ours + 1, 'theirs': theirs, 'theirs, spread': theirs + 3}
+    return {'kind': 'image', 'index': index, 'rows': {row: {'energy': value} for row, value in rows.items()}}
+
+
+def test_each_image_once(tmp_path):
+    """Of lines for the same image the first counts; grids have numbers of their own."""
+    records = Records(tmp_path / 'images.jsonl', ASKED)
+    records.add([entry(0, 1., 2.), entry(1, 1., 2.), {**entry(0, 5., 5.), 'kind': 'grid 2'}])
+    records.add([entry(0, 7., 7.)])
+    again = Records(tmp_path / 'images.jsonl', ASKED)
+    assert [one['rows']['ours']['energy'] for one in again.of('image')] == [1., 1.]
+    assert len(again.of('grid 2')) == 1
+    with pytest.raises(ValueError, match='begun with another model'):
+        Records(tmp_path / 'images.jsonl', {'model': 'other'})
+
+
+def test_half_a_line_is_dropped(tmp_path):
+    """A kill may leave one; what follows is a line of its own again."""
+    file = tmp_path / 'images.jsonl'
+    Records(file, ASKED).add([entry(0, 1., 2.)])
+    with file.open('a', encoding='utf-8') as lines:
+        lines.write('{"kind": "image", "ind')
+    Records(file, ASKED).add([entry(1, 1., 2.)])
+    assert [json.loads(line).get('index') for line in file.read_text().splitlines()] == [None, 0, 1]
+
+
+def test_spread_against_spread():
+    """Ours less theirs; of a spread map ours spread; ours spread itself against ours as it is."""
+    entries = [entry(i, 1. + 0.1 * i, 0.5 + 0.05 * i) for i in range(20)]
+    table = means_and_differences(entries, 'ours')
+    means = {row: cells['energy'][0].mean for row, cells in table.items()}
+    found = {row: cells['energy'][1] and cells['energy'][1].mean for row, cells in table.items()}
+    assert found['ours'] is None
+    assert found['theirs'] == pytest.approx(means['ours'] - means['theirs'])
+    assert found['theirs, spread'] == pytest.approx(means['ours, spread'] - means['theirs, spread'])
+    assert found['ours, spread'] == pytest.approx(-1)
