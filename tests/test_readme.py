@@ -26,7 +26,7 @@ def snippets(document):
 
 
 ALONE = [(document, number) for document in DOCUMENTS for number in range(len(snippets(document)))]
-AT_LEAST = {'README.md': 3, 'docs/explain.md': 3, 'docs/fine_tune.md': 1, 'docs/publish.md': 1, 'docs/report.md': 1}
+AT_LEAST = {'README.md': 3, 'docs/explain.md': 4, 'docs/fine_tune.md': 1, 'docs/publish.md': 1, 'docs/report.md': 1}
 NEEDS_A_REPORT = ('docs/report.md', 0)  # tests/report runs it on one
 
 

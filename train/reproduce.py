@@ -178,10 +178,10 @@ def finished(cells: Iterable[Cells], runs: int, options: RunOptions) -> list[dic
 
 def write_records(records: list[dict[str, Any]], file: Path) -> str:
     """A line for each run; what they took together, in words."""
+    if not records:  # a file with records of runs that lie elsewhere stays
+        return f'\nNo finished run lies in {file.parent}.\n'
     replace_file(file.with_name(f'{file.name}-runs.jsonl'),
                  ''.join(f'{json.dumps(record, ensure_ascii=False)}\n' for record in records).encode())
-    if not records:
-        return ''
     machines = ' and '.join(sorted({record['hardware'] for record in records}))
     hours = sum(record['seconds'] for record in records) / 3600
     return f'\nRuns: {len(records)}, {hours:.1f} hours in all ({machines}).\n'
@@ -290,7 +290,8 @@ def main(argv: list[str] | None = None) -> int:
         text, failure = reproduce_sweeps(title, entry, args, options, file, argv)
     else:
         text, failure = reproduce_pictures(title, entry, number, args, options, file, argv)
-    replace_file(file.with_suffix('.md'), text.encode())
+    if any(map(is_finished, out.iterdir())) or not file.with_suffix('.md').is_file():  # no full table by an empty one
+        replace_file(file.with_suffix('.md'), text.encode())
     print(f'{text}\n{file.with_suffix(".md")}')
     if failure is not None:
         raise failure

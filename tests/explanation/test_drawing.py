@@ -106,6 +106,18 @@ def test_right_or_wrong():
     assert unknown[0].startswith(f'class {predicted}, ')
 
 
+@pytest.mark.parametrize(('share', 'words'), [
+    (0.01, 'next to nothing: +0.30, against it −30'), (0.1, 'half of it lies in')])
+def test_next_to_nothing_is_not_outlined(share, words):
+    """Half of what hardly is there says nothing: its size stands in its place."""
+    explanation = explain(random_model(NANO), CAT, target=0, against=None)
+    contributions = torch.full_like(explanation.prediction.contributions, -30 / 35)
+    contributions[:, 0] = 30 * share
+    prediction = explanation.prediction._replace(contributions=contributions)
+    texts = [text for text, _ in texts_of(dataclasses.replace(explanation, prediction=prediction).figure())]
+    assert [text for text in texts if text.startswith(words)]
+
+
 def test_two_classes():
     """Of two classes "why" and "why not the other" are the same; independent ones, and three, have both panels."""
     def titles(classes, **kwargs):

@@ -6,7 +6,9 @@ from types import MethodType
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.models import save_for_hf
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from card import Words
@@ -33,6 +35,17 @@ def test_compiled():
     torch.testing.assert_close(new(X), new.forward_patches(X).logits)
     assert not torch.allclose(new(X), before)
     assert torch.equal(stock(X), before)
+
+
+def test_wrapped():
+    """What torch.compile, DataParallel and timm's EMA make of a model is explained as the model itself."""
+    own = timm.create_model('test_resnet', num_classes=5).eval()
+    wanted = explain(loss_attention(own), X).evidence
+    for wrapped in (torch.compile(own), nn.DataParallel(own), ModelEmaV3(own)):
+        assert torch.equal(explain(loss_attention(wrapped), X).evidence, wanted)
+        assert explain(wrapped, X).grid == explain(own, X).grid
+    photo = Image.new('RGB', (64, 64), 'orange')
+    assert len(explain(torch.compile(loss_attention(own)), photo)) == 1
 
 
 @pytest.mark.parametrize('name', ['forward', 'forward_head', 'forward_features'])

@@ -110,6 +110,16 @@ def test_runs_are_shared():
     assert {'gamma_max': LossOptions.gamma_max, 'xi': model.xi} == paper.USUAL
 
 
+def test_records_are_not_replaced_by_none(tmp_path, capsys):
+    """--runs 0 where no run lies leaves table and records of runs that lay elsewhere as they are, and says so."""
+    files = [tmp_path / name for name in ('table7-nano.md', 'table7-nano-runs.jsonl')]
+    for file in files:
+        file.write_text('kept')
+    assert reproduce.main(['--table', '7', '--nano', '--runs', '0', '--output', str(tmp_path)]) == 0
+    assert [file.read_text() for file in files] == ['kept', 'kept']
+    assert f'No finished run lies in {tmp_path}' in capsys.readouterr().out
+
+
 def test_figure_7_has_eight_panels(tmp_path, monkeypatch, capsys):
     """Four measures over γ_max in [0, 5] and over ξ in [0, 1]; a curve for each model in each."""
     drawn = []

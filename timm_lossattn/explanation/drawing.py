@@ -21,6 +21,7 @@ PANELS = ('outline', 'evidence', 'why-not', 'alpha', 'selected')  # of a picture
 FOR, AGAINST_IT = (0.87, 0.36, 0.0), (0.33, 0.17, 0.60)  # orange and purple, told apart by all colour-blind readers
 OUTLINE, BOX_COLOR, WRONG = '#0072B2', '#E69F00', '#C04000'
 GREY = '#555555'
+LITTLE = 0.05  # of what speaks against a class: less that speaks for it is not outlined
 MAX_ASPECT = 4.  # of longer images only the part around the model's input is shown
 MAX_PIXELS = 1200  # larger images are drawn at a lower resolution
 FINE = 480  # points along the longer side at least, so that a map is smooth over a thumbnail too
@@ -302,10 +303,16 @@ class Panels:
 
     def outline(self, number: int) -> None:
         """The image; what lies outside of the patches that hold half of the positive evidence is paler."""
-        core = self.main.core()[self.index]
-        counts = f'half of it lies in {int(core.sum())} of {len(core)} patches'
-        ax, left, lower = self.axes(number, f'what speaks for {shorten(self.target, 24)}',
-                                     counts if core.any() else 'no patch speaks for it')
+        core, values = self.main.core()[self.index], self.main.evidence[self.index]
+        speaks, against = float(values.clamp(min=0).sum()), float(-values.clamp(max=0).sum())
+        if not core.any():
+            words = 'no patch speaks for it'
+        elif speaks < LITTLE * against:
+            core = core & False
+            words = f'next to nothing: +{two_digits(speaks)}, against it −{two_digits(against)}'
+        else:
+            words = f'half of it lies in {int(core.sum())} of {len(core)} patches'
+        ax, left, lower = self.axes(number, f'what speaks for {shorten(self.target, 24)}', words)
         inside = self.canvas.sharp(core)
         self.show(ax, self.canvas.photo)
         if core.any():

@@ -7,6 +7,7 @@ from typing import Any, Union
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from timm.utils import unwrap_model
 
 from ..models.any_timm import loss_attention
 from ..prediction import PatchPrediction
@@ -106,12 +107,13 @@ def explain(
 
 
 def patch_model(model: Any) -> Any:
-    """The model itself if it has patches; a stock timm model with α = 1/M.
+    """The model itself if it has patches, a stock timm model with α = 1/M; without a wrapper, as torch.compile's.
 
     Raises:
         TypeError: it is neither.
         ValueError: the logits of the timm model are no sum over patches.
     """
+    model = unwrap_model(model)
     if hasattr(model, 'forward_patches'):
         return model
     if isinstance(model, str):

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.fx
+from timm.utils import unwrap_model
 from torch import nn
 
 from ..attention.weights import PatchWeights, create_weights, list_weights, weighted_sum
@@ -319,8 +320,8 @@ def loss_attention(model: Any, pool: str = 'lossattn', xi: float = 0.1) -> Any:
     else of timm; it is an instance of the stock model's class. The given model is not changed.
 
     Args:
-        model: timm model with a classifier and a head that averages all positions; without classifier
-            (``num_classes=0``) it is left as it is until ``reset_classifier`` gives it one.
+        model: timm model, or a wrapper as torch.compile's, with a classifier and a head that averages all positions;
+            without classifier (``num_classes=0``) it is left as it is until ``reset_classifier`` gives it one.
         pool: how patches are weighed: 'lossattn' (Eqs. 5a, 5b), 'avg' (α = 1/M: the stock model's own logits), or any
             registered patch weights without parameters of their own.
         xi: ξ in [0, 1] of Eq. 5b.
@@ -337,6 +338,7 @@ def loss_attention(model: Any, pool: str = 'lossattn', xi: float = 0.1) -> Any:
         >>> model = loss_attention(timm.create_model('resnet50', pretrained=True)).eval()
         >>> model.forward_patches(x).contributions.sum(dim=1)  # model(x)
     """
+    model = unwrap_model(model)
     if isinstance(model, LossAttentionMixin):
         model = stock_view(model)
     if isinstance(model, nn.Module) and hasattr(type(model), 'forward_patches'):
