@@ -344,13 +344,14 @@ def test_nano_run(folder, tmp_path, capfd):
 
 
 def test_hours_of_runs(tmp_path):
-    """Together, and on which machines; no runs, no words."""
+    """Together, and on which machines; of no runs that there are none, and no file."""
     slow, quick = {'seconds': 9000, 'hardware': 'CPU, 1 threads'}, {'seconds': 1800, 'hardware': 'GPU'}
     text = reproduce.write_records([slow, quick, slow], tmp_path / 'table9')
     assert text == '\nRuns: 3, 5.5 hours in all (CPU, 1 threads and GPU).\n'
     lines = (tmp_path / 'table9-runs.jsonl').read_text().splitlines()
     assert [json.loads(line) for line in lines] == [slow, quick, slow]
-    assert reproduce.write_records([], tmp_path / 'table8') == ''
+    assert reproduce.write_records([], tmp_path / 'table8') == f'\nNo finished run lies in {tmp_path}.\n'
+    assert not (tmp_path / 'table8-runs.jsonl').exists()
 
 
 def test_failed_run_is_reported(tmp_path, capfd):
