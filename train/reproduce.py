@@ -176,15 +176,24 @@ def finished(cells: Iterable[Cells], runs: int, options: RunOptions) -> list[dic
     return records
 
 
-def write_records(records: list[dict[str, Any]], file: Path) -> str:
-    """A line for each run; what they took together, in words."""
-    if not records:  # a file with records of runs that lie elsewhere stays
-        return f'\nNo finished run lies in {file.parent}.\n'
-    replace_file(file.with_name(f'{file.name}-runs.jsonl'),
-                 ''.join(f'{json.dumps(record, ensure_ascii=False)}\n' for record in records).encode())
+def spent(records: list[dict[str, Any]], folder: Path) -> str:
+    """What runs took together, in words."""
+    if not records:
+        return f'\nNo finished run lies in {folder}.\n'
     machines = ' and '.join(sorted({record['hardware'] for record in records}))
     hours = sum(record['seconds'] for record in records) / 3600
     return f'\nRuns: {len(records)}, {hours:.1f} hours in all ({machines}).\n'
+
+
+def write(file: Path, text: str, records: list[dict[str, Any]], draw: Callable[[Path], Any]) -> None:
+    """A table or figure, its picture, and a line for each run; one that is filled is not replaced by an empty one."""
+    if not records and file.with_suffix('.md').is_file():
+        return
+    draw(file.with_suffix('.png'))
+    if records:
+        replace_file(file.with_name(f'{file.name}-runs.jsonl'),
+                     ''.join(f'{json.dumps(record, ensure_ascii=False)}\n' for record in records).encode())
+    replace_file(file.with_suffix('.md'), text.encode())
 
 
 def run_jobs(jobs: Iterable[Job], runs: int, options: RunOptions) -> ValueError | None:
@@ -209,9 +218,10 @@ def reproduce_table(
             if cell is not None and cell.measure == 'parameters' and 'model' in table['rows'][row]:
                 cell.values = [parameters(table['rows'][row]['model'], options)]
     unread = first_error([partial(fill, cells, args.runs, options)])
-    draw_table(title, cells, file.with_suffix('.png'))
-    spent = write_records(finished([cells], args.runs, options), file)
-    return header(title, argv, *notes(table, options)) + markdown(cells) + spent, failure or unread
+    records = finished([cells], args.runs, options)
+    text = header(title, argv, *notes(table, options)) + markdown(cells) + spent(records, file.parent)
+    write(file, text, records, partial(draw_table, title, cells))
+    return text, failure or unread
 
 
 def reproduce_sweeps(
@@ -227,11 +237,12 @@ def reproduce_sweeps(
                         if cell is not None and cell.job is not None and chosen(column, args.columns)),
                        args.runs, options)
     unread = first_error(partial(fill, cells, args.runs, options) for cells in sweeps.values())
-    draw_sweeps(title, sweeps, symbols, file.with_suffix('.png'))
     rows: Cells = {f'{names[key]} = {value}': columns for key, cells in sweeps.items()
                    for value, columns in cells.items()}
-    spent = write_records(finished(sweeps.values(), args.runs, options), file)
-    return header(title, argv, *notes(figure, options)) + markdown(rows) + spent, failure or unread
+    records = finished(sweeps.values(), args.runs, options)
+    text = header(title, argv, *notes(figure, options)) + markdown(rows) + spent(records, file.parent)
+    write(file, text, records, partial(draw_sweeps, title, sweeps, symbols))
+    return text, failure or unread
 
 
 def draw_picture(number: str, run: Path, file: Path) -> None:
@@ -253,7 +264,9 @@ def reproduce_pictures(
     lines = ['| | picture |', '|---|---|']
     lines += [f'| {name} | {f"![{name}]({picture.name})" if picture.is_file() else "not run"} |'
               for name, picture in files.items()]
-    return header(title, argv) + '\n'.join(lines) + '\n', failure or undrawn
+    text = header(title, argv) + '\n'.join(lines) + '\n'
+    replace_file(file.with_suffix('.md'), text.encode())
+    return text, failure or undrawn
 
 
 @script
@@ -290,8 +303,6 @@ def main(argv: list[str] | None = None) -> int:
         text, failure = reproduce_sweeps(title, entry, args, options, file, argv)
     else:
         text, failure = reproduce_pictures(title, entry, number, args, options, file, argv)
-    if any(map(is_finished, out.iterdir())) or not file.with_suffix('.md').is_file():  # no full table by an empty one
-        replace_file(file.with_suffix('.md'), text.encode())
     print(f'{text}\n{file.with_suffix(".md")}')
     if failure is not None:
         raise failure

@@ -111,12 +111,14 @@ def test_runs_are_shared():
 
 
 def test_records_are_not_replaced_by_none(tmp_path, capsys):
-    """--runs 0 where no run lies leaves table and records of runs that lay elsewhere as they are, and says so."""
-    files = [tmp_path / name for name in ('table7-nano.md', 'table7-nano-runs.jsonl')]
+    """--runs 0 where no run of a table lies leaves what stands there, and says so, also beside runs of another."""
+    files = [tmp_path / name for name in ('table7-nano.md', 'table7-nano.png', 'table7-nano-runs.jsonl')]
     for file in files:
         file.write_text('kept')
+    (tmp_path / 'run_of_another_table' / 'hub').mkdir(parents=True)
+    (tmp_path / 'run_of_another_table' / 'result.json').write_text('{}')
     assert reproduce.main(['--table', '7', '--nano', '--runs', '0', '--output', str(tmp_path)]) == 0
-    assert [file.read_text() for file in files] == ['kept', 'kept']
+    assert [file.read_text() for file in files] == ['kept'] * 3
     assert f'No finished run lies in {tmp_path}' in capsys.readouterr().out
 
 
@@ -343,15 +345,18 @@ def test_nano_run(folder, tmp_path, capfd):
             'vgg11_bn_cifar', num_classes=2, width_mult=1 / 8, device='meta').parameters())
 
 
-def test_hours_of_runs(tmp_path):
+def test_records_and_hours_of_runs(tmp_path):
     """Together, and on which machines; of no runs that there are none, and no file."""
     slow, quick = {'seconds': 9000, 'hardware': 'CPU, 1 threads'}, {'seconds': 1800, 'hardware': 'GPU'}
-    text = reproduce.write_records([slow, quick, slow], tmp_path / 'table9')
-    assert text == '\nRuns: 3, 5.5 hours in all (CPU, 1 threads and GPU).\n'
-    lines = (tmp_path / 'table9-runs.jsonl').read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [slow, quick, slow]
-    assert reproduce.write_records([], tmp_path / 'table8') == f'\nNo finished run lies in {tmp_path}.\n'
+    assert reproduce.spent([slow, quick, slow], tmp_path) == (
+        '\nRuns: 3, 5.5 hours in all (CPU, 1 threads and GPU).\n')
+    assert reproduce.spent([], tmp_path) == f'\nNo finished run lies in {tmp_path}.\n'
+    for name, records in (('table8', []), ('table9', [slow, quick])):
+        reproduce.write(tmp_path / name, 'text', records, Path.touch)
+        assert (tmp_path / f'{name}.md').read_text() == 'text' and (tmp_path / f'{name}.png').exists()
     assert not (tmp_path / 'table8-runs.jsonl').exists()
+    lines = (tmp_path / 'table9-runs.jsonl').read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [slow, quick]
 
 
 def test_failed_run_is_reported(tmp_path, capfd):

@@ -10,12 +10,23 @@ from .patch_layers import CapsulePatchLayers, ConvPatchLayers
 from .pretrained import verified_overlay
 
 __all__ = [
-    'CIFAR10_LABELS', 'NANO_CAPS', 'NANO_CONV', 'TINY_IMAGENET_MINI_LABELS', 'create_patch_classifier',
-    'patch_model_cfg',
+    'CIFAR100_LABELS', 'CIFAR10_LABELS', 'NANO_CAPS', 'NANO_CONV', 'TINY_IMAGENET_MINI_LABELS',
+    'create_patch_classifier', 'patch_model_cfg',
 ]
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+CIFAR100_LABELS = (
+    'apple', 'aquarium_fish', 'baby', 'bear', 'beaver', 'bed', 'bee', 'beetle', 'bicycle', 'bottle', 'bowl', 'boy',
+    'bridge', 'bus', 'butterfly', 'camel', 'can', 'castle', 'caterpillar', 'cattle', 'chair', 'chimpanzee', 'clock',
+    'cloud', 'cockroach', 'couch', 'crab', 'crocodile', 'cup', 'dinosaur', 'dolphin', 'elephant', 'flatfish',
+    'forest', 'fox', 'girl', 'hamster', 'house', 'kangaroo', 'keyboard', 'lamp', 'lawn_mower', 'leopard', 'lion',
+    'lizard', 'lobster', 'man', 'maple_tree', 'motorcycle', 'mountain', 'mouse', 'mushroom', 'oak_tree', 'orange',
+    'orchid', 'otter', 'palm_tree', 'pear', 'pickup_truck', 'pine_tree', 'plain', 'plate', 'poppy', 'porcupine',
+    'possum', 'rabbit', 'raccoon', 'ray', 'road', 'rocket', 'rose', 'sea', 'seal', 'shark', 'shrew', 'skunk',
+    'skyscraper', 'snail', 'snake', 'spider', 'squirrel', 'streetcar', 'sunflower', 'sweet_pepper', 'table', 'tank',
+    'telephone', 'television', 'tiger', 'tractor', 'train', 'trout', 'tulip', 'turtle', 'wardrobe', 'whale',
+    'willow_tree', 'wolf', 'woman', 'worm')
 TINY_IMAGENET_MINI_LABELS = (
     'goldfish', 'king penguin', 'ladybug', 'monarch', 'gazelle', 'lifeboat', 'trolleybus', 'umbrella', 'orange',
     'banana')

@@ -14,6 +14,7 @@ from torch import nn
 
 from .backbone import StagedBackbone, scale_widths
 from .entrypoints import (
+    CIFAR100_LABELS,
     NANO_CAPS,
     NANO_CONV,
     TINY_IMAGENET_MINI_LABELS,
@@ -136,6 +137,8 @@ default_cfgs = generate_default_cfgs(with_published({
     'resnet50_lossattn_conv.cifar10': patch_model_cfg(),
     'resnet50_lossattn_conv_s8.in1k': patch_model_cfg(size=224, min_input_size=(3, 160, 160)),
     'resnet18_lossattn_conv_nano.cifar10': patch_model_cfg(),
+    'resnet18_lossattn_conv_nano.cifar100': patch_model_cfg(
+        num_classes=100, label_names=CIFAR100_LABELS, mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276)),
     'resnet18_lossattn_caps_nano.cifar10': patch_model_cfg(),
     'resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini': patch_model_cfg(  # ten of its classes
         size=64, num_classes=10, label_names=TINY_IMAGENET_MINI_LABELS),
