@@ -148,6 +148,20 @@ def test_json_holds_what_is_compared():
     assert torch.tensor(e.to_dict(0, all_classes=True)['contributions']).shape == (*GRID, 5)
 
 
+def test_logits_that_are_not_finite_are_not_drawn(tmp_path):
+    """Nothing is said of an image with NaN, and nothing written; another one of its batch is explained."""
+    x = torch.rand(2, 3, 32, 32)
+    x[1, 0, 5, 5] = float('nan')
+    explanation = explain(timm.create_model('resnet18_lossattn_conv_nano').eval(), x)
+    assert explanation.to_dict(0)['evidence']
+    for answer in (explanation.figure, explanation.to_dict, explanation.to_json):
+        with pytest.raises(ValueError, match='image 1: its logits are not finite'):
+            answer(1)
+    with pytest.raises(ValueError, match='image 1'):
+        explanation.save(tmp_path, ['a', 'b'])
+    assert {file.name for file in tmp_path.iterdir()} == {'a.png', 'a.json'}
+
+
 def test_notebook_shows_the_picture():
     """An Explanation at the end of a cell is the picture of its first image."""
     e = explain(planted(), torch.zeros(2, 3, *SIZE))

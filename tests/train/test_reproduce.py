@@ -353,7 +353,8 @@ def test_records_and_hours_of_runs(tmp_path):
     assert reproduce.spent([], tmp_path) == f'\nNo finished run lies in {tmp_path}.\n'
     for name, records in (('table8', []), ('table9', [slow, quick])):
         reproduce.write(tmp_path / name, 'text', records, Path.touch)
-        assert (tmp_path / f'{name}.md').read_text() == 'text' and (tmp_path / f'{name}.png').exists()
+        assert (tmp_path / f'{name}.md').read_text() == 'text'
+        assert (tmp_path / f'{name}.png').exists()
     assert not (tmp_path / 'table8-runs.jsonl').exists()
     lines = (tmp_path / 'table9-runs.jsonl').read_text().splitlines()
     assert [json.loads(line) for line in lines] == [slow, quick]

@@ -264,12 +264,20 @@ class Explanation:
         image = self.images[index]
         return image if isinstance(image, Preprocessed) else Preprocessed.from_input(image, *self.statistics)
 
+    def _require_finite(self, index: int) -> None:
+        if not self.prediction.logits[index].isfinite().all():
+            raise ValueError(f'image {index}: its logits are not finite. Is a pixel or a weight NaN or infinite?')
+
     def figure(self, index: int = 0, title: str | None = None, panels: Sequence[str] | str = PANELS[:3],
                stacked: bool = False) -> Figure:
         """Picture of one explanation, see ``drawing.draw_explanation``. Needs matplotlib, the ``viz`` extra.
 
         The title is by default the name of the image's file.
+
+        Raises:
+            ValueError: the logits of this image are not finite.
         """
+        self._require_finite(index)
         return draw_explanation(self, index, self.source(index).name if title is None else title, panels, stacked)
 
     def to_dict(self, index: int = 0, all_classes: bool = False) -> dict[str, Any]:
@@ -278,7 +286,11 @@ class Explanation:
         Args:
             index: which image.
             all_classes: contributions to every class, and not only to the target and to what it is compared with.
+
+        Raises:
+            ValueError: the logits of this image are not finite.
         """
+        self._require_finite(index)
         source, labels, prediction = self.source(index), self.labels, self.prediction
         target = int(self.target[index])
         top = self.probabilities[index].topk(min(5, len(labels)))

@@ -10,8 +10,13 @@ from .patch_layers import CapsulePatchLayers, ConvPatchLayers
 from .pretrained import verified_overlay
 
 __all__ = [
-    'CIFAR100_LABELS', 'CIFAR10_LABELS', 'NANO_CAPS', 'NANO_CONV', 'TINY_IMAGENET_MINI_LABELS',
-    'create_patch_classifier', 'patch_model_cfg',
+    'CIFAR10_LABELS',
+    'CIFAR100_LABELS',
+    'NANO_CAPS',
+    'NANO_CONV',
+    'TINY_IMAGENET_MINI_LABELS',
+    'create_patch_classifier',
+    'patch_model_cfg',
 ]
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
