@@ -197,8 +197,9 @@ def run_check(args: argparse.Namespace, console: Console) -> int:
     rows = {
         'kind': {'A': 'A: the head is affine', 'B': 'B: the head normalises the pooled vector; 1/σ is held',
                  'C': 'C: the head has activations; the gates of the whole image are held',
-                 'D': 'D: the logits are no sum over patches', 'error': 'unknown: an error'}[found.kind],
-        'parameters': f'{found.parameters_million:.2f} million'}
+                 'D': 'D: the logits are no sum over patches', 'error': 'unknown: an error'}[found.kind]}
+    if found.parameters_million:  # of a model that was not built they are not known
+        rows['parameters'] = f'{found.parameters_million:.2f} million'
     if found.kind in ('D', 'error'):
         rows['why' if found.kind == 'D' else 'error'] = found.reason
     else:

@@ -10,6 +10,7 @@ from PIL import Image
 from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.utils import prune
 
 from card import Words
 from folder import make_folder
@@ -102,6 +103,21 @@ def test_after_a_forward_pass(name, tmp_path):
     loss_attention(timm.create_model(name, num_classes=2).eval())
     if name == 'levit_128s':
         export_model(model, tmp_path / 'model.pt2', 'torch.export')
+
+
+@pytest.mark.parametrize('reparametrize', [
+    partial(prune.l1_unstructured, name='weight', amount=0.3), nn.utils.weight_norm, nn.utils.spectral_norm,
+    nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
+def test_weights_that_a_hook_makes(reparametrize):
+    """torch.nn.utils puts them in before a layer is called: pruned, or normalised ones, of a layer in the head too."""
+    torch.manual_seed(0)
+    stock = timm.create_model('test_convnext', num_classes=5).eval()
+    reparametrize(stock.get_classifier())
+    after = stock(X)
+    model = loss_attention(stock, pool='avg')
+    torch.testing.assert_close(model(X), after)
+    torch.testing.assert_close(model.forward_patches(X).contributions.sum(dim=1), after)
 
 
 def test_new_classes_have_no_names(tmp_path):

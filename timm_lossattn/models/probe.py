@@ -106,8 +106,10 @@ def shape_twin(model: nn.Module) -> Any:
         memo[id(buffer)] = torch.empty_like(buffer, device='meta')
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):  # the user's; they expect numbers
-            hooks.clear()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):  # the user's expect numbers
+            for key, hook in list(hooks.items()):
+                if not type(hook).__module__.startswith('torch.nn.utils.'):  # those make the weights of pruned layers
+                    del hooks[key]
         module.training = False  # not by eval(), which a frozen model has changed
     return twin
 
