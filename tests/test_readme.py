@@ -155,15 +155,14 @@ def test_training_commands_parse(document):
 
 @pytest.mark.parametrize('document', ['MODEL_CARD.md', 'docs/blood_cells.md', 'docs/fine_tune.md', 'train/TRAINING.md'])
 def test_commands_read_what_others_wrote(document):
-    """A run that a command names under output/ is where a train.py command of the page puts it, or is moved there."""
+    """A run that a command names under output/ is where a train.py command of the page puts it."""
     text = (ROOT / document).read_text().replace('\\\n', ' ')
     runs = {str(parse_args(shlex.split(command)).folder)
             for command in re.findall(r'train/train\.py ([^`\n|#]*)', text) if '--experiment' in command}
-    moved = re.findall(r'renamed to\s+`(output/\w+)`', text)
     read = re.findall(
         r'(?:local-dir:|bundle\.py |-checkpoint )(output/[^\s`]+?)(?:/hub|/(?:model_best|last)\.pth\.tar|\s)', text)
     assert read
-    assert set(read) <= {*runs, *moved}
+    assert set(read) <= runs
 
 
 def test_numbers_beside_table_6_mini():

@@ -109,13 +109,13 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
                                  'another class, or give the --target that it should be.')
             if against is not None:
                 explanation = explanation.versus(against)
+            explanation.save(out, [stem], [f'{path.name} · {title}'], args.all_classes,
+                             args.panels.split(','), args.stacked, image=str(path), model=model_name,
+                             architecture=architecture, checkpoint=args.checkpoint)
         except ValueError as error:
             print_error(console, error)
             failed += 1
             continue
-        explanation.save(out, [stem], [f'{path.name} · {title}'], args.all_classes,
-                         args.panels.split(','), args.stacked, image=str(path), model=model_name,
-                         architecture=architecture, checkpoint=args.checkpoint)
         probability, best = explanation.probabilities[0].max(dim=0)
         line = f'{path.name}: {labels[int(best)]} {percent(float(probability))}'
         if truth is not None and truth != int(best):
@@ -198,7 +198,7 @@ def run_check(args: argparse.Namespace, console: Console) -> int:
         'kind': {'A': 'A: the head is affine', 'B': 'B: the head normalises the pooled vector; 1/σ is held',
                  'C': 'C: the head has activations; the gates of the whole image are held',
                  'D': 'D: the logits are no sum over patches', 'error': 'unknown: an error'}[found.kind]}
-    if found.parameters_million:  # of a model that was not built they are not known
+    if found.parameters_million is not None:  # of a model that was not built they are not known
         rows['parameters'] = f'{found.parameters_million:.2f} million'
     if found.kind in ('D', 'error'):
         rows['why' if found.kind == 'D' else 'error'] = found.reason

@@ -186,8 +186,9 @@ def spent(records: list[dict[str, Any]], folder: Path) -> str:
 
 
 def write(file: Path, text: str, records: list[dict[str, Any]], draw: Callable[[Path], Any]) -> None:
-    """A table or figure, its picture, and a line for each run; one that is filled is not replaced by an empty one."""
+    """A table or figure, its picture, and a line for each run. Without any run, what stands there is kept."""
     if not records and file.with_suffix('.md').is_file():
+        print(f'{file.with_suffix(".md")} stays as it was.', file=sys.stderr)
         return
     draw(file.with_suffix('.png'))
     if records:

@@ -206,11 +206,11 @@ def answer(name: str, path: str | None, target: str, against: str) -> Iterator[l
     try:
         explanation = explain_file(name, path, target, against)
         about = describe(name, target, against)
+        top = {entry['label']: entry['probability'] for entry in explanation.to_dict()['top5']}
     except ValueError as error:
         yield [column, f'<p role="alert">{html.escape(str(error), quote=False)}</p>', *nothing]
         return
     file = Path(path)
-    top = {entry['label']: entry['probability'] for entry in explanation.to_dict()['top5']}
     says = f'`{name}`: {explanation.answer()}'
     with tempfile.TemporaryDirectory() as folder:  # while we wait in the yield, gradio copies them to its cache
         row, stacked, numbers = (str(Path(folder, f'{file.stem}{end}')) for end in ('.png', '_stacked.png', '.json'))

@@ -8,6 +8,7 @@ from PIL import Image
 
 from cli_run import CAPS, CAT, NANO, SHIP, error_line, written
 from timm_lossattn.cli import main
+from timm_lossattn.explanation import explain
 from timm_lossattn.explanation.preprocessing import open_image, preprocess
 from timm_lossattn.models.entrypoints import CIFAR10_LABELS
 from timm_lossattn.text import percent
@@ -48,6 +49,27 @@ def test_explain_numbers(run, models, tmp_path, capsys, name):
     assert [t['logit'] for t in top] == pytest.approx(logits.topk(5).values.tolist())
     assert [t['probability'] for t in top] == pytest.approx(logits.softmax(0).topk(5).values.tolist())
     assert f'{CAT.name}: {top[0]["label"]} {percent(top[0]["probability"])}  ->' in capsys.readouterr().out
+
+
+def test_numbers_that_are_not_finite(run, tmp_path, monkeypatch, capsys):
+    """Reported and left out, without a file; the images after it are explained."""
+    def broken(model, path, *args, **kwargs):
+        explanation = explain(model, path, *args, **kwargs)
+        if path == CAT:
+            explanation.prediction.contributions[0, 3, 4] = float('nan')
+        return explanation
+    monkeypatch.setattr('timm_lossattn.cli.explain', broken)
+    assert run(CAT, SHIP) == 1
+    assert f'{CAT.name}: its logits or contributions are not finite' in ' '.join(capsys.readouterr().out.split())
+    assert written(tmp_path) == [f'{SHIP.stem}.json', f'{SHIP.stem}.png']
+
+
+@pytest.mark.parametrize(('arguments', 'known'), [(['test_resnet'], True), (['test_resnet', '--pretrained'], False)])
+def test_check_says_what_it_knows(monkeypatch, capsys, arguments, known):
+    """Of a model whose weights cannot be had there is no number of parameters."""
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    assert main(['check', *arguments]) == (0 if known else 1)
+    assert ('million' in capsys.readouterr().out) is known
 
 
 def test_all_classes(run, models, tmp_path):

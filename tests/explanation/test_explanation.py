@@ -155,7 +155,7 @@ def test_logits_that_are_not_finite_are_not_drawn(tmp_path):
     explanation = explain(timm.create_model('resnet18_lossattn_conv_nano').eval(), x)
     assert explanation.to_dict(0)['evidence']
     for answer in (explanation.figure, explanation.to_dict, explanation.to_json):
-        with pytest.raises(ValueError, match='image 1: its logits are not finite'):
+        with pytest.raises(ValueError, match='image 1: its logits or contributions are not finite'):
             answer(1)
     with pytest.raises(ValueError, match='image 1'):
         explanation.save(tmp_path, ['a', 'b'])

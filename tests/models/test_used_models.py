@@ -21,6 +21,17 @@ from timm_lossattn.loading import full_name
 from timm_lossattn.models.any_timm import equal_boxes
 from timm_lossattn.report.dataset import imagenet_synsets
 
+
+class OwnPruning(prune.BasePruningMethod):
+    """Every second weight."""
+    PRUNING_TYPE = 'unstructured'
+
+    def compute_mask(self, t, default_mask):
+        mask = default_mask.clone()
+        mask.view(-1)[::2] = 0
+        return mask
+
+
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -106,8 +117,8 @@ def test_after_a_forward_pass(name, tmp_path):
 
 
 @pytest.mark.parametrize('reparametrize', [
-    partial(prune.l1_unstructured, name='weight', amount=0.3), nn.utils.weight_norm, nn.utils.spectral_norm,
-    nn.utils.parametrizations.weight_norm])
+    partial(prune.l1_unstructured, name='weight', amount=0.3), partial(OwnPruning.apply, name='weight'),
+    nn.utils.weight_norm, nn.utils.spectral_norm])
 @pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
 def test_weights_that_a_hook_makes(reparametrize):
     """torch.nn.utils puts them in before a layer is called: pruned, or normalised ones, of a layer in the head too."""

@@ -45,7 +45,7 @@ class Check:
     """
     name: str
     family: str = ''
-    parameters_million: float = 0.
+    parameters_million: float | None = None
     kind: str = 'error'
     reason: str = ''
     why: str = ''

@@ -265,16 +265,16 @@ class Explanation:
         return image if isinstance(image, Preprocessed) else Preprocessed.from_input(image, *self.statistics)
 
     def _require_finite(self, index: int) -> None:
-        if not self.prediction.logits[index].isfinite().all():
-            raise ValueError(f'image {index}: its logits are not finite. Is a pixel or a weight NaN or infinite?')
+        if not all(numbers[index].isfinite().all() for numbers in self.prediction):
+            name = getattr(self.images[index], 'name', None) or f'image {index}'
+            raise ValueError(f'{name}: its logits or contributions are not finite. Is a pixel or a weight NaN?')
 
     def figure(self, index: int = 0, title: str | None = None, panels: Sequence[str] | str = PANELS[:3],
                stacked: bool = False) -> Figure:
-        """Picture of one explanation, see ``drawing.draw_explanation``. Needs matplotlib, the ``viz`` extra.
-
-        The title is by default the name of the image's file.
+        """Picture of one explanation, see ``drawing.draw_explanation``; its title is by default the name of the file.
 
         Raises:
+            ImportError: matplotlib, the ``viz`` extra, is not installed.
             ValueError: the logits of this image are not finite.
         """
         self._require_finite(index)

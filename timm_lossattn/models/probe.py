@@ -15,6 +15,7 @@ import torch
 from timm.data import resolve_input_data_config
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.prune import BasePruningMethod
 
 from ..text import one_line
 from .held import Record, Replay
@@ -108,7 +109,8 @@ def shape_twin(model: nn.Module) -> Any:
     for module in twin.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):  # the user's expect numbers
             for key, hook in list(hooks.items()):
-                if not type(hook).__module__.startswith('torch.nn.utils.'):  # those make the weights of pruned layers
+                made_by_torch = type(hook).__module__.startswith('torch.nn.utils.')
+                if not made_by_torch and not isinstance(hook, BasePruningMethod):
                     del hooks[key]
         module.training = False  # not by eval(), which a frozen model has changed
     return twin
