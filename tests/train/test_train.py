@@ -151,7 +151,7 @@ def test_variants(folder, tmp_path, flags, loss_terms):
     (('--resume', 'auto'), '--resume auto: needs the --experiment'),
     (('--pretrained-backbone', 'resnet18_lossattn_conv'), '--pretrained-backbone'),
     (('--pretrained-backbone', 'resnet18_lossattn_conv_nano', '--model', 'vgg11_bn_cifar'), 'no separate backbone'),
-    (('--recipe', 'best'), "no recipe 'best'; there are sgd, adam, fast, finetune, smoke"),
+    (('--recipe', 'best'), "no recipe 'best'; there are sgd, adam, fast, cpu, finetune, smoke"),
     (('--recipe', 'sgd/mnist'), "no dataset 'mnist'"),
     (('--mixup', '0.2', '--batch-size', '7'), '--batch-size must be even'),
     (('--multi-label', '--mixup', '0.2'), '--multi-label: goes with'),
