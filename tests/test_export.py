@@ -60,7 +60,7 @@ def read_metadata(file, format):
 
 @torch.no_grad()
 def worst(run, model, x, batch):
-    """Max |Δ| / max(1, largest value) over the outputs, x (N, C, H, W) in batches."""
+    """Max |Δ| over the outputs, x (N, C, H, W) in batches."""
     differences = []
     for part in x.split(batch):
         outputs, expected = run(part), model.forward_patches(part)
@@ -68,8 +68,14 @@ def worst(run, model, x, batch):
         for name in OUTPUTS:
             wanted = explain(model, part).evidence if name == 'evidence' else getattr(expected, name)
             assert outputs[name].shape == wanted.shape
-            differences.append(float((outputs[name] - wanted).abs().max()) / max(1., float(wanted.abs().max())))
+            differences.append(float((outputs[name] - wanted).abs().max()))
     return max(differences)
+
+
+@torch.no_grad()
+def rounding(model, x):
+    """1e-4; of patch logits beyond 10, float32 rounds at 1e-5 of the largest."""
+    return 1e-5 * max(10., float(model.forward_patches(x).patch_logits.abs().max()))
 
 
 @pytest.fixture(scope='module')
@@ -95,11 +101,11 @@ def test_real_images(exported):
     model, file, format, report = exported
     x = torch.stack([preprocess(model, open_image(path)).x for path in IMAGES])
     assert len(x) == 10
-    run, largest = load(file, format), float(model.forward_patches(x).patch_logits.detach().abs().max())
+    run, bound = load(file, format), rounding(model, x)
     for batch in (1, 7):
-        assert worst(run, model, x, batch) <= 1e-4
+        assert worst(run, model, x, batch) <= bound
         assert set(report.differences[batch]) == set(OUTPUTS)
-        assert max(report.differences[batch].values()) <= 1e-4 * largest
+        assert max(report.differences[batch].values()) <= bound
     assert (report.format, report.size, report.input_size) == (format, file.stat().st_size, (3, 32, 32))
     assert (report.opset is None) == (format != 'onnx')
     assert os.listdir(file.parent) == [file.name]  # no external data, nothing temporary
@@ -114,9 +120,9 @@ def test_cifar10_images(exported):
     images = [i if isinstance(i, Image.Image) else Image.open(io.BytesIO(i['bytes'])) for i in rows]
     x = torch.stack([preprocess(model, image.convert('RGB')).x for image in images])
     assert len(x) == 64
-    run = load(file, format)
+    run, bound = load(file, format), rounding(model, x)
     for batch in (1, 7):
-        assert worst(run, model, x, batch) <= 1e-4
+        assert worst(run, model, x, batch) <= bound
 
 
 def test_metadata(exported):
