@@ -80,3 +80,19 @@ def test_small_networks_begin_with_weights_that_ship(model):
                          if name.startswith('backbone.') and value.dim() == 4)
                     for one in (source, create_model(options, Process())))
     assert torch.equal(first, begun)
+
+
+def test_flags_switch_off_what_a_recipe_switches_on():
+    """--no-amp and its like, beside the switches that have a no in their name."""
+    assert command.parse_args(['--recipe', 'cpu/cifar10']).amp
+    options = command.parse_args(['--recipe', 'cpu/cifar10', '--no-amp', '--no-channels-last', '--no-aug'])
+    assert (options.amp, options.channels_last, options.no_aug, options.patch_loss) == (False, False, True, None)
+
+
+@pytest.mark.parametrize('supported', [False, True])
+def test_bfloat16_without_its_instructions(supported, monkeypatch, caplog):
+    """Ten times as slow as float32: said where it begins, and only on CPUs that lack it."""
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: supported)
+    build.create_precision(command.parse_args(['--recipe', 'cpu/cifar10']), torch.device('cpu'))
+    build.create_precision(command.parse_args(['--recipe', 'cpu/cifar10', '--no-amp']), torch.device('cpu'))
+    assert caplog.text.count('--no-amp') == (not supported)

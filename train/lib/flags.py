@@ -37,7 +37,8 @@ def flag(default: Any = None, help: str | None = None, short: str | None = None,
 def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
     """Add every field as a flag, --no-underscores; a class and each of its bases is a group, named by its docstring.
 
-    bool is a switch, list takes several values, ``X | None`` is an X that need not be given.
+    bool is a switch with a --no- of its own, for what a recipe or a file has switched on; list takes several values,
+    ``X | None`` is an X that need not be given.
     """
     hints = get_type_hints(options)
     groups: dict[type, Any] = {}
@@ -53,7 +54,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
         if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
             kind = next(part for part in get_args(kind) if part is not type(None))
         if kind is bool and 'action' not in kwargs:
-            kwargs['action'] = 'store_true'
+            kwargs['action'] = 'store_true' if one.name.startswith('no_') else argparse.BooleanOptionalAction
         elif 'action' not in kwargs:
             if get_origin(kind) is list:
                 kwargs.setdefault('nargs', '+')

@@ -1,5 +1,4 @@
 """The options of train.py and of the scripts that evaluate: timm's names and meanings where timm has the flag."""
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +96,7 @@ class LossOptions:
         None, "length of γ's ramp (default: 80 of every 200 epochs, as in the paper)", metavar='N')
     xi: float | None = flag(None, 'ξ of Eq. 5b (default: 0.1)', metavar='X')
     patch_loss: bool | None = flag(
-        None, 'train with the patch term (default: for lossattn models only, as in the paper)',
-        action=argparse.BooleanOptionalAction)
+        None, 'train with the patch term (default: for lossattn models only, as in the paper)')
     smoothing: float = flag(0.1, 'label smoothing', metavar='P')
 
 
