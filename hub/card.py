@@ -73,7 +73,7 @@ def training(result: dict[str, Any]) -> dict[str, Any]:
         'seed': ', '.join(str(run['seed']) for run in runs),
         'time': f'{seconds / 3600:.2f} hours' if seconds >= 3600 else f'{seconds / 60:.1f} minutes',
         'start': start, 'hardware': result['hardware'], 'torch': result['versions']['torch'],
-        'timm': result['versions']['timm'], 'commit': (result.get('commit') or '').rstrip('+'),
+        'timm': result['versions']['timm'], 'commit': result.get('commit') or '',
         'command': '\n'.join(commands),
     }
 
