@@ -24,7 +24,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from card import Words
-from folder import FILES, bundle_name, check_tag, copy_bundle, list_bundles, make_folder
+from folder import FILES, WEIGHTS, bundle_name, check_tag, copy_bundle, list_bundles, make_folder
 from upload import Target, one_line, register, upload
 
 OUTPUT = Path('output') / 'publish'
@@ -78,7 +78,7 @@ def check_folder(job: Job) -> None:
     """
     folder = job.folder
     weights = Path(job.source, 'hub').resolve()
-    if folder.resolve() in (weights, *weights.parents):
+    if folder.resolve() in (weights, *weights.parents) or WEIGHTS in (folder.resolve(), *folder.resolve().parents):
         raise ValueError(f'--folder: {folder} is or holds the source and would be emptied; choose another')
     if folder.exists() and {p.name for p in folder.iterdir()} - set(FILES):
         raise ValueError(f'--folder: {folder} holds other files and would be emptied; choose another')

@@ -131,3 +131,15 @@ def test_errors(tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match=r'dynamic_size: .* does not take images of 448×224 pixels'):
         export_model(model, 'a.pt2', 'torch.export', dynamic_size=True)
     assert os.listdir() == ['weights.pth']
+
+
+def test_a_model_that_says_little(tmp_path):
+    """Neither in_chans nor a config: what explain does without, export does without."""
+    needs('onnx')
+    torch.manual_seed(0)
+    model = timm.create_model('lossattn.test_efficientnet', num_classes=3).eval()
+    del model.pretrained_cfg, model.default_cfg
+    model.in_chans = None
+    del model.in_chans
+    report = export_model(model, tmp_path / 'model.onnx', 'onnx', img_size=64)
+    assert report.input_size == (3, 64, 64)

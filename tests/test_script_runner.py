@@ -22,9 +22,10 @@ model = timm.create_model(name, num_classes=3, **dict(text.split('=') for text i
 task = ClassificationTask(model, torch.nn.CrossEntropyLoss(label_smoothing=0.1), device=torch.device('cpu'))
 optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
 create_scheduler_v2(optimizer, num_epochs=10, updates_per_epoch=5)
+first = getattr(task, 'gamma', None)
 task.update_ema(step=10)
 result = task(torch.randn(2, 3, 32, 32), torch.tensor([0, 2]))
-json.dump({'task': type(task).__name__, 'terms': sorted(result), 'gamma': result.get('gamma'),
+json.dump({'task': type(task).__name__, 'terms': sorted(result), 'gamma': result.get('gamma'), 'first': first,
            'smoothing': getattr(getattr(task, 'loss', None), 'smoothing', None)}, open(out, 'w'))
 '''
 
@@ -47,6 +48,7 @@ def test_task_is_chosen_by_the_model(tmp_path, name, flags, task, gamma):
     result = json.loads(out.read_text())
     assert result['task'] == task
     assert result['gamma'] == (None if gamma is None else pytest.approx(gamma))
+    assert result['first'] == (None if gamma is None else 0.)  # γ(0), from the first update on
     assert result['smoothing'] == (0.1 if gamma is not None else None)
     import timm.task
     assert timm.task.ClassificationTask.__name__ == 'ClassificationTask'  # put back

@@ -113,7 +113,7 @@ def export_model(
         raise ValueError(f'img_size must be positive, got {img_size}.')
     config = input_config(model)
     _, height, width = config['input_size'] if img_size is None else (0, img_size, img_size)
-    input_size = (model.in_chans, height, width)
+    input_size = (getattr(model, 'in_chans', config['input_size'][0]), height, width)
     module = NamedOutputs(copy.deepcopy(model, without_graph(model))).cpu().float().eval()
     if hasattr(module.model, 'set_grad_checkpointing'):
         module.model.set_grad_checkpointing(False)
@@ -126,7 +126,7 @@ def export_model(
         other, wanted_other = other_sizes(module, batches[0])
         batches, expected = [*batches, *other], [*expected, *wanted_other]
     metadata = {
-        'architecture': getattr(model, 'pretrained_cfg', {}).get('architecture'),
+        'architecture': (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'),
         'labels': class_labels(model, model.num_classes), **config, 'input_size': input_size,
         'dynamic_size': dynamic_size, 'patch_grid': model.patch_grid(height, width),
         'patch_boxes': model.patch_boxes(height, width).tolist(),

@@ -4,7 +4,7 @@ Left to itself the Hub's client tries for most of a minute before it says that t
 first, each time that something is wanted of it.
 """
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from socket import create_connection
 from threading import Condition, Event, Thread, local
 from typing import Any
@@ -117,7 +117,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     if pretrained and ':' not in name and name.split('.')[0] != 'lossattn':  # which comes here with its backbone
         cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         wanted = bool(cfg.hf_hub_id) and not cfg.file and not cfg.state_dict
-    if not wanted:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
-    with hub_or_cache():
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    with hub_or_cache() if wanted else nullcontext():
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    (getattr(model, 'pretrained_cfg', None) or {}).pop('state_dict', None)  # a second copy of the weights
+    return model

@@ -86,7 +86,7 @@ def read_checkpoint(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         # timm's train.py stores its flags as a Namespace; nothing reads it
         with torch.serialization.safe_globals([argparse.Namespace]):
             if Path(file).suffix != '.safetensors':
-                content = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+                content = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
                 config = content.get(MODEL_CONFIG) or {} if isinstance(content, dict) else {}
             return timm.models.load_state_dict(str(file)), config
     except Exception as error:  # a broken file raises whatever its reader raises
@@ -155,7 +155,7 @@ def load_model(
         overlay = {'label_names': config.get('label_names'), **config.get('data_config', {})}
         if 'num_classes' in model_args:
             overlay['num_classes'] = model_args['num_classes']
-        model_args['pretrained_cfg_overlay'] = overlay
+        model_args['pretrained_cfg_overlay'] = {**overlay, **(model_args.get('pretrained_cfg_overlay') or {})}
     try:
         if state is None and not name.startswith('lossattn'):  # which looks for them itself
             model_args['pretrained_cfg_overlay'] = lite_overlay(name, model_args.get('pretrained_cfg_overlay'))

@@ -49,6 +49,8 @@ def run_script(
         result = create_scheduler(*args, **kwargs)
         for task in tasks:
             task.updates_per_epoch = kwargs.get('updates_per_epoch') or None
+            if task.updates_per_epoch and task.epoch is None:
+                task.set_epoch(0)
             if rampup_epochs is None:
                 task.rampup_epochs = 0.4 * result[1]
         return result

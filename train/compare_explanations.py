@@ -40,7 +40,7 @@ from lib.flags import flag, parse, positive_int
 from lib.image_records import SPREAD, Records, Table, means_and_differences
 from lib.options import EvalOptions
 from lib.plots import ORANGE, draw_box, images_of, panels, save, show_heat
-from lib.record import command_line, environment
+from lib.record import command_line, environment, state_sha256
 from lib.script import script
 from timm_lossattn.evaluation.faithfulness import Blank
 from timm_lossattn.evaluation.pointing import choose_grids
@@ -58,6 +58,8 @@ MEASURES = {
     'ms': ('ms', -1),
 }
 
+CONFIG = ('input_size', 'crop_pct', 'mean', 'std', 'interpolation')  # what of timm's data config changes the images
+
 
 @dataclass(frozen=True)
 class CompareOptions(EvalOptions):
@@ -72,7 +74,7 @@ class CompareOptions(EvalOptions):
     removal: list[str] = flag(['patches', 'pixels'], 'deletion and insertion of these; none: without',
                               nargs='*', choices=('patches', 'pixels'))
     blanks: list[Blank] = flag(['mean', 'blur'], 'what stands in the place of what is removed', nargs='+',
-                             choices=('mean', 'blur'))
+                               type=str, choices=('mean', 'blur'))
     steps: int = flag(8, 'of deletion and insertion', type=positive_int, metavar='N')
     single_deletion: bool = flag(False, 'blank one cell at a time')
     spread: float = flag(0., 'σ in steps of the patch grid', metavar='SIGMA')
@@ -118,9 +120,11 @@ def measure_images(options: CompareOptions, judge: Judge, boxed: Any, indices: l
     bar.close()
 
 
-def measure_grids(options: CompareOptions, judge: Judge, boxed: Any, n: int, records: Records) -> None:
-    """Ask every tool about every cell of the grids that have no line yet."""
-    images = records.of('image')
+def measure_grids(
+        options: CompareOptions, judge: Judge, boxed: Any, indices: list[int], n: int, records: Records) -> None:
+    """Ask every tool about every cell of the grids of these images that have no line yet."""
+    among = set(indices)
+    images = [entry for entry in records.of('image') if entry['index'] in among]
     grids = choose_grids(
         torch.tensor([entry['probability'] for entry in images]), torch.tensor([entry['target'] for entry in images]),
         torch.tensor([entry['right'] for entry in images]), n, options.max_grids)
@@ -217,23 +221,26 @@ def main(argv: list[str] | None = None) -> int:
         options.removal, options.blanks, options.steps, options.single_deletion, options.multi_label,
         options.spread))
     indices = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
+    grids = [f'grid {n}' for n in options.grids]
     asked: dict[str, Any] = {
-        'model': options.name, 'weights': repr(model.patch_weights), 'dataset': options.dataset,
-        'split': options.val_split, 'input_size': list(config['input_size']), 'crop_pct': config['crop_pct'],
+        'model': options.name, 'weights': repr(model.patch_weights), 'state_sha256': state_sha256(model),
+        'dataset': options.dataset, 'split': options.val_split,
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in config.items() if key in CONFIG},
         'scalar': 'lead' if against_of(options) else 'logit', 'tools': list(tools), 'removal': options.removal,
         'blanks': options.blanks,
         'steps': options.steps, 'single_deletion': options.single_deletion, 'spread': options.spread}
     records, command = Records(options.output / 'images.jsonl', asked), command_line(argv)
+    if {*indices} - {entry['index'] for entry in records.of('image')} and any(map(records.of, grids)):
+        raise ValueError(f'--images: {records.path} has grids of fewer images; choose another --output')
     measure_images(options, judge, boxed, indices, records)
     for n in options.grids:
-        measure_grids(options, judge, boxed, n, records)
-    tables = {kind: means_and_differences(records.of(kind), OURS)
-              for kind in ('image', *(f'grid {n}' for n in options.grids))}
+        measure_grids(options, judge, boxed, indices, n, records)
+    tables = {kind: means_and_differences(records.of(kind), OURS) for kind in ('image', *grids)}
     text = markdown(tables, records, asked['scalar'], command)
     replace_file(options.output / 'compare.md', text.encode())
     write_json(options.output / 'compare.json', {
-        **asked, 'command': command, **environment(), 'images': len(records.of('image')), 'accuracy': statistics.mean(
-            entry['right'] for entry in records.of('image')),
+        **records.asked, 'command': command, **environment(), 'images': len(records.of('image')),
+        'accuracy': statistics.mean(entry['right'] for entry in records.of('image')),
         **{kind: {row: {m: mean.to_dict() for m, (mean, _) in cells.items()} for row, cells in table.items()}
            for kind, table in tables.items()}})
     draw(options, judge, boxed, indices, config, labels)

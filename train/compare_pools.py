@@ -19,22 +19,29 @@ from typing import Any
 
 import timm
 import torch
-from scipy.optimize import minimize_scalar
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from torchmetrics.functional.classification import binary_calibration_error
 from tqdm import tqdm
 
 from lib.boxes import collate_boxes, open_boxed
 from lib.data import input_config
+from lib.extras import need
 from lib.flags import flag, parse, positive_int
 from lib.options import DataOptions
 from lib.record import command_line, environment
 from lib.script import script
 from timm_lossattn import load_model, loss_attention
-from timm_lossattn.evaluation.intervals import Interval, mean_interval
 from timm_lossattn.files import replace_file, write_json
 from timm_lossattn.models.probe import split_patches
+
+try:
+    from scipy.optimize import minimize_scalar
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    from timm_lossattn.evaluation.intervals import Interval, mean_interval
+except ImportError:
+    need('train,compare', 'torchmetrics', 'scipy')
+    raise
 
 XIS = (0., 0.1, 0.5, 1.)
 BINS = 15

@@ -22,10 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--out', type=Path, required=True, metavar='FILE')
     args = parser.parse_args(argv)
     results = {run: json.loads((run / 'result.json').read_text()) for run in args.runs}
-    draw_runs(args.out, {f'{run.name} (seed {result["seed"]})': result for run, result in results.items()})
+    named = {run: run.name if [other.name for other in results].count(run.name) == 1 else str(run) for run in results}
+    draw_runs(args.out, {f'{named[run]} (seed {result["seed"]})': result for run, result in results.items()})
     for run, result in results.items():
         epochs, metric = result['epochs'], result['metric']
-        print(f'{run.name}: {metric} {epochs[-1]["eval"][metric]:.2f} after {len(epochs)} epochs, '
+        print(f'{named[run]}: {metric} {epochs[-1]["eval"][metric]:.2f} after {len(epochs)} epochs, '
               f'{result["seconds"]:.0f} s')
     print(args.out)
     return 0

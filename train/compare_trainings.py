@@ -116,6 +116,11 @@ def main(argv: list[str] | None = None) -> int:
         if not folder or name in ways:
             raise ValueError(f'NAME=FOLDER: must be a name of its own and a folder, got {given!r}')
         ways[name] = read(Path(folder))
+        first, this = next(iter(ways.values()))['compare'], ways[name]['compare']
+        for key in ('dataset', 'split', 'scalar', 'input_size', 'crop_pct'):
+            if this.get(key) != first.get(key):
+                raise ValueError(f'NAME=FOLDER: {given} was compared with {key} {this.get(key)!r}, the first '
+                                 f'with {first.get(key)!r}')
     text = markdown(ways, command_line(argv))
     replace_file(args.out, text.encode())
     print(text)

@@ -34,7 +34,7 @@ from lib.blood_cells import blood_cells
 from lib.extras import need
 from lib.script import script
 from lib.source import Row, Source, read_boxes
-from timm_lossattn.files import replace_file, write_json
+from timm_lossattn.files import replace_file, sha256_of, write_json
 
 try:
     import pyarrow.parquet as pq
@@ -229,7 +229,8 @@ def main(argv: list[str] | None = None) -> int:
     if official and found != official:
         raise ValueError(f'{args.source}: {found[0]} training and {found[1]} validation images with labels, the '
                          f'complete set has {official[0]} and {official[1]}')
-    settings = {'dataset': args.dataset, 'size': args.size, 'shard_size': args.shard_size, 'images': list(found)}
+    settings = {'dataset': args.dataset, 'size': args.size, 'shard_size': args.shard_size, 'images': list(found),
+                **({'boxes_sha256': sha256_of(args.boxes)} if args.boxes else {})}
     note = args.out / 'prepare.json'
     if note.is_file() and json.loads(note.read_text()) != settings:
         raise ValueError(f'OUT: {args.out} was begun with {note.read_text()}; go on with that, or choose another')

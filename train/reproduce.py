@@ -30,7 +30,7 @@ import timm
 import yaml
 
 import timm_lossattn  # noqa: F401  (registers the models)
-from lib.paper import BASELINES, NANO, Cells, Job, RunOptions, all_cells, pictures, sweep_cells, table_cells
+from lib.paper import BASELINES, NANO, Cell, Cells, Job, RunOptions, all_cells, pictures, sweep_cells, table_cells
 from lib.paper_report import draw_sweeps, draw_table, header, markdown
 from lib.script import script
 from timm_lossattn.files import replace_file
@@ -151,15 +151,16 @@ def first_error(calls: Iterable[Callable[[], Any]]) -> ValueError | None:
     return failure
 
 
-def fill(cells: Cells, runs: int, options: RunOptions) -> None:
-    """Take the numbers of all runs that are finished."""
-    for cell in all_cells(cells):
-        if cell.job is None:
-            continue
-        for epoch, values in (('last', cell.values), ('best', cell.best)):
-            if epoch == 'last' or cell.chosen:
-                found = [measure(cell.job, seed, cell.measure, options, epoch) for seed in range(max(runs, 4))]
-                values += [value for value in found if value is not None]
+def fill(cells: Iterable[Cells], runs: int, options: RunOptions) -> ValueError | None:
+    """Take the numbers of all runs that are finished; the first error."""
+    def take(cell: Cell, seed: int, epoch: str) -> None:
+        value = measure(cell.job, seed, cell.measure, options, epoch)  # type: ignore[arg-type]  # of those with a job
+        if value is not None:
+            (cell.values if epoch == 'last' else cell.best).append(value)
+
+    return first_error(
+        partial(take, cell, seed, epoch) for some in cells for cell in all_cells(some) if cell.job is not None
+        for epoch in ('last', 'best')[:1 + bool(cell.chosen)] for seed in range(max(runs, 4)))
 
 
 def finished(cells: Iterable[Cells], runs: int, options: RunOptions) -> list[dict[str, Any]]:
@@ -218,7 +219,7 @@ def reproduce_table(
         for cell in columns.values():
             if cell is not None and cell.measure == 'parameters' and 'model' in table['rows'][row]:
                 cell.values = [parameters(table['rows'][row]['model'], options)]
-    unread = first_error([partial(fill, cells, args.runs, options)])
+    unread = fill([cells], args.runs, options)
     records = finished([cells], args.runs, options)
     text = header(title, argv, *notes(table, options)) + markdown(cells) + spent(records, file.parent)
     write(file, text, records, partial(draw_table, title, cells))
@@ -237,7 +238,7 @@ def reproduce_sweeps(
                         for column, cell in columns.items()
                         if cell is not None and cell.job is not None and chosen(column, args.columns)),
                        args.runs, options)
-    unread = first_error(partial(fill, cells, args.runs, options) for cells in sweeps.values())
+    unread = fill(sweeps.values(), args.runs, options)
     rows: Cells = {f'{names[key]} = {value}': columns for key, cells in sweeps.items()
                    for value, columns in cells.items()}
     records = finished(sweeps.values(), args.runs, options)

@@ -49,6 +49,7 @@ from lib.record import command_line, environment, save_hub_folder, trackers, wri
 from lib.script import script
 from timm_lossattn.files import write_json
 from timm_lossattn.loading import model_config
+from timm_lossattn.text import shorten
 
 _logger = logging.getLogger('train')
 
@@ -70,7 +71,7 @@ def find_run(options: TrainOptions, process: Process) -> tuple[TrainOptions, Pat
     """Options with the checkpoint to resume, folder of the run, and whether the run goes on there.
 
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: the folder holds another run, or damaged checkpoints only.
     """
     name = options.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{options.model}'
     options = replace(options, experiment=name)
@@ -79,7 +80,10 @@ def find_run(options: TrainOptions, process: Process) -> tuple[TrainOptions, Pat
     if auto:
         options = replace(options, resume=process.from_first(find_checkpoint(folder) if process.rank == 0 else ''))
     in_place = bool(options.resume) and Path(options.resume).resolve().parent == folder.resolve()
-    killed_early = auto and not any(folder.glob('*.pth.tar'))  # before its first checkpoint: it begins anew
+    saved = [*folder.glob('checkpoint-*.pth.tar'), *folder.glob('last.pth.tar')]
+    if auto and saved and not options.resume:
+        raise ValueError(f'--resume auto: every checkpoint in {folder} is damaged; choose a new --experiment')
+    killed_early = auto and not saved  # before its first checkpoint: it begins anew
     if (folder / 'summary.csv').exists() and not in_place and not killed_early:
         raise ValueError(f'--experiment: {folder} holds a run; continue it with --resume, or choose a new name.')
     return options, folder, in_place
@@ -90,16 +94,26 @@ def prepare_task(
         scaler: Any) -> tuple[int, dict[str, Any] | None]:
     """State of the checkpoint to resume, EMA, compilation, distribution; the epoch and the position to begin with.
 
+    Learning rate and weight decay are those of the options, not of the checkpoint.
+
     Raises:
-        ValueError: the checkpoint is none, or from within an epoch of another number of processes.
+        ValueError: the checkpoint is none, or from within an epoch of another number of processes or other batches.
     """
     start_epoch, position = 0, None
     if options.resume:
-        position = load_checkpoint(Path(options.resume)).get('position')  # it says clearly if something is wrong
+        checkpoint = load_checkpoint(Path(options.resume))  # it says clearly if something is wrong
+        position = checkpoint.get('position')
         if position is not None and len(position['ranks']) != process.world_size:
             raise ValueError(f'--resume: {options.resume} is from within an epoch of {len(position["ranks"])} '
                              f'processes, there are {process.world_size}.')
+        for name in ('batch_size', 'grad_accum_steps') if position is not None else ():
+            if checkpoint['args'][name] != getattr(options, name):
+                raise ValueError(f'--{name.replace("_", "-")}: {options.resume} is from within an epoch with '
+                                 f'{checkpoint["args"][name]}, got {getattr(options, name)}.')
+        given = [(group['lr'], group['weight_decay']) for group in optimizer.param_groups]
         start_epoch = resume_task_checkpoint(task, options.resume, optimizer=optimizer, loss_scaler=scaler) or 0
+        for group, (lr, weight_decay) in zip(optimizer.param_groups, given):
+            group |= {'lr': lr, 'initial_lr': lr, 'weight_decay': weight_decay}
     if options.model_ema:
         task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
         if options.resume:
@@ -145,7 +159,13 @@ def run(options: TrainOptions, command: str) -> None:
         options, options.train_split, model.num_classes, True, options.train_num_samples, options.seed)
     eval_set = open_dataset(
         options, options.val_split, model.num_classes, num_samples=options.val_num_samples, seed=options.seed)
-    labels = label_names(train_set)
+    labels, others = label_names(train_set), label_names(eval_set)
+    if labels and others and labels != others:
+        raise ValueError(f'--val-split: has the classes {shorten(", ".join(others), 90)}, --train-split '
+                         f'{shorten(", ".join(labels), 90)}')
+    if options.train_img_sizes and max(options.train_img_sizes) != data_config['input_size'][1]:
+        _logger.warning(f'--train-img-sizes: at most {max(options.train_img_sizes)} pixels, where evaluation has '
+                        f'{data_config["input_size"][1]}')
     train_loader = create_train_loader(options, process, train_set, data_config, model.num_classes)
     warn_of_few_steps(options, process, train_set, train_loader)
     eval_loader = create_eval_loader(options, process, eval_set, data_config, options.validation_batch_size)
@@ -179,6 +199,7 @@ def run(options: TrainOptions, command: str) -> None:
             done = position['ranks'][0]['batches'] // options.grad_accum_steps
             scheduler.step_update(start_epoch * updates + done)
 
+    machine = environment(process.device.type, process.world_size)  # at the start: it is this commit that runs
     recorded = {  # plain data, for result.json and checkpoints
         **asdict(options), 'device': str(process.device), 'distributed': process.distributed,
         'world_size': process.world_size, 'rank': process.rank, 'local_rank': process.local_rank,
@@ -232,7 +253,7 @@ def run(options: TrainOptions, command: str) -> None:
                 'data_config': data_config,
                 'parameters': sum(p.numel() for p in model.parameters()),
                 'trained_parameters': sum(p.numel() for p in model.parameters() if p.requires_grad),
-                **environment(process.device.type, process.world_size),
+                **machine,
                 'epochs': history,
             })
             write_summary(folder / 'summary.csv', history)

@@ -10,6 +10,7 @@ from torch.func import functional_call
 from naive_heads import create_head, threshold
 from random_heads import HEADS, LOSS_ATTENTION, WIDTHS, XIS, assert_near, make, patch_shares, shares
 from timm_lossattn.attention import LossAttentionWeights
+from timm_lossattn.attention.weights import AttentionWeights, GatedAttentionWeights
 
 PRE_LOGITS = ('lossattn', 'avg', 'attn', 'gatedattn', 'caps')  # heads whose classifier is linear in pooled features
 
@@ -275,3 +276,11 @@ def test_routing_needs_its_grid(grid):
     head, _ = make('routing', grid=(2, 3))
     with pytest.raises(ValueError, match=r'\(2, 3\).*img_size'):
         head.forward_patches(torch.randn(1, 6, *grid, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('kind', [AttentionWeights, GatedAttentionWeights])
+def test_something_is_always_selected(kind):
+    """With ξ = 1 and equal weights nothing is above the mean: then it is all that have the largest weight."""
+    weights = kind(8, xi=1.)
+    assert weights.selected(torch.full((1, 4), 0.25)).tolist() == [[True] * 4]
+    assert weights.selected(torch.tensor([[0.1, 0.2, 0.4, 0.3]])).tolist() == [[False, False, True, True]]

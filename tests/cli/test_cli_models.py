@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from cli_run import CAPS, CAT, NANO, error_line, random_model, written
+from timm_lossattn import load_model
 from timm_lossattn.cli import main
 from timm_lossattn.explanation.preprocessing import open_image, preprocess
 from timm_lossattn.loading import MODEL_CONFIG, list_patch_models, model_config
@@ -51,6 +52,16 @@ def test_name_of_a_backbone(tmp_path):
     assert main(['explain', str(CAT), '--model', source, '--out', str(tmp_path / 'out')]) == 0
     numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
     assert (numbers['model'], numbers['architecture']) == (source, 'lossattn.test_resnet')
+
+
+def test_old_checkpoint(models, tmp_path):
+    """A file of torch.save from before there were archives, which timm reads as well; own class names win."""
+    model = timm.create_model(NANO, pretrained=True)
+    torch.save(model.state_dict(), tmp_path / 'old.pth', _use_new_zipfile_serialization=False)
+    names = [f'name {k}' for k in range(10)]
+    loaded = load_model(NANO, tmp_path / 'old.pth', pretrained_cfg_overlay={'label_names': names})
+    assert torch.equal(loaded.head.fc.weight, model.head.fc.weight)
+    assert list(loaded.pretrained_cfg['label_names']) == names
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,15 @@ def test_exact(name, kind, layout):
     assert found.grid == ('7×7' if kind == 'C' else '5×5')
 
 
+@pytest.mark.parametrize('pretrained', [False, True])
+def test_weights_of_our_own(pretrained):
+    """Those that were trained for loss attention are checked like any others, under their tag."""
+    found = check_model('lossattn.tf_efficientnet_lite0.pbc', pretrained, receptive_field=False)
+    assert (found.kind, found.strict, found.name) == ('A', True, 'tf_efficientnet_lite0.pbc')
+    assert found.additive_error <= 1e-5
+    assert found.stock_error <= 1e-5
+
+
 def test_refused_and_with_average_pooling():
     """A class token decides: refused, with the way out; with average pooling the same model is exact."""
     found = check_model('test_vit')

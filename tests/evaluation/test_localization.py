@@ -8,9 +8,16 @@ import torch
 from torch import nn
 
 from timm_lossattn import explain
-from timm_lossattn.evaluation.constant_boxes import ConstantBoxes, cross_fitted_accuracy, square_hits, whole_hits
+from timm_lossattn.evaluation.constant_boxes import (
+    ConstantBoxes,
+    cross_fitted_accuracy,
+    hits_of,
+    square_hits,
+    whole_hits,
+)
 from timm_lossattn.evaluation.intervals import Interval, mean_interval
 from timm_lossattn.evaluation.localization import THRESHOLDS, MaxBoxAccV2, boxes_above
+from timm_lossattn.evaluation.metrics import BoxLocalization
 from timm_lossattn.evaluation.randomization import cascading_randomization, learned_modules
 
 
@@ -92,6 +99,23 @@ def test_constant_boxes_as_a_measure():
     # even images: large, small; odd ones: large, corner. The odd ones choose a size that hits large, for the even ones;
     # the even ones the smallest that hits one of theirs, which is small
     assert found['localization_ap_centred_square'].item() == pytest.approx(25.)
+
+
+def test_nothing_measured():
+    """NaN, and no error."""
+    with pytest.warns(UserWarning, match='before the ``update``'):
+        assert MaxBoxAccV2().compute().isnan()
+        assert ConstantBoxes().compute()['localization_ap_centred_square'].isnan()
+
+
+def test_a_tie_is_no_hit():
+    """A constant box is judged as BoxLocalization judges the model's: an IoU of exactly 0.5 is not above 0.5."""
+    truth, whole = [torch.tensor([[0., 0., 64., 32.]])] * 2, torch.tensor([0., 0., 64., 64.])
+    constant, model = ConstantBoxes(), BoxLocalization()
+    constant.update((64, 64), whole, truth)
+    model.update(torch.stack([whole] * 2), truth, torch.tensor([True, True]))
+    assert constant.compute()['localization_ap_all_patches'] == model.compute()['localization_ap'] == 0
+    assert hits_of(whole[None], truth[0]).tolist() == [True, True, False]  # MaxBoxAccV2: at least
 
 
 def test_mean_interval():

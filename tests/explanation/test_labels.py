@@ -26,6 +26,22 @@ def test_class_labels():
     assert class_labels(model, 10)[:2] == ['class 0', 'class 1']
 
 
+def test_names_by_index():
+    """timm takes a dictionary for label_names; from JSON its keys are text."""
+    model = timm.create_model(NANO, num_classes=3)
+    for names in ({'0': 'cat', '2': 'dog'}, {0: 'cat', 2: 'dog'}):
+        model.pretrained_cfg = {'label_names': names}
+        assert class_labels(model, 3) == ['cat', 'class 1', 'dog']
+
+
+def test_a_thousand_classes_of_ones_own():
+    """A patch model that begins anew knows no names, not those of ImageNet, whatever its tag will be of."""
+    model = timm.create_model('resnet18_lossattn_conv_s8', num_classes=1000)
+    assert class_labels(model, 1000)[0] == 'class 0'
+    model.reset_classifier(1000)
+    assert class_labels(model, 1000)[0] == 'class 0'
+
+
 def test_names_in_python():
     """Classes by name, for all images or for each, as target and as what it is compared with; the answer in a line."""
     model = planted()

@@ -166,6 +166,11 @@ def test_errors(shipped, tmp_path, capsys, monkeypatch):
     expect(capsys, 'is or holds the source', shipped, '--repo-id', 'me/x', '--dry-run', '--folder', shipped)
     assert (shipped / 'model.safetensors').exists()
     expect(capsys, 'is or holds the source', shipped, '--repo-id', 'me/x', '--dry-run', '--folder', shipped.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, 'prepare', None)  # which would empty it
+        for where in (hub_folder.WEIGHTS / f'{NANO}.cifar10', hub_folder.WEIGHTS, hub_folder.WEIGHTS / 'new'):
+            for what in ((f'{NANO}.cifar10', '--repo-id', 'me/x'), ('--all', '--repo-prefix', 'me')):
+                expect(capsys, 'is or holds the source', *what, '--dry-run', '--folder', where)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(shipped, 'output/publish/x/run/hub')
     expect(capsys, 'is or holds the source', 'output/publish/x/run', '--repo-id', 'me/x', '--dry-run')

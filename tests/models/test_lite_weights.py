@@ -7,6 +7,7 @@ import torch
 
 from timm_lossattn import explain, load_model
 from timm_lossattn.evaluation.check import check_model
+from timm_lossattn.hub_access import create_model
 from timm_lossattn.models.lite_weights import LITE_MODELS, lite_file, lite_overlay, lite_weights
 
 DATA = Path(__file__).parents[1] / 'data'
@@ -70,3 +71,13 @@ def test_named_weights_win():
         assert lite_overlay('tf_efficientnet_lite0', overlay) is overlay
     assert lite_overlay('resnet18', {'mean': (0.,)}) == {'mean': (0.,)}
     assert lite_overlay('resnet18') is None
+
+
+def test_weights_are_not_kept_twice():
+    """What a model was made from, given as tensors, does not stay in its config, which every copy would copy."""
+    state = timm.create_model('test_resnet').state_dict()
+    for name in ('test_resnet', 'lossattn.test_resnet'):
+        model = create_model(name, pretrained=True, pretrained_cfg_overlay={'state_dict': dict(state)})
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert 'state_dict' not in model.pretrained_cfg
+        assert 'state_dict' not in model.default_cfg

@@ -236,11 +236,15 @@ def test_registry(weights):
     overlay = {'file': file, 'mean': (0.1, 0.2, 0.3)}
     looked_up = resolve_pretrained_cfg('lossattn', 'test_resnet.r160_in1k', overlay).to_dict()
     plain = resolve_pretrained_cfg('lossattn', None, overlay).to_dict()
+    untagged = resolve_pretrained_cfg('lossattn', 'test_resnet', overlay).to_dict()
+    assert untagged == resolve_pretrained_cfg('lossattn', 'test_resnet.r160_in1k', overlay).to_dict() | {
+        'tag': untagged['tag']}
     x = torch.randn(1, 3, 64, 64)
     for args in (
             {'model_name': 'lossattn.test_resnet.r160_in1k', 'pretrained_cfg_overlay': overlay},
             {'model_name': 'lossattn', 'backbone': 'test_resnet', 'pretrained_cfg_overlay': overlay},
             {'model_name': 'lossattn', 'pretrained_cfg': looked_up},
+            {'model_name': 'lossattn', 'pretrained_cfg': untagged},
             {'model_name': 'lossattn', 'pretrained_cfg': plain, 'backbone': 'test_resnet'}):
         model = timm.create_model(**args, pretrained=True, pool='avg').eval()
         assert torch.equal(model(x), stock(x))

@@ -1,6 +1,7 @@
 """report/collect.py and table.py: the numbers are those of explain, however often a run is killed or shared."""
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,17 @@ def test_killed_and_resumed(work, undisturbed, monkeypatch):
     assert set(written) == {f'{s:06d}.parquet' for s in range(SHARDS)} - kept
     for name in ('report.parquet', 'index.html'):
         assert (work / 'killed' / 'out' / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert sorted(os.listdir('out')) == ['index.html', 'report.parquet']
+
+
+def test_killed_before_the_shards_went(work, undisturbed, tmp_path, monkeypatch):
+    """The table is there, and so are its shards: they go."""
+    shutil.copytree(undisturbed, tmp_path / 'out')
+    (tmp_path / 'out' / 'shards').mkdir()
+    (tmp_path / 'out' / 'shards' / '000000.parquet').write_bytes(b'of no use')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['timm-lossattn', *flags(work)])
+    assert main(flags(work)) == 0
     assert sorted(os.listdir('out')) == ['index.html', 'report.parquet']
 
 

@@ -277,6 +277,39 @@ def test_broken_images(folder, tmp_path, monkeypatch, capsys):
     assert 'none of the 1 images in broken can be read' in ' '.join(capsys.readouterr().err.split())
 
 
+def test_a_row_without_image(tmp_path, cache, monkeypatch, capsys):
+    """It is left out, like an image that cannot be read."""
+    name = hub_dataset(tmp_path / 'hub', image=[picture(0), None, picture(2), picture(3)], label=[0, 1, 2, 3])
+    monkeypatch.chdir(tmp_path)
+    assert main(['report', name, '--split', 'test', '--model', NANO, '--workers', '0', '--out', 'out']) == 0
+    table = ReportTable('out/report.parquet')
+    assert [row['label'] for row in table.rows(range(len(table)))] == [0, 2, 3]
+    assert [index for index, *_ in table.notes['unreadable']] == [1]
+
+
+def test_a_label_that_the_model_has_not(tmp_path, monkeypatch, capsys):
+    """Found by a worker, and still one line."""
+    path = tmp_path / 'hub'
+    name = hub_dataset(path)
+    data = datasets.load_dataset('parquet', data_files=str(path / 'data' / '*'), cache_dir=str(tmp_path / 'c'))['train']
+    data.add_column('label', [0, 1, 12, 3]).to_parquet(str(path / 'data' / 'test-00000-of-00001.parquet'))
+    monkeypatch.chdir(tmp_path)
+    assert main(['report', name, '--split', 'test', '--model', NANO, '--workers', '1', '--out', 'out']) == 2
+    said = ' '.join(capsys.readouterr().err.split())
+    assert 'DATASET: label 12 outside [0, 9]' in said
+    assert 'Traceback' not in said
+
+
+def test_a_file_name_that_is_no_utf8(model, folder):
+    """Its bytes are replaced where the name is written down."""
+    odd = folder / 'bird' / b'caf\xe9.png'.decode(errors='surrogateescape')
+    (folder / 'bird' / '0.png').rename(odd)
+    images, _, _ = opened(model, folder)
+    names = {images[i].file for i in range(len(images))}
+    assert 'bird/caf\ufffd.png' in names
+    assert all(name.encode() for name in names)
+
+
 def test_stock_model_and_its_errors(folder, tmp_path, monkeypatch, capsys):
     """A stock timm model is explained as it is; NaN and a single class are one error each."""
     monkeypatch.chdir(tmp_path)

@@ -67,6 +67,15 @@ def splits(folder, table, tmp_path_factory):
     return prepared(folder, table, tmp_path_factory.mktemp('out') / 'set')
 
 
+def test_corrected_boxes(folder, table, tmp_path, capsys):
+    """Another table of boxes is another data set: nothing of the old one is kept under its name."""
+    prepared(folder, table, tmp_path / 'set')
+    other = tmp_path / 'boxes.csv'
+    other.write_text(table.read_text().replace('.jpg,', '.jpg,1', 1))
+    assert prepare.main(['pbc', str(folder), str(tmp_path / 'set'), '--boxes', str(other)]) == 2
+    assert 'was begun with' in capsys.readouterr().err
+
+
 def contents(rows):
     return {row['image']['bytes'] for row in rows}
 

@@ -17,6 +17,7 @@ import randomization
 import receptive_field
 from lib.comparison import Judge, Settings
 from lib.explainers import Answer, Question, create_tools, raw_cam
+from lib.flags import parse
 from lib.image_records import hits_to_text, text_to_hits
 from timm_lossattn import loss_attention
 from timm_lossattn.evaluation.randomization import learned_modules
@@ -78,7 +79,7 @@ def test_compare(flags, tmp_path, capsys):
     assert "was begun with another scalar, 'lead'" in capsys.readouterr().err
 
 
-def test_compare_grids(flags, tmp_path):
+def test_compare_grids(flags, tmp_path, capsys):
     """Two classes make no 2×2 grid; a stock timm model does, and with its mean pooling Grad-CAM says what we say."""
     torch.manual_seed(0)
     stock = timm.create_model('test_efficientnet', num_classes=2).eval()
@@ -94,6 +95,22 @@ def test_compare_grids(flags, tmp_path):
     records = [json.loads(line) for line in (tmp_path / 'out' / 'images.jsonl').read_text().splitlines()[1:]]
     for entry in (entry for entry in records if entry['kind'] == 'image'):
         assert entry['rows']['Grad-CAM']['energy'] == pytest.approx(entry['rows']['ours']['energy'], abs=1e-3)
+
+    # grids are of the images that were asked for: more images want another folder, and other weights too
+    fewer = [*own, '--images', '2', '--output', str(tmp_path / 'fewer')]
+    assert compare_explanations.main(fewer) == 0
+    assert compare_explanations.main([*fewer, '--images', '4']) == 2
+    assert 'has grids of fewer images' in capsys.readouterr().err
+    assert compare_explanations.main(fewer) == 0
+    torch.save({name: value + 1e-6 for name, value in stock.state_dict().items()}, tmp_path / 'stock.pt')
+    capsys.readouterr()
+    assert compare_explanations.main(own) == 2
+    assert 'was begun with another state_sha256' in capsys.readouterr().err
+
+
+def test_one_blank():
+    """--blanks takes one of the two."""
+    assert parse(compare_explanations.CompareOptions, None, ['--blanks', 'blur']).blanks == ['blur']
 
 
 def test_compare_multi_label(coco_folder, tmp_path):  # noqa: F811

@@ -65,6 +65,16 @@ def test_errors(given, tmp_path, capsys):
     assert 'FOLDER: ' in capsys.readouterr().err
 
 
+def test_measurements_that_do_not_compare(tmp_path, capsys):
+    """Another data set, or another number explained, is no difference between trainings."""
+    first, other = way(tmp_path / 'a', 90., [0.2], 61.), way(tmp_path / 'b', 90., [0.2], 61.)
+    asked = json.loads((other / 'compare.json').read_text())
+    (other / 'compare.json').write_text(json.dumps(asked | {'scalar': 'logit'}))
+    assert compare_trainings.main([f'a={first}', f'b={other}', '--out', str(tmp_path / 'x.md')]) == 2
+    assert "b was compared with scalar 'logit', the first with None" in capsys.readouterr().err
+    assert not (tmp_path / 'x.md').exists()
+
+
 def test_older_measurement(tmp_path, capsys):
     """A boxed.json from before there were baselines is an error that says what to do."""
     folder = way(tmp_path / 'a', 90., [0.2], 61.)

@@ -32,3 +32,18 @@ def test_times_of_a_resumed_epoch():
     assert 1.8 < metrics['seconds'] < 2.3  # 18 batches of 0.1 s before the break, two of 0.02 s after it
     assert metrics['images_per_second'] == pytest.approx(120 / metrics['seconds'])
     assert 0 < metrics['loader_share'] <= 1
+
+
+def test_every_update_is_clipped(monkeypatch):
+    """--clip-grad bounds the gradients of each update of an epoch, whatever the task."""
+    torch.manual_seed(0)
+    task = ClassificationTask(nn.Linear(3, 2), nn.CrossEntropyLoss(), verbose=False)
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    norms = []
+    step = optimizer.step
+    monkeypatch.setattr(optimizer, 'step', lambda: (norms.append(
+        float(torch.cat([p.grad.flatten() for p in task.parameters()]).norm())), step()))
+    data = [(torch.randn(6, 3), torch.randint(2, (6,))) for _ in range(4)]
+    train_one_epoch(0, parse_args(['--device', 'cpu', '--clip-grad', '0.001']), Process(), task, data, optimizer, None,
+                    nullcontext, None)
+    assert norms == [pytest.approx(0.001, rel=0.01)] * 4

@@ -35,6 +35,20 @@ def test_half_a_line_is_dropped(tmp_path):
     assert [json.loads(line).get('index') for line in file.read_text().splitlines()] == [None, 0, 1]
 
 
+def test_files_that_say_less(tmp_path):
+    """One that does not say which weights: tables are made again, nothing is added; what it says has to be the same."""
+    file = tmp_path / 'images.jsonl'
+    Records(file, ASKED).add([entry(0, 1., 2.)])
+    records = Records(file, ASKED | {'state_sha256': 'abc', 'none': None})
+    assert (len(records.of('image')), records.unknown, records.asked) == (1, ['state_sha256'], ASKED)
+    before = file.read_text()
+    with pytest.raises(ValueError, match='does not say of which state_sha256'):
+        records.add([entry(1, 1., 2.)])
+    assert file.read_text() == before
+    with pytest.raises(ValueError, match='begun with another model'):
+        Records(file, {'state_sha256': 'abc'})
+
+
 def test_spread_against_spread():
     """Ours less theirs; of a spread map ours spread; ours spread itself against ours as it is."""
     entries = [entry(i, 1. + 0.1 * i, 0.5 + 0.05 * i) for i in range(20)]

@@ -96,3 +96,28 @@ def test_bfloat16_without_its_instructions(supported, monkeypatch, caplog):
     build.create_precision(command.parse_args(['--recipe', 'cpu/cifar10']), torch.device('cpu'))
     build.create_precision(command.parse_args(['--recipe', 'cpu/cifar10', '--no-amp']), torch.device('cpu'))
     assert caplog.text.count('--no-amp') == (not supported)
+
+
+def test_schedules_that_are_given_stay(tmp_path):
+    """Of another number of epochs, also where the given value is that of the recipe; a --config file gives as well."""
+    assert command.parse_args(['--recipe', 'fast', '--epochs', '8']).warmup_epochs == pytest.approx(0.8)
+    assert command.parse_args(['--recipe', 'fast', '--epochs', '8', '--warmup-epochs', '4']).warmup_epochs == 4
+    config = tmp_path / 'config.yaml'
+    config.write_text('warmup_epochs: 4\nepochs: 8\n')
+    assert command.parse_args(['--recipe', 'fast', '--config', str(config)]).warmup_epochs == 4
+
+
+@pytest.mark.parametrize('flags', [('--recipe', 'cpu/cifar10'), ('--torchcompile',), ('--amp',)])
+def test_winograd_that_would_not_be_used(flags, capsys):
+    """It is for eager float32 on the CPU; elsewhere it would do nothing."""
+    with pytest.raises(SystemExit):
+        command.parse_args([*flags, '--winograd', '--device', 'cpu'])
+    assert '--winograd: is for float32 on the CPU' in capsys.readouterr().err
+    assert command.parse_args(['--recipe', 'cpu/cifar10', '--no-amp', '--winograd', '--device', 'cpu']).winograd
+
+
+def test_patch_loss_needs_patches():
+    """A stock timm model has none; said by the flag's name."""
+    options = command.parse_args(['--model', 'test_resnet', '--num-classes', '3', '--patch-loss', '--device', 'cpu'])
+    with pytest.raises(ValueError, match='--patch-loss: test_resnet has no patches'):
+        build.create_task(options, create_model(options, Process()), 10, Process().device)

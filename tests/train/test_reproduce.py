@@ -279,6 +279,21 @@ def test_localisation_never_stands_alone(number, tmp_path, monkeypatch):
     assert len(beside.keys() & cells.keys()) == (3 if number == '5' else 4)
 
 
+def test_one_failed_measure_leaves_the_others(monkeypatch):
+    """A validation that fails costs its own number, not those after it."""
+    def measured(job, seed, *rest):
+        if seed == 1:
+            raise ValueError('damaged')
+        return float(seed)
+
+    monkeypatch.setattr(reproduce, 'measure', measured)
+    job = paper.Job('resnet18_lossattn_conv', 'cifar10', 'sgd')
+    cells = {'row': {name: paper.Cell(job, 'top1', None) for name in 'ab'} | {'c': None}}
+    failure = reproduce.fill([cells], 3, paper.RunOptions('output'))
+    assert str(failure) == 'damaged'
+    assert [cells['row'][name].values for name in 'ab'] == [[0., 2., 3.]] * 2
+
+
 def test_validation_without_baselines_is_made_anew(tmp_path, monkeypatch):
     """A file of an earlier version has no all-patches numbers: validated once more; one without boxes is left alone."""
     options, job = paper.RunOptions(str(tmp_path)), paper.Job('resnet18_lossattn_conv_s2', 'tiny_imagenet', 'sgd')

@@ -7,20 +7,15 @@ from torch import nn
 
 from ..prediction import PatchPrediction, upcast
 from .head import PatchHead
-from .weights import PatchWeights
+from .weights import MeanWeights
 
 __all__ = ['CapsuleVotes', 'DynamicRoutingHead', 'RoutingWeights']
 
 
-class RoutingWeights(PatchWeights):
+class RoutingWeights(MeanWeights):
     """α of dynamic routing: a patch's share of the coupling coefficients, of which each capsule hands out one: 1/M."""
-    informative = False
     default_loss = 'margin'
     description = 'routed by agreement (dynamic routing of Sabour et al.)'
-
-    def forward(self, h: torch.Tensor, patch_logits: torch.Tensor) -> torch.Tensor:
-        """Patch features h (B, M, C) to α (B, M)."""
-        return torch.full_like(upcast(h[..., 0]), 1. / h.shape[1])
 
     def probabilities(self, logits: torch.Tensor, multi_label: bool = False) -> torch.Tensor:
         """The logits themselves: lengths of class capsules, which stand for the probability that the class is there."""

@@ -182,8 +182,8 @@ class AttentionWeights(PatchWeights):
         return upcast(self.w(torch.tanh(self.v(h))).squeeze(-1)).softmax(dim=1)
 
     def selected(self, alpha: torch.Tensor) -> torch.Tensor:
-        """α > ξ/M."""
-        return alpha > self.xi / alpha.shape[1]
+        """α > ξ/M, and whatever ξ is the patch with the largest α (all patches, if all have the same)."""
+        return (alpha > self.xi / alpha.shape[1]) | (alpha == alpha.amax(dim=1, keepdim=True))
 
 
 @register_weights('gatedattn')

@@ -9,8 +9,9 @@ import torch
 from ..hub_access import create_model
 from ..loading import MODULES, backbone_name, check_name, list_patch_models
 from ..models import loss_attention
+from ..models.any_timm import stock_view
 from ..models.lite_weights import lite_overlay
-from ..models.lossattn import refuse_early
+from ..models.lossattn import TRAINED, refuse_early
 from ..models.probe import NoPatchSum, input_size
 from ..text import one_line
 from .receptive_field import influence, middle_patch, share_in_box, side_for, square_shares
@@ -124,8 +125,11 @@ def check_model(name: str, pretrained: bool = False, receptive_field: bool = Tru
 
 def create_stock(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     """The stock model in eval mode; without pretrained weights with a classifier that says something."""
-    overlay = lite_overlay(name) if pretrained else None
-    stock = create_model(name, pretrained, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    if name in TRAINED:
+        stock = stock_view(create_model(f'lossattn.{name}', pretrained, **kwargs)).eval()
+    else:
+        overlay = lite_overlay(name) if pretrained else None
+        stock = create_model(name, pretrained, pretrained_cfg_overlay=overlay, **kwargs).eval()
     if not stock.num_classes:  # published as a feature extractor
         stock.reset_classifier(1000)
     if not pretrained:  # many heads start at zero, and zeros add up to zero whatever is done with them

@@ -15,10 +15,13 @@ IOUS = (0.3, 0.5, 0.7)
 CONSTANT = ('localization_ap_all_patches', 'localization_ap_centred_square')
 
 
-def hits_of(boxes: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Whether one of the boxes (N, 4) has an IoU of at least each of IOUS with one of the true ones (L, 4): (3,)."""
+def hits_of(boxes: torch.Tensor, truth: torch.Tensor, above: bool = False) -> torch.Tensor:
+    """Whether one of the boxes (N, 4) has each of IOUS, at least, with one of the true ones (L, 4): (3,).
+
+    At least is the rule of MaxBoxAccV2; ``above`` it is that of ``BoxLocalization``.
+    """
     best = box_iou(boxes, truth).max() if len(boxes) and len(truth) else torch.tensor(0.)
-    return best >= torch.tensor(IOUS)
+    return best > torch.tensor(IOUS) if above else best >= torch.tensor(IOUS)
 
 
 def cross_fitted_accuracy(hits: torch.Tensor) -> torch.Tensor:
@@ -34,7 +37,7 @@ def cross_fitted_accuracy(hits: torch.Tensor) -> torch.Tensor:
         (N,) in [0, 1]: mean over the IoUs, for each of which the choice is made by itself.
     """
     result = torch.zeros(len(hits))
-    halves = [torch.arange(start, len(hits), 2) for start in (0, 1)]
+    halves = [torch.arange(len(hits))[start::2] for start in (0, 1)]
     for chosen, judged in (halves, halves[::-1]):
         if not len(chosen) or not len(judged):
             return torch.full((len(hits),), torch.nan)  # a single image has no other half
@@ -43,16 +46,16 @@ def cross_fitted_accuracy(hits: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def whole_hits(box: torch.Tensor, boxes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Hits (B, 1, 3) of one box (4,) that is the same for all images."""
-    return torch.stack([hits_of(box[None], truth.cpu())[None] for truth in boxes])
+def whole_hits(box: torch.Tensor, boxes: Sequence[torch.Tensor], above: bool = False) -> torch.Tensor:
+    """Hits (B, 1, 3) of one box (4,) that is the same for all images; ``above`` as in ``hits_of``."""
+    return torch.stack([hits_of(box[None], truth.cpu(), above)[None] for truth in boxes])
 
 
-def square_hits(size: tuple[int, int], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
+def square_hits(size: tuple[int, int], boxes: Sequence[torch.Tensor], above: bool = False) -> torch.Tensor:
     """Hits (B, T, 3) of the centred squares in an image of size (H, W), of 5 %, 10 %, … 100 % of its shorter side."""
     centre = torch.tensor([size[1], size[0], size[1], size[0]]) / 2
     half = torch.arange(1, 21)[:, None] / 20 * min(size) / 2 * torch.tensor([-1, -1, 1, 1])
-    return torch.stack([torch.stack([hits_of(square[None], truth.cpu()) for square in centre + half])
+    return torch.stack([torch.stack([hits_of(square[None], truth.cpu(), above) for square in centre + half])
                         for truth in boxes])
 
 
@@ -80,12 +83,12 @@ class ConstantBoxes(Metric):
         """
         given = [truth for truth in boxes if len(truth)]
         if given:
-            self.patches.append(whole_hits(around, given).to(self.device))
-            self.squares.append(square_hits(size, given).to(self.device))
+            self.patches.append(whole_hits(around, given, above=True).to(self.device))
+            self.squares.append(square_hits(size, given, above=True).to(self.device))
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Percent; NaN with fewer than two images."""
-        if not self.patches:
+        if not len(self.patches):
             return dict.fromkeys(CONSTANT, torch.tensor(torch.nan))
         half = IOUS.index(0.5)
         squares = dim_zero_cat(self.squares)[..., half:half + 1].cpu()

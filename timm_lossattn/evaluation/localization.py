@@ -11,7 +11,7 @@ except ImportError:
         "timm_lossattn.evaluation.localization needs scipy: pip install 'timm-lossattn[compare]'") from None
 
 from .constant_boxes import cross_fitted_accuracy, hits_of
-from .per_image import PerImage
+from .per_image import PerImage, dim_zero_cat
 
 __all__ = ['THRESHOLDS', 'MaxBoxAccV2']
 
@@ -49,7 +49,7 @@ class MaxBoxAccV2(PerImage):
 
     def compute(self) -> torch.Tensor:
         """Mean over images; NaN with fewer than two."""
-        hits = torch.cat(list(self.hits)) if len(self.hits) else torch.zeros(0, len(THRESHOLDS), 3, dtype=torch.bool)
+        hits = dim_zero_cat(self.hits) if len(self.hits) else torch.zeros(0, len(THRESHOLDS), 3, dtype=torch.bool)
         return cross_fitted_accuracy(hits.cpu()).mean()
 
 

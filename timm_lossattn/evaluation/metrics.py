@@ -219,7 +219,7 @@ class VOCMeanAveragePrecision(Metric):
 
     def compute(self) -> torch.Tensor:
         """Percent; 0 without positives."""
-        if not self.scores:
+        if not len(self.scores):  # a tensor after it was gathered from several processes
             return torch.tensor(0.)
         ap = voc_average_precision(dim_zero_cat(self.scores), dim_zero_cat(self.targets))
         return 100 * ap[~ap.isnan()].mean() if (~ap.isnan()).any() else torch.tensor(0.)
@@ -253,7 +253,7 @@ class PublicCodeMeanAveragePrecision(VOCMeanAveragePrecision):
         Raises:
             ValueError: more classes than columns.
         """
-        if not self.scores:
+        if not len(self.scores):
             return torch.tensor(0.)
         scores, targets = dim_zero_cat(self.scores), dim_zero_cat(self.targets)
         if scores.shape[1] > self.columns:

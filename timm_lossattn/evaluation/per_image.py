@@ -34,4 +34,4 @@ class PerImage(Metric):
 
     def compute(self) -> torch.Tensor:
         """Mean of all images; NaN without any."""
-        return dim_zero_cat(self.values).nanmean() if self.values else torch.tensor(torch.nan)
+        return dim_zero_cat(self.values).nanmean() if len(self.values) else torch.tensor(torch.nan)

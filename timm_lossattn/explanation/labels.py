@@ -44,6 +44,8 @@ def class_labels(model: Any, num_classes: int) -> list[str]:
     """
     cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
     labels = cfg.get('label_names')
+    if isinstance(labels, dict):  # timm takes those too: by index, which JSON has as text
+        labels = [labels.get(k, labels.get(str(k), f'class {k}')) for k in range(num_classes)]
     imagenet = any(key.startswith('in') for key in data_of(cfg.get('tag') or ''))
     if labels is None and cfg.get('num_classes') == num_classes and imagenet:
         subset = infer_imagenet_subset(cfg)

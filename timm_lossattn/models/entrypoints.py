@@ -66,6 +66,6 @@ def create_patch_classifier(variant: str, pretrained: bool, num_stages: int, **k
         **verified_overlay(variant, pretrained, kwargs),
     )
     if not pretrained:  # the registered class names are those of weights that are not loaded
-        labels = (kwargs.get('pretrained_cfg_overlay') or {}).get('label_names')
+        labels = (kwargs.get('pretrained_cfg_overlay') or {}).get('label_names', ())
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'label_names': labels}
     return model

@@ -70,7 +70,7 @@ def trained_cfgs() -> dict[str, dict[str, Any]]:
 def backbone_cfgs() -> dict[str, DefaultCfg]:
     """default_cfgs of all models that timm has: the tags of ``lossattn`` are their names, with their tags."""
     cfgs: dict[str, Any] = {'lossattn': get_pretrained_cfg(DEFAULT_BACKBONE)}
-    for name in timm.list_models(include_tags=True):
+    for name in {*timm.list_models(), *timm.list_models(include_tags=True)}:  # timm's scripts look up both
         cfg = get_pretrained_cfg(name)
         if cfg is not None:
             cfgs[f'lossattn.{name}'] = BackboneCfg(**{f.name: getattr(cfg, f.name) for f in fields(cfg)})

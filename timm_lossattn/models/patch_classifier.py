@@ -185,7 +185,7 @@ class PatchClassifier(nn.Module):
         self.head_hidden_size = self.head.num_features
         cfg: Any = getattr(self, 'pretrained_cfg', None)
         if cfg:  # the new classes have no names yet
-            self.pretrained_cfg = self.default_cfg = {**cfg, 'label_names': None}
+            self.pretrained_cfg = self.default_cfg = {**cfg, 'label_names': ()}
 
     def forward_intermediates(
             self,

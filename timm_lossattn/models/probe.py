@@ -332,18 +332,18 @@ def feature_grid(model: nn.Module, access: PatchAccess, height: int, width: int)
     """
     if (height, width) in access.grids:
         return access.grids[height, width]
-    twin = shape_twin(model)
+    twin, last = shape_twin(model), None
     x = meta_input(model, height, width)
     try:
         with torch.no_grad(), x.device:
             shape = twin.forward_features(x).shape
-            if access.layout == 'NLC':
+            if access.layout == 'NLC' and hasattr(twin, 'forward_intermediates'):
                 last = twin.forward_intermediates(x, indices=1, output_fmt='NCHW', intermediates_only=True)[-1]
     except Exception as error:  # whatever a model's code raises for a size that it does not take
         raise ValueError(
             f'{type(model).__name__} does not take images of {height}×{width} pixels ({said(error)}).') from error
     if access.layout == 'NLC':
-        grid = (last.shape[2], last.shape[3])
+        grid = (last.shape[2], last.shape[3]) if last is not None else (0, 0)
         if grid[0] * grid[1] != shape[1] - access.prefix:
             raise ValueError(f'{type(model).__name__} does not say how its {shape[1] - access.prefix} tokens lie.')
     else:

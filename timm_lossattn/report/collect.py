@@ -154,7 +154,10 @@ def collect(
     if table.exists():
         run.check(table)
         advance(len(images))
-        return table if run.rank == 0 else None
+        if run.rank:
+            return None
+        shutil.rmtree(run.out / 'shards', ignore_errors=True)  # a kill may have left them
+        return table
     (run.out / 'shards').mkdir(parents=True, exist_ok=True)
     mine = list(range(run.rank, len(shards), run.world_size))
     size, kept = BATCHES * run.batch_size, 0
@@ -189,7 +192,10 @@ def explain_shards(
         columns: list[dict[str, Any]] = []
         unreadable: list[list[Any]] = []
         for _ in batches[s]:
-            items, x, bad = next(loader)
+            try:
+                items, x, bad = next(loader)
+            except ValueError as error:  # of a worker, with its whole traceback, whose last line says it
+                raise ValueError(str(error).strip().splitlines()[-1].removeprefix('ValueError: ')) from error
             unreadable += [[item.index, item.file, item.error] for item in bad]
             if x is not None:
                 columns.append(explain_batch(model, items, x))

@@ -77,10 +77,13 @@ class ReportImages(Dataset):
     def file(self, index: int) -> str | None:
         """Name of an image's file, relative to the data set's folder, where it has one."""
         reader = getattr(self.images, 'reader', None)
-        if reader is not None:
-            return reader.filename(index)
         samples = getattr(self.images, 'samples', None)  # torchvision's folders
-        return str(Path(samples[index][0]).relative_to(self.images.root)) if samples else None
+        try:
+            name = reader.filename(index) if reader is not None else (
+                str(Path(samples[index][0]).relative_to(self.images.root)) if samples else None)
+        except TypeError:  # a row without image
+            return None
+        return name and name.encode(errors='surrogateescape').decode(errors='replace')  # bytes that are no UTF-8
 
     def label(self, target: Any) -> int | None:
         """A target of the data set as a class of the model; None for a negative one, which says that it is not known.

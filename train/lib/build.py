@@ -34,6 +34,9 @@ def create_task(options: TrainOptions, model: Any, updates_per_epoch: int, devic
     """Loss-attention loss, margin loss or the plain criterion, as the model's patch weights or --patch-loss say.
 
     Multi-label: binary cross entropy summed over classes for every model (Eq. 10), without label smoothing.
+
+    Raises:
+        ValueError: --patch-loss for a model without patches.
     """
     kind = default_loss(model)
     if options.patch_loss is not None and options.patch_loss != (kind == 'loss_attention'):
@@ -41,6 +44,8 @@ def create_task(options: TrainOptions, model: Any, updates_per_epoch: int, devic
     criterion: Any = summed_bce if options.multi_label else create_classification_loss(
         smoothing=options.smoothing, soft_targets=options.mixed)
     if kind == 'loss_attention':
+        if not hasattr(model, 'patch_weights'):
+            raise ValueError(f'--patch-loss: {options.model} has no patches; lossattn.{options.model} may have')
         smoothing = 0. if options.mixed or options.multi_label else options.smoothing
         return LossAttentionTask(
             model, LossAttentionLoss(criterion, multi_label=options.multi_label, smoothing=smoothing),
@@ -89,13 +94,18 @@ def create_scheduler(
         updates_per_epoch=updates_per_epoch)
 
 
+def fast_bfloat16() -> bool:
+    """Whether oneDNN has this CPU's instructions for it; without oneDNN nobody knows, and nothing is said."""
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def create_precision(options: TrainOptions, device: torch.device) -> tuple[Callable[[], Any], Any]:
     """Context of forward passes, and the loss scaler of float16 on GPUs."""
     if not options.amp:
         return contextlib.nullcontext, None
-    if device.type == 'cpu' and options.amp_dtype == 'bfloat16' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        _logger.warning('--amp: this CPU has no AVX-512, and without it bfloat16 takes ten times as long as float32; '
-                        '--no-amp trains in float32')
+    if device.type == 'cpu' and options.amp_dtype == 'bfloat16' and not fast_bfloat16():
+        _logger.warning('--amp: this CPU has no instructions for bfloat16 (x86: AVX-512), which may take ten times as '
+                        'long as float32 then; --no-amp trains in float32')
     autocast = partial(torch.autocast, device_type=device.type, dtype=getattr(torch, options.amp_dtype))
     scaled = device.type == 'cuda' and options.amp_dtype == 'float16'
     return autocast, NativeScaler(device=device.type) if scaled else None

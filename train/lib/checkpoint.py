@@ -4,6 +4,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ from timm_lossattn.loading import MODEL_CONFIG
 __all__ = ['AtomicSaver', 'find_checkpoint', 'load_checkpoint', 'mend', 'save_checkpoint']
 
 _logger = logging.getLogger('train')
+
+
+@contextmanager
+def written(what: str, folder: str) -> Iterator[None]:
+    """OSError in place of the RuntimeError by which torch.save reports a failed write."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f'checkpoint of {what} not written to {folder}: {error}') from error
 
 
 class AtomicSaver(CheckpointSaver):
@@ -32,7 +43,8 @@ class AtomicSaver(CheckpointSaver):
     def save_position(self, epoch: int, position: dict[str, Any]) -> None:
         """last.pth.tar within an epoch; it counts as that of the epoch before."""
         temporary = str(Path(self.checkpoint_dir) / 'tmp.pth.tar')
-        self._save(temporary, epoch - 1, position=position)
+        with written(f'epoch {epoch + 1}, within', self.checkpoint_dir):
+            self._save(temporary, epoch - 1, position=position)
         self._replace(temporary, str(Path(self.checkpoint_dir) / 'last.pth.tar'))
 
     def _save(
@@ -106,10 +118,8 @@ def save_checkpoint(saver: CheckpointSaver, epoch: int, metric: float) -> None:
     Raises:
         OSError: the checkpoint could not be written.
     """
-    try:
+    with written(f'epoch {epoch + 1}', saver.checkpoint_dir):
         saver.save_checkpoint(epoch, metric=metric)
-    except RuntimeError as error:  # how torch.save reports a failed write
-        raise OSError(f'checkpoint of epoch {epoch + 1} not written to {saver.checkpoint_dir}: {error}') from error
 
 
 def mend(saver: AtomicSaver, resumed: Path, epoch: int, metric: float | None) -> None:

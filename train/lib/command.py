@@ -24,12 +24,12 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Parser of train.py."""
+def build_parser(defaults: bool = True) -> argparse.ArgumentParser:
+    """Parser of train.py; without defaults, of what is given."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description='Train any model that timm and timm_lossattn register; patch models get the loss-attention loss.')
-    add_flags(parser, TrainOptions)
+    add_flags(parser, TrainOptions, defaults)
     return parser
 
 
@@ -70,13 +70,13 @@ def config_values(parser: argparse.ArgumentParser, config: str) -> dict[str, Any
     return values
 
 
-def scale_schedule(args: argparse.Namespace, recipe: dict[str, Any]) -> None:
+def scale_schedule(args: argparse.Namespace, recipe: dict[str, Any], given: set[str]) -> None:
     """A run of another length goes through the recipe's schedule at another pace, unless it was given its own."""
     pace = args.epochs / recipe['epochs']
     first = 1 if args.sched == 'multistep' else 0  # timm's multistep decays one epoch before the milestone
-    if pace != 1 and args.decay_milestones == recipe.get('decay_milestones'):
+    if 'decay_milestones' in recipe and 'decay_milestones' not in given:
         args.decay_milestones = [round((milestone - first) * pace) + first for milestone in args.decay_milestones]
-    if pace != 1 and args.warmup_epochs == recipe.get('warmup_epochs'):
+    if 'warmup_epochs' in recipe and 'warmup_epochs' not in given:
         args.warmup_epochs *= pace
 
 
@@ -86,30 +86,32 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
     Exits with status 2 and one line for unknown flags, unknown keys in the config file, and values out of range.
     """
     parser = build_parser()
-    parser.set_defaults(model=None)  # to know whether it is given
-    given = parser.parse_known_args(argv)[0]
-    defaults = {'model': TrainOptions.model}
-    from_file = config_values(parser, given.config) if given.config else {}
-    if given.config:
-        parser.set_defaults(**from_file)
-        given = parser.parse_known_args(argv)[0]
-    if given.recipe:
+    given = vars(build_parser(defaults=False).parse_known_args(argv)[0])
+    if given.get('config'):
+        given = config_values(parser, given['config']) | given
+    recipe: dict[str, Any] = {}
+    if given.get('recipe'):
         try:
-            defaults |= recipe_values(given.recipe, given.model)
+            recipe = recipe_values(given['recipe'], given.get('model'))
         except ValueError as error:
             parser.error(f'--recipe: {error}')
-    parser.set_defaults(**defaults | from_file)
+    parser.set_defaults(**recipe | given)
     args = parser.parse_args(argv)
-    if args.recipe:
-        scale_schedule(args, defaults)
+    if recipe:
+        scale_schedule(args, recipe, set(given))
     whole_batches, padded = args.cache_dataset, args.crop_padding is not None
     if args.color_jitter is None:
         args.color_jitter = 0. if whole_batches or padded else 0.4
     if args.rampup_epochs is None:
         args.rampup_epochs = 0.4 * args.epochs
     check(parser, args)
-    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    args.device = args.device or default_device()
     return options_from(TrainOptions, args)
+
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -129,6 +131,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ('tensorboard', 'trackio', 'wandb'):
         if getattr(args, f'log_{name}') and importlib.util.find_spec(name) is None:
             parser.error(f'--log-{name}: not installed; pip install {name}')
+    if args.winograd and (args.amp or args.torchcompile or (args.device or default_device()) != 'cpu'):
+        parser.error('--winograd: is for float32 on the CPU, without --amp (--no-amp, if a recipe has it) and '
+                     '--torchcompile')
     if args.multi_label and (args.mixup or args.cutmix):
         parser.error('--multi-label: goes with neither --mixup nor --cutmix')
     padded = args.crop_padding is not None

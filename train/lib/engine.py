@@ -55,7 +55,7 @@ def train_one_epoch(
     bar = tqdm(total=batches, desc=f'epoch {epoch + 1}/{options.epochs}', leave=False, dynamic_ncols=True,
                disable=process.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
     optimizer.zero_grad()
-    parameters = task.get_clip_parameters(exclude_head='agc' in options.clip_mode)
+    parameters = list(task.get_clip_parameters(exclude_head='agc' in options.clip_mode))  # timm's is a generator
     with bar:  # an error clears it
         for i, (x, y) in enumerate(loader):
             waited += time.perf_counter() - end

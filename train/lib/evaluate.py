@@ -96,7 +96,7 @@ def evaluate(
             logits = model(x) if boxes is None else boxes.update(x, y, *found)
         evaluator.update(logits.to(evaluator.device), y.to(evaluator.device))
         for metric in precisions.values():
-            metric.update(logits, y)
+            metric.update(logits.cpu(), y.cpu())  # explanations are on the CPU, wherever the model is
     result = dict(evaluator.compute(distributed=distributed))
     result |= {name: float(metric.compute()) for name, metric in precisions.items()}
     return result if boxes is None else result | boxes.compute()

@@ -34,11 +34,11 @@ def flag(default: Any = None, help: str | None = None, short: str | None = None,
     return field(default=default, metadata=metadata)
 
 
-def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
+def add_flags(parser: argparse.ArgumentParser, options: type, defaults: bool = True) -> None:
     """Add every field as a flag, --no-underscores; a class and each of its bases is a group, named by its docstring.
 
     bool is a switch with a --no- of its own, for what a recipe or a file has switched on; list takes several values,
-    ``X | None`` is an X that need not be given.
+    ``X | None`` is an X that need not be given. Without ``defaults`` the parser finds only what is given.
     """
     hints = get_type_hints(options)
     groups: dict[type, Any] = {}
@@ -61,6 +61,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
                 kind = get_args(kind)[0]
             kwargs.setdefault('type', kind)
         default = one.default if one.default_factory is MISSING else one.default_factory()
+        default = default if defaults else argparse.SUPPRESS
         groups[owner].add_argument(*names, dest=one.name, default=default, **kwargs)
 
 

@@ -1,6 +1,7 @@
 """Measured numbers, one JSON object a line and image, from which every table can be made again.
 
 The first line says what was asked. A run that was interrupted, or wants more images, goes on after the last whole line.
+Of a file that says less than is asked today, as those from before it said which weights, tables can be made again.
 """
 import json
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ class Records:
         path: of it; read if it exists.
         asked: what was asked, and what the answers depend on; in the file it has to be the same.
 
+    Attributes:
+        asked: what the file says of it.
+        unknown: what it does not say.
+
     Raises:
         ValueError: the file is of another measurement.
     """
@@ -38,7 +43,9 @@ class Records:
         if not whole:
             whole = [json.dumps({'kind': 'asked', **asked}, ensure_ascii=False) + '\n']
         found = json.loads(whole[0])
-        differ = sorted(key for key in {*asked, *found} - {'kind'} if asked.get(key) != found.get(key))
+        self.asked = {key: value for key, value in found.items() if key != 'kind'}
+        self.unknown = sorted(key for key, value in asked.items() if key not in found and value is not None)
+        differ = sorted(key for key in {*asked, *self.asked} - {*self.unknown} if asked.get(key) != found.get(key))
         if differ:
             raise ValueError(f'--output: {path} was begun with another {differ[0]}, {found.get(differ[0])!r}; choose '
                              'another folder')
@@ -51,7 +58,14 @@ class Records:
             replace_file(path, ''.join(whole).encode())
 
     def add(self, entries: list[dict[str, Any]]) -> None:
-        """Append, on disk at once."""
+        """Append, on disk at once.
+
+        Raises:
+            ValueError: the file does not say what its lines depend on.
+        """
+        if self.unknown:
+            raise ValueError(f'--output: {self.path} does not say of which {", ".join(self.unknown)} it is; choose '
+                             'another folder')
         entries = [rounded(entry) for entry in entries]
         with self.path.open('a', encoding='utf-8') as file:
             file.writelines(json.dumps(entry, ensure_ascii=False) + '\n' for entry in entries)
