@@ -41,7 +41,7 @@ from lib.data import (
 )
 from lib.engine import train_one_epoch, updates_in_epoch
 from lib.evaluate import evaluate_task
-from lib.model import create_model, model_args
+from lib.model import built_as, create_model
 from lib.options import TrainOptions
 from lib.position import Recovery
 from lib.process import Process
@@ -204,7 +204,7 @@ def run(options: TrainOptions, command: str) -> None:
         **asdict(options), 'device': str(process.device), 'distributed': process.distributed,
         'world_size': process.world_size, 'rank': process.rank, 'local_rank': process.local_rank,
         'label_names': labels}
-    changed = model_args(options)
+    architecture, changed = built_as(options)
     built = {**changed, 'num_classes': model.num_classes, 'in_chans': options.in_chans}
     saver = None
     with contextlib.ExitStack() as stack:
@@ -214,7 +214,7 @@ def run(options: TrainOptions, command: str) -> None:
             saver = AtomicSaver(
                 model, optimizer, recorded, amp_scaler=scaler, checkpoint_dir=str(folder), recovery_dir=str(folder),
                 max_history=options.checkpoint_hist, decreasing=metric == 'loss', task=task)
-            saver.model_config = model_config(options.model, built, labels, data_config)
+            saver.model_config = model_config(architecture, built, labels, data_config)
             if in_place:
                 mend(saver, Path(options.resume), start_epoch - 1, history[-1]['eval'][metric] if history else None)
             log = stack.enter_context(trackers(options, folder, recorded))
@@ -242,7 +242,7 @@ def run(options: TrainOptions, command: str) -> None:
             choose = min if metric == 'loss' else max
             best = choose(history, key=lambda e: e['eval'][metric])  # the first of equals, as the saver's
             write_json(result_file, {  # before the checkpoint: a resumed run drops what is newer than its checkpoint
-                'model': options.model,
+                'model': architecture,
                 'metric': metric,
                 'best': {'epoch': best['epoch'], **best['eval']},
                 'last': {'epoch': epoch, **eval_metrics},

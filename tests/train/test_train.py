@@ -103,6 +103,14 @@ def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
         outputs.append(model(x))
     assert torch.equal(*outputs)
 
+    # fine-tuned from that folder: the same model again, called by its architecture
+    flags = [*QUICK[2:], '--epochs', '1', '--model', f'local-dir:{tmp_path / "x" / "hub"}', '--pretrained']
+    assert train_script.main(['--data-dir', str(folder), *flags, '--output', str(tmp_path), '--experiment', 'y']) == 0
+    assert json.loads((tmp_path / 'y' / 'result.json').read_text())['model'] == 'resnet18_lossattn_conv_nano'
+    for model in (load_model(checkpoint=tmp_path / 'y' / 'model_best.pth.tar'),
+                  load_model(f'local-dir:{tmp_path / "y" / "hub"}')):
+        assert (model.xi, model.backbone_stride, model.global_pool, model.patch_padding) == (0.5, 2, 'attn', 1)
+
 
 @pytest.mark.parametrize(('script', 'module', 'extra'), [
     ('train', 'tqdm', 'train'), ('validate', 'yaml', 'train'), ('prepare', 'pyarrow', 'train'),

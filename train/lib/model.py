@@ -1,4 +1,5 @@
 """Models: the one that train.py trains, and the trained one that the other scripts measure."""
+import json
 import logging
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.models import is_model_pretrained
+from timm.models import is_model_pretrained, load_model_config_from_hf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +26,7 @@ from .options import EvalOptions, TrainOptions
 from .process import Process
 from .winograd import use_winograd
 
-__all__ = ['count_gmacs', 'create_model', 'load_trained', 'model_args']
+__all__ = ['built_as', 'count_gmacs', 'create_model', 'load_trained', 'model_args']
 
 _logger = logging.getLogger('train')
 
@@ -56,6 +57,19 @@ def model_args(options: TrainOptions) -> dict[str, Any]:
         if cfg is not None and cfg.fixed_input_size and list(cfg.input_size) != options.input_size:
             given['img_size'] = options.input_size[1:]  # dynamic routing has weights for every position
     return dict(options.model_kwargs) | {name: value for name, value in given.items() if value is not None}
+
+
+def built_as(options: TrainOptions) -> tuple[str, dict[str, Any]]:
+    """Architecture and ``model_args``; of a folder or a repository those of its config, and what differs from them."""
+    source, _, where = options.model.partition(':')
+    if not where:
+        return options.model, model_args(options)
+    if source == 'local-dir':
+        config = json.loads(Path(where, 'config.json').read_text('utf-8'))
+        architecture, given = config['architecture'], config.get('model_args')
+    else:
+        _, architecture, given = load_model_config_from_hf(where)
+    return architecture, {**(given or {}), **model_args(options)}
 
 
 def create_model(options: TrainOptions, process: Process) -> Any:
