@@ -10,8 +10,8 @@ Takes model_best.pth.tar (EMA weights if it has them) and result.json of the run
 loads that file again into a fresh model, evaluates it in float32 on the whole validation split of the run, and writes
 hub/weights/ARCH.TAG: model.safetensors, config.json, README.md, example.png, and result.json, which is that of the run
 with the accuracy after conversion under "shipped", the card's words under "card" and, if the run started from another
-run's checkpoint, that run's result.json under "initial". With --in-package the weights go into timm_lossattn/weights
-instead, for small models.
+run's checkpoint or (--pretrained) from weights of hub/weights, their result.json under "initial". With --in-package the
+weights go into timm_lossattn/weights instead, for small models.
 """
 import argparse
 import json
@@ -138,6 +138,20 @@ def evaluate(model: Any, options: Options, flags: dict[str, Any]) -> dict[str, A
         'top1_interval': [100 * low, 100 * high]}
 
 
+def beginning(result: dict[str, Any]) -> dict[str, Any] | None:
+    """result.json of what a run started from: another run's checkpoint, or weights of hub/weights as they are now."""
+    if result['args'].get('initial_checkpoint'):
+        found: dict[str, Any] = json.loads((Path(result['args']['initial_checkpoint']).parent / RESULT).read_text())
+        return found
+    architecture = result['model'].split('.')[0]
+    cfg = timm.get_pretrained_cfg(result['model'])
+    record = WEIGHTS / f'{architecture}.{cfg.tag if cfg else ""}' / RESULT
+    if not result['args'].get('pretrained') or not record.is_file():
+        return None
+    found = json.loads(record.read_text())
+    return found.get('initial') if found['commands'] == result['commands'] else found  # this run, bundled again
+
+
 def place(options: Options, content: bytes) -> Path:
     """Where weights of this size go.
 
@@ -169,9 +183,9 @@ def bundle(options: Options) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads((options.run / RESULT).read_text())
         model = model_of_run(options, result)
-        if result['args'].get('initial_checkpoint'):
-            initial = Path(result['args']['initial_checkpoint']).parent / RESULT
-            result['initial'] = json.loads(initial.read_text())
+        initial = beginning(result)
+        if initial is not None:
+            result['initial'] = initial
     except KeyError as error:
         raise ValueError(f'RUN: {options.run / RESULT} has no {error}') from error
     except OSError as error:

@@ -180,6 +180,20 @@ def test_bundles_are_current(name, tmp_path):
     assert (out / 'README.md').read_text() == (folder / 'README.md').read_text()
 
 
+def test_weights_that_were_trained_on(run, place):
+    """--pretrained: the record of the weights that it began with stays, also where the run is bundled twice."""
+    earlier = json.loads((hub_folder.WEIGHTS / NAME / 'result.json').read_text()) | {'commands': ['python earlier.py']}
+    (place / NAME).mkdir()
+    (place / NAME / 'result.json').write_text(json.dumps(earlier))
+    change(run, pretrained=True)
+    result = json.loads((run / 'result.json').read_text())
+    for _ in range(2):
+        assert bundle.beginning(result) == earlier
+        (place / NAME / 'result.json').write_text(json.dumps(result | {'initial': earlier}))
+    assert bundle.beginning(result | {'args': result['args'] | {'pretrained': False}}) is None
+    assert bundle.beginning(result | {'model': 'lossattn.tf_efficientnet_lite0'}) is None  # the backbone's
+
+
 @pytest.mark.parametrize(('name', 'example'), [
     (NAME, 'tests/data/cifar10_test_00013_horse.png'),
     ('lossattn.tf_efficientnet_lite0.pbc', 'tests/data/pbc_test_eosinophil_EO_170787.jpg')])
