@@ -110,9 +110,10 @@ def model_of_run(options: Options, result: dict[str, Any]) -> Any:
         raise ValueError(f'ARCH.TAG: the run is of {architecture}, got {options.name}')
     if flags.get('multi_label'):
         raise ValueError('RUN: bundle.py measures top-1 alone; publish multi-label weights with publish.py RUN')
-    kwargs = {key: flags[key] for key in MODEL_ARGS if flags.get(key) is not None}
+    state, config = read_checkpoint(options.run / options.checkpoint)
+    kwargs = dict(config.get('model_args') or {})
+    kwargs |= {key: flags[key] for key in MODEL_ARGS if flags.get(key) is not None}
     kwargs |= (flags.get('model_kwargs') or {}) | options.model_kwargs
-    state, _ = read_checkpoint(options.run / options.checkpoint)
     try:
         overlay = {**result['data_config'], 'label_names': flags.get('label_names')}
         model: Any = timm.create_model(result['model'], pretrained_cfg_overlay=overlay, **kwargs)
@@ -139,17 +140,25 @@ def evaluate(model: Any, options: Options, flags: dict[str, Any]) -> dict[str, A
 
 
 def beginning(result: dict[str, Any]) -> dict[str, Any] | None:
-    """result.json of what a run started from: another run's checkpoint, or weights of hub/weights as they are now."""
+    """result.json of what a run started from: another run, by its checkpoint or folder, or weights of hub/weights.
+
+    None where there is none. A run that is bundled again, or went on since, has what it had.
+    """
     if result['args'].get('initial_checkpoint'):
         found: dict[str, Any] = json.loads((Path(result['args']['initial_checkpoint']).parent / RESULT).read_text())
+        return found
+    source, _, folder = result['args']['model'].partition(':')
+    if source == 'local-dir' and Path(folder).parent.joinpath(RESULT).is_file():
+        found = json.loads(Path(folder).parent.joinpath(RESULT).read_text())
         return found
     architecture = result['model'].split('.')[0]
     cfg = timm.get_pretrained_cfg(result['model'])
     record = WEIGHTS / f'{architecture}.{cfg.tag if cfg else ""}' / RESULT
-    if not result['args'].get('pretrained') or not record.is_file():
+    args = result['args']
+    if folder or not args.get('pretrained') or args.get('pretrained_path') or not record.is_file():
         return None
     found = json.loads(record.read_text())
-    return found.get('initial') if found['commands'] == result['commands'] else found  # this run, bundled again
+    return found.get('initial') if found['commands'] == result['commands'][:len(found['commands'])] else found
 
 
 def place(options: Options, content: bytes) -> Path:

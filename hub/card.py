@@ -62,7 +62,9 @@ def training(result: dict[str, Any]) -> dict[str, Any]:
         commands.append(result['shipped']['command'])
     flags, seconds = result['args'], sum(run['seconds'] for run in runs)
     start = ''
-    if flags.get('pretrained') and result['model'].startswith('lossattn.'):
+    if ':' in flags['model'] or flags.get('pretrained_path'):
+        start = 'Started from other weights, see the command.' if flags.get('pretrained') else ''
+    elif flags.get('pretrained') and result['model'].startswith('lossattn.'):
         start = f'Started from the pretrained weights of `{result["model"].removeprefix("lossattn.")}`.'
     elif flags.get('pretrained'):
         start = 'Started from the weights that the package ships for this architecture.'

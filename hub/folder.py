@@ -16,6 +16,7 @@ from torch import nn
 
 from card import Words, make_card
 from timm_lossattn import explain, load_model
+from timm_lossattn.explanation.labels import by_index
 from timm_lossattn.explanation.preprocessing import PREPROCESSING
 from timm_lossattn.files import replace_file, sha256_of, write_json
 from timm_lossattn.loading import full_name
@@ -158,8 +159,9 @@ def tidy_config(config: dict[str, Any], result: dict[str, Any] | None) -> None:
     config.get('model_args', {}).pop('num_classes', None)
     labels = config.pop('label_names', None) or config['pretrained_cfg'].get('label_names')
     if result and 'label_names' in result['args']:  # a run from pretrained weights may have kept those of their classes
-        labels = result['args']['label_names']
+        labels = result['args']['label_names'] or ()
     config['pretrained_cfg'].pop('label_names', None)
+    labels = by_index(labels, config['num_classes']) if isinstance(labels, dict) else labels
     if labels and len(labels) == config['num_classes']:
         config['label_names'] = list(labels)
     elif labels is not None and not labels:  # known to have no names: not those of the tag either

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their checksums, and names that are free."""
+"""Files that appear whole or not at all, checksums of files and weights, and names that are free."""
 import csv
 import hashlib
 import io
@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ['replace_file', 'sha256_of', 'unique_stems', 'write_csv', 'write_json']
+import torch
+
+__all__ = ['replace_file', 'sha256_of', 'unique_stems', 'weights_digest', 'write_csv', 'write_json']
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
@@ -46,6 +48,15 @@ def sha256_of(path: str | Path) -> str:
     with open(path, 'rb') as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's weights, by their names: what was measured with others is not gone on with."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -40,12 +40,13 @@ from lib.flags import flag, parse, positive_int
 from lib.image_records import SPREAD, Records, Table, means_and_differences
 from lib.options import EvalOptions
 from lib.plots import ORANGE, draw_box, images_of, panels, save, show_heat
-from lib.record import command_line, environment, state_sha256
+from lib.record import command_line, environment
 from lib.script import script
 from timm_lossattn.evaluation.faithfulness import Blank
 from timm_lossattn.evaluation.pointing import choose_grids
 from timm_lossattn.explanation.evidence import direction
-from timm_lossattn.files import replace_file, write_json
+from timm_lossattn.explanation.preprocessing import PREPROCESSING
+from timm_lossattn.files import replace_file, weights_digest, write_json
 
 # name in images.jsonl -> title, +1 if high is good
 MEASURES = {
@@ -57,9 +58,6 @@ MEASURES = {
     'single': ('single deletion', 1), 'grid': ('grid pointing', 1), 'complete': ('completeness error', -1),
     'ms': ('ms', -1),
 }
-
-CONFIG = ('input_size', 'crop_pct', 'mean', 'std', 'interpolation')  # what of timm's data config changes the images
-
 
 @dataclass(frozen=True)
 class CompareOptions(EvalOptions):
@@ -223,9 +221,10 @@ def main(argv: list[str] | None = None) -> int:
     indices = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
     grids = [f'grid {n}' for n in options.grids]
     asked: dict[str, Any] = {
-        'model': options.name, 'weights': repr(model.patch_weights), 'state_sha256': state_sha256(model),
+        'model': options.name, 'weights': repr(model.patch_weights), 'weights_sha256': weights_digest(model),
         'dataset': options.dataset, 'split': options.val_split,
-        **{key: list(value) if isinstance(value, tuple) else value for key, value in config.items() if key in CONFIG},
+        **{key: list(value) if isinstance(value, tuple) else value
+           for key, value in config.items() if key in PREPROCESSING},
         'scalar': 'lead' if against_of(options) else 'logit', 'tools': list(tools), 'removal': options.removal,
         'blanks': options.blanks,
         'steps': options.steps, 'single_deletion': options.single_deletion, 'spread': options.spread}

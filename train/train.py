@@ -49,7 +49,6 @@ from lib.record import command_line, environment, save_hub_folder, trackers, wri
 from lib.script import script
 from timm_lossattn.files import write_json
 from timm_lossattn.loading import model_config
-from timm_lossattn.text import shorten
 
 _logger = logging.getLogger('train')
 
@@ -83,7 +82,8 @@ def find_run(options: TrainOptions, process: Process) -> tuple[TrainOptions, Pat
     saved = [*folder.glob('checkpoint-*.pth.tar'), *folder.glob('last.pth.tar')]
     if auto and saved and not options.resume:
         raise ValueError(f'--resume auto: every checkpoint in {folder} is damaged; choose a new --experiment')
-    killed_early = auto and not saved  # before its first checkpoint: it begins anew
+    # killed before its first checkpoint, it begins anew
+    killed_early = auto and not saved and not (folder / 'model_best.pth.tar').exists()
     if (folder / 'summary.csv').exists() and not in_place and not killed_early:
         raise ValueError(f'--experiment: {folder} holds a run; continue it with --resume, or choose a new name.')
     return options, folder, in_place
@@ -161,8 +161,8 @@ def run(options: TrainOptions, command: str) -> None:
         options, options.val_split, model.num_classes, num_samples=options.val_num_samples, seed=options.seed)
     labels, others = label_names(train_set), label_names(eval_set)
     if labels and others and labels != others:
-        raise ValueError(f'--val-split: has the classes {shorten(", ".join(others), 90)}, --train-split '
-                         f'{shorten(", ".join(labels), 90)}')
+        other, label = next(pair for pair in zip(others, labels) if pair[0] != pair[1])
+        raise ValueError(f'--val-split: has a class {other!r} where --train-split has {label!r}')
     if options.train_img_sizes and max(options.train_img_sizes) != data_config['input_size'][1]:
         _logger.warning(f'--train-img-sizes: at most {max(options.train_img_sizes)} pixels, where evaluation has '
                         f'{data_config["input_size"][1]}')

@@ -190,6 +190,10 @@ def test_weights_that_were_trained_on(run, place):
     for _ in range(2):
         assert bundle.beginning(result) == earlier
         (place / NAME / 'result.json').write_text(json.dumps(result | {'initial': earlier}))
+    assert bundle.beginning(result | {'commands': [*result['commands'], 'python went_on.py']}) == earlier
+    for other in ({'pretrained_path': 'file.pth'}, {'model': f'local-dir:{place}'}):
+        assert bundle.beginning(result | {'args': result['args'] | other}) is None
+    assert bundle.beginning(result | {'args': result['args'] | {'model': f'local-dir:{run}/hub'}}) == result
     assert bundle.beginning(result | {'args': result['args'] | {'pretrained': False}}) is None
     assert bundle.beginning(result | {'model': 'lossattn.tf_efficientnet_lite0'}) is None  # the backbone's
 

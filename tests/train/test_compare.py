@@ -105,7 +105,7 @@ def test_compare_grids(flags, tmp_path, capsys):
     torch.save({name: value + 1e-6 for name, value in stock.state_dict().items()}, tmp_path / 'stock.pt')
     capsys.readouterr()
     assert compare_explanations.main(own) == 2
-    assert 'was begun with another state_sha256' in capsys.readouterr().err
+    assert 'was begun with another weights_sha256' in capsys.readouterr().err
 
 
 def test_one_blank():

@@ -39,14 +39,14 @@ def test_files_that_say_less(tmp_path):
     """One that does not say which weights: tables are made again, nothing is added; what it says has to be the same."""
     file = tmp_path / 'images.jsonl'
     Records(file, ASKED).add([entry(0, 1., 2.)])
-    records = Records(file, ASKED | {'state_sha256': 'abc', 'none': None})
-    assert (len(records.of('image')), records.unknown, records.asked) == (1, ['state_sha256'], ASKED)
+    records = Records(file, ASKED | {'weights_sha256': 'abc', 'none': None})
+    assert (len(records.of('image')), records.unknown, records.asked) == (1, ['weights_sha256'], ASKED)
     before = file.read_text()
-    with pytest.raises(ValueError, match='does not say of which state_sha256'):
+    with pytest.raises(ValueError, match='does not say of which weights_sha256'):
         records.add([entry(1, 1., 2.)])
     assert file.read_text() == before
     with pytest.raises(ValueError, match='begun with another model'):
-        Records(file, {'state_sha256': 'abc'})
+        Records(file, {'weights_sha256': 'abc'})
 
 
 def test_spread_against_spread():

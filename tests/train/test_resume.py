@@ -28,6 +28,18 @@ def test_killed_while_its_first_checkpoint_was_written(command, tmp_path):
     assert len(json.loads((run / 'result.json').read_text())['epochs']) == 2
 
 
+def test_a_run_of_which_the_best_is_left(command, tmp_path, capsys):
+    """Its other checkpoints were deleted: it is not trained anew over what is left."""
+    assert train.main([*command, '--epochs', '1']) == 0
+    run = tmp_path / 'run'
+    for file in (*run.glob('checkpoint-*'), run / 'last.pth.tar'):
+        file.unlink()
+    kept = (run / 'result.json').read_text()
+    assert train.main(command) == 2
+    assert 'holds a run' in capsys.readouterr().err
+    assert (run / 'result.json').read_text() == kept
+
+
 def test_nothing_but_damaged_checkpoints(command, tmp_path, capsys):
     """That is said; nothing is overwritten."""
     run = tmp_path / 'run'
@@ -88,7 +100,7 @@ def test_classes_of_the_splits(folder, tmp_path, capsys):
     first.rename(first.with_name('zz_' + first.name))
     flags = ['--data-dir', str(data), *QUICK, '--output', str(tmp_path), '--experiment', 'run']
     assert train.main(flags) == 2
-    assert f'zz_{first.name}' in capsys.readouterr().err
+    assert "--val-split: has a class 'right' where --train-split has 'left'" in capsys.readouterr().err
 
 
 def test_runs_of_the_same_name(command, tmp_path, capsys):

@@ -104,7 +104,12 @@ def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
     assert torch.equal(*outputs)
 
     # fine-tuned from that folder: the same model again, called by its architecture
-    flags = [*QUICK[2:], '--epochs', '1', '--model', f'local-dir:{tmp_path / "x" / "hub"}', '--pretrained']
+    flags = [*QUICK[4:], '--num-classes', '3', '--epochs', '1', '--pretrained', '--model',
+             f'local-dir:{tmp_path / "x" / "hub"}']
+    folder = shutil.copytree(folder, tmp_path / 'images')
+    for split in ('train', 'val'):
+        (folder / split / 'none').mkdir()
+        shutil.copy(next((folder / split / 'left').iterdir()), folder / split / 'none')
     assert train_script.main(['--data-dir', str(folder), *flags, '--output', str(tmp_path), '--experiment', 'y']) == 0
     assert json.loads((tmp_path / 'y' / 'result.json').read_text())['model'] == 'resnet18_lossattn_conv_nano'
     for model in (load_model(checkpoint=tmp_path / 'y' / 'model_best.pth.tar'),

@@ -44,8 +44,8 @@ def class_labels(model: Any, num_classes: int) -> list[str]:
     """
     cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
     labels = cfg.get('label_names')
-    if isinstance(labels, dict):  # timm takes those too: by index, which JSON has as text
-        labels = [labels.get(k, labels.get(str(k), f'class {k}')) for k in range(num_classes)]
+    if isinstance(labels, dict):
+        labels = by_index(labels, num_classes)
     imagenet = any(key.startswith('in') for key in data_of(cfg.get('tag') or ''))
     if labels is None and cfg.get('num_classes') == num_classes and imagenet:
         subset = infer_imagenet_subset(cfg)
@@ -54,6 +54,11 @@ def class_labels(model: Any, num_classes: int) -> list[str]:
     count = Counter(labels)
     return [label if count[label] == 1 else f'{label} ({k})' for k, label in enumerate(labels)] if (
         len(labels) == num_classes) else numbered(num_classes)
+
+
+def by_index(names: dict[Any, str], num_classes: int) -> list[str]:
+    """Names from a dictionary, which timm takes too; its keys are the classes, in JSON as text."""
+    return [names.get(k, names.get(str(k), f'class {k}')) for k in range(num_classes)]
 
 
 def numbered(num_classes: int) -> list[str]:

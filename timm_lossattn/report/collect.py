@@ -4,7 +4,6 @@ Any number of processes share the shards; each is written whole or not at all, a
 Batches begin anew with every shard, so that a resumed run and several processes compute the same numbers as one
 undisturbed run. At most one shard is in memory.
 """
-import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -22,19 +21,10 @@ from ..explanation.preprocessing import boxes_to_image, boxes_to_input
 from .dataset import Item, ReportImages, split_readable
 from .table import half, make_schema, map_array, merge_shards, read_notes, write_shard
 
-__all__ = ['TABLE', 'Run', 'collect', 'positive_share', 'weights_digest']
+__all__ = ['TABLE', 'Run', 'collect', 'positive_share']
 
 TABLE = 'report.parquet'
 BATCHES = 16  # a shard
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of a model's weights; a resumed run must have the same."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def positive_share(explanation: Explanation, boxes: list[torch.Tensor]) -> list[float | None]:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from ..explanation import Preprocessing, class_labels, input_config
+from ..files import weights_digest
 from ..loading import full_name, load_patch_model
 
 __all__ = ['add_report_command', 'run_report']
@@ -59,7 +60,7 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
         ImportError: the extra is not installed.
     """
     try:
-        from .collect import Run, collect, weights_digest
+        from .collect import Run, collect
         from .dataset import open_images
         from .page import write_page
         from .table import ReportTable

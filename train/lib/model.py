@@ -60,7 +60,10 @@ def model_args(options: TrainOptions) -> dict[str, Any]:
 
 
 def built_as(options: TrainOptions) -> tuple[str, dict[str, Any]]:
-    """Architecture and ``model_args``; of a folder or a repository those of its config, and what differs from them."""
+    """Architecture and ``model_args``; of a folder or a repository those of its config, and what differs from them.
+
+    The numbers of classes and channels, which may be others now, are in neither.
+    """
     source, _, where = options.model.partition(':')
     if not where:
         return options.model, model_args(options)
@@ -68,8 +71,10 @@ def built_as(options: TrainOptions) -> tuple[str, dict[str, Any]]:
         config = json.loads(Path(where, 'config.json').read_text('utf-8'))
         architecture, given = config['architecture'], config.get('model_args')
     else:
-        _, architecture, given = load_model_config_from_hf(where)
-    return architecture, {**(given or {}), **model_args(options)}
+        with hub_access.hub_or_cache():
+            _, architecture, given = load_model_config_from_hf(where)
+    kept = {key: value for key, value in (given or {}).items() if key not in ('num_classes', 'in_chans')}
+    return architecture, kept | model_args(options)
 
 
 def create_model(options: TrainOptions, process: Process) -> Any:

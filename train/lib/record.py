@@ -1,6 +1,5 @@
 """What a run leaves behind besides checkpoints: summary.csv, the hub folder, trackers; and who measured what where."""
 import contextlib
-import hashlib
 import importlib
 import os
 import platform
@@ -24,8 +23,7 @@ from timm_lossattn.files import write_csv
 from .checkpoint import load_checkpoint
 from .options import RunOptions
 
-__all__ = ['command_line', 'environment', 'print_table', 'save_hub_folder', 'state_sha256', 'trackers',
-           'write_summary']
+__all__ = ['command_line', 'environment', 'print_table', 'save_hub_folder', 'trackers', 'write_summary']
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,15 +98,6 @@ def git_commit() -> str | None:
         return git('rev-parse', 'HEAD').strip() + ('+' if git('status', '--porcelain', '-uno').strip() else '')
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def state_sha256(model: torch.nn.Module) -> str:
-    """Of the names and numbers of a model's state dict."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f'{name} {value.dtype} {tuple(value.shape)} '.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def print_table(title: str, values: Mapping[str, Any]) -> None:
