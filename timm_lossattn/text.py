@@ -1,4 +1,6 @@
 """Text that fits into one line: of errors, of titles, and probabilities."""
+import re
+
 __all__ = ['one_line', 'percent', 'shorten']
 
 
@@ -19,4 +21,5 @@ def percent(probability: float) -> str:
 
 def one_line(error: Exception, length: int = 300) -> str:
     """The message of an exception, or else its type, shortened; readers and exporters print whole files."""
-    return shorten(' '.join(str(error).split()) or type(error).__name__, length)
+    text = re.sub(r'\x1b\[[0-9;]*m', '', str(error))  # colours of a terminal
+    return shorten(' '.join(text.split()) or type(error).__name__, length)

@@ -76,6 +76,8 @@ def test_folder_of_images(run, tmp_path, capsys):
     assert written(tmp_path) == ['a.json', 'a.png', 'b.json', 'b.png']
     assert run(folder / 'more') == 2
     assert f'no images in the folder {folder / "more"}' in error_line(capsys)
+    assert run(tmp_path) == 2
+    assert f'{tmp_path}/*/* are those of its folders' in error_line(capsys)
 
 
 def test_photo_for_thumbnails(run, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """cli.py in-process: which model explains, by name, checkpoint or folder, and the list of them."""
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,45 @@ def test_name_of_a_backbone(tmp_path):
     assert main(['explain', str(CAT), '--model', source, '--out', str(tmp_path / 'out')]) == 0
     numbers = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())
     assert (numbers['model'], numbers['architecture']) == (source, 'lossattn.test_resnet')
+
+
+@pytest.mark.parametrize('flags', [{'num_classes': 5, 'model_kwargs': {}, 'mean': None, 'interpolation': ''}, None])
+def test_checkpoint_of_timm(tmp_path, flags):
+    """timm's train.py says arch and flags; of weights alone the classifier says how many classes there are."""
+    torch.manual_seed(0)
+    state = timm.create_model('test_resnet', num_classes=5).state_dict()
+    content = {'epoch': 1, 'arch': 'test_resnet', 'state_dict': state, 'optimizer': {}, 'version': 2}
+    torch.save(content | ({'args': Namespace(**flags)} if flags else {}), tmp_path / 'timm.pth.tar')
+    torch.save(state, tmp_path / 'weights.pth')
+    for name, file in ((None, 'timm.pth.tar'), ('test_resnet', 'weights.pth'), ('lossattn.test_resnet', 'weights.pth')):
+        model = load_model(name, tmp_path / file)
+        assert model.num_classes == 5
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert main(['explain', str(CAT), '--checkpoint', str(tmp_path / 'timm.pth.tar'), '--out', str(tmp_path)]) == 0
+    assert json.loads((tmp_path / f'{CAT.stem}.json').read_text())['labels'][0] == 'class 0'
+
+
+def test_xi(tmp_path, capsys):
+    """ξ in place of that of the weights, and in the numbers; a model without it is told so."""
+    flags = ['explain', str(CAT), '--model', NANO, '--out', str(tmp_path)]
+    zeros = []
+    for more, xi in ((), 0.1), (('--xi', '1'), 1.):
+        assert main([*flags, *more]) == 0
+        numbers = json.loads((tmp_path / f'{CAT.stem}.json').read_text())
+        assert numbers['xi'] == xi
+        zeros.append(sum(weight == 0 for row in numbers['alpha'] for weight in row))
+    assert zeros[0] < zeros[1]
+    capsys.readouterr()
+    assert main([*flags, '--xi', '2']) == 2
+    assert 'xi must lie in [0, 1], got 2.0' in error_line(capsys)
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('timm/resnet18.a1_in1k', 'one of the Hub is hf-hub:timm/resnet18.a1_in1k'),
+    ('lossattn.lossattn.resnet18', 'says lossattn twice')])
+def test_names_that_are_nearly_right(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(name)
 
 
 def test_old_checkpoint(models, tmp_path):

@@ -180,8 +180,9 @@ def test_labels():
     e = explain(model, FILES[0], target='b', against='c', labels=['a', 'b', 'c'])
     assert (e.labels, e.target.tolist(), e.against.tolist(), e.data) == (['a', 'b', 'c'], [1], [2], '')
     assert explain(model, FILES[0]).labels[0] == 'class 0'
-    for wrong in (['a', 'b'], ['a', 'b', 'b'], []):
-        with pytest.raises(ValueError, match=r'^labels must be 3 different names, got \['):
+    assert explain(model, FILES[0], labels={0: 'x', '2': 'z'}).labels == ['x', 'class 1', 'z']
+    for wrong in (['a', 'b'], ['a', 'b', 'b'], [], {'a', 'b', 'c'}, 'abc'):
+        with pytest.raises(ValueError, match=r'^labels must be 3 different names in a list, got '):
             explain(model, FILES[0], labels=wrong)
 
 
@@ -229,3 +230,23 @@ def test_one_image_or_none():
         explain(planted(), torch.zeros(3, 20, 24))
     with pytest.raises(ValueError, match='images must hold at least one image, got an empty list'):
         explain(planted(), [])
+
+
+def test_pixels_are_no_normalised_numbers():
+    """A tensor of bytes would be explained as if 255 were a normalised number."""
+    model = timm.create_model(NANO).eval()
+    with pytest.raises(ValueError, match=r'normalised numbers, got torch\.uint8'):
+        explain(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_the_third_panel_is_in_the_numbers():
+    """why_not: the runner-up, or the class that is asked for."""
+    model = timm.create_model(NANO, pretrained=True).eval()
+    e = explain(model, FILES[0])
+    for one in (e, e.versus('frog' if e.labels[int(e.target)] != 'frog' else 'bird')):
+        numbers, other = one.to_dict()['why_not'], one.why_not()
+        assert numbers['class'] == int(other.against)
+        assert numbers['label'] == one.labels[int(other.against)]
+        assert torch.tensor(numbers['evidence']).flatten().tolist() == pytest.approx(other.evidence[0].tolist())
+    single = explain(timm.create_model(NANO, num_classes=1).eval(), FILES[0])
+    assert single.to_dict()['why_not'] is None

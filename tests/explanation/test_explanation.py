@@ -154,7 +154,8 @@ def test_logits_that_are_not_finite_are_not_drawn(tmp_path):
     x[1, 0, 5, 5] = float('nan')
     explanation = explain(timm.create_model('resnet18_lossattn_conv_nano').eval(), x)
     assert explanation.to_dict(0)['evidence']
-    for answer in (explanation.figure, explanation.to_dict, explanation.to_json):
+    for answer in (explanation.figure, explanation.to_dict, explanation.to_json, explanation.answer,
+                   explanation.heat_map):
         with pytest.raises(ValueError, match='image 1: its logits or contributions are not finite'):
             answer(1)
     with pytest.raises(ValueError, match='image 1'):

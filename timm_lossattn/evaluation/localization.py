@@ -11,14 +11,14 @@ except ImportError:
         "timm_lossattn.evaluation.localization needs scipy: pip install 'timm-lossattn[compare]'") from None
 
 from .constant_boxes import cross_fitted_accuracy, hits_of
-from .per_image import PerImage, dim_zero_cat
+from .metrics import Metric, dim_zero_cat
 
 __all__ = ['THRESHOLDS', 'MaxBoxAccV2']
 
 THRESHOLDS = tuple(round(0.02 * step, 2) for step in range(50))
 
 
-class MaxBoxAccV2(PerImage):
+class MaxBoxAccV2(Metric):
     """Box accuracy of heat maps, mean over IoUs of 0.3, 0.5 and 0.7, at thresholds chosen on other images.
 
     A map is scaled to [0, 1] between its smallest and largest value; for each threshold, every connected region above

@@ -23,6 +23,7 @@ OUTLINE, BOX_COLOR, WRONG = '#0072B2', '#E69F00', '#C04000'
 GREY = '#555555'
 LITTLE = 0.05  # of what speaks against a class: less that speaks for it is not outlined
 MAX_ASPECT = 4.  # of longer images only the part around the model's input is shown
+ENLARGED = 0.25  # pixels of the image for one of the input: with fewer it is said that it was enlarged
 MAX_PIXELS = 1200  # larger images are drawn at a lower resolution
 FINE = 480  # points along the longer side at least, so that a map is smooth over a thumbnail too
 DPI = (140, 200)  # a panel has the photograph's own pixels where that is between these
@@ -198,6 +199,8 @@ def footnotes(explanation: Any, index: int, canvas: Canvas) -> list[tuple[str, s
         knows += ' Outside of the grid: not seen, or no patch.'
     if canvas.part:
         knows += f' Part of an image of {canvas.source.image.width}×{canvas.source.image.height} pixels.'
+    if max(canvas.source.scale) < ENLARGED:
+        knows += f' Enlarged from {canvas.source.image.width}×{canvas.source.image.height} pixels.'
     notes = [(f'Next: {others}.', GREY)] if others else []
     return [*notes, (knows, WRONG if hint else GREY)]
 

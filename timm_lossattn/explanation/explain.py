@@ -14,7 +14,7 @@ from ..prediction import PatchPrediction
 from ..text import shorten
 from .evidence import AGAINST
 from .explanation import Explanation
-from .labels import Classes, class_labels, classes_of, training_data
+from .labels import Classes, by_index, class_labels, classes_of, training_data
 from .preprocessing import Preprocessed, input_config, open_image, preprocess, to_rgb
 
 Source = Union[Preprocessed, Image.Image, np.ndarray, str, Path]
@@ -30,7 +30,7 @@ def explain(
         against: Classes | None = 'rest',
         multi_label: bool = False,
         true_class: Classes | None = None,
-        labels: Sequence[str] | None = None,
+        labels: Sequence[str] | dict[int, str] | None = None,
 ) -> Explanation:
     """Explain a batch of images in one forward pass without gradients.
 
@@ -47,7 +47,8 @@ def explain(
         multi_label: the classes are independent: probabilities are sigmoids, and 'rest' and 'mean' mean nothing.
         true_class: what the images really show, for all or for each, if it is known: wrong predictions are marked, and
             ``why_not`` is asked about it. Not where classes are independent: of these several may be right.
-        labels: names of the K classes, all different; by default those of the model's weights.
+        labels: names of the K classes, all different, in their order or by index; by default those of the model's
+            weights.
 
     Raises:
         TypeError: the model is no patch model and has no forward_features and forward_head.
@@ -71,15 +72,19 @@ def explain(
     if x.dim() != 4 or not len(x):
         raise ValueError(f'images must be a batch (B, C, H, W) with B > 0, got a tensor of shape {tuple(x.shape)}'
                          + ('; for one image add the batch dimension: x.unsqueeze(0).' if x.dim() == 3 else '.'))
+    if not x.is_floating_point():
+        raise ValueError(f'images must be a tensor of normalised numbers, got {x.dtype}; pixels from 0 to 255 go in as '
+                         'PIL images or NumPy arrays.')
     parameter = next(model.parameters())
     output = model.forward_patches(x.to(device=parameter.device, dtype=parameter.dtype))
     prediction = PatchPrediction(*(t.float().cpu() for t in output))
     B, K = prediction.logits.shape
 
     logits = prediction.logits
-    names = class_labels(model, K) if labels is None else list(labels)
-    if len(names) != K or len(set(names)) != K:
-        raise ValueError(f'labels must be {K} different names, got {shorten(str(names), 100)}.')
+    names = class_labels(model, K) if labels is None else (
+        by_index(labels, K) if isinstance(labels, dict) else list(labels))
+    if len(names) != K or len(set(names)) != K or isinstance(labels, (str, set, frozenset)):
+        raise ValueError(f'labels must be {K} different names in a list, got {shorten(str(labels), 100)}.')
     chosen = logits.argmax(dim=1) if target is None else classes_of('target', target, B, names)
     independent = K == 1 or multi_label
     if independent and true_class is not None:

@@ -22,6 +22,7 @@ from .drawing import PANELS, draw_explanation
 from .evidence import AGAINST, Against, direction, evidence_along, leave_one_out
 from .geometry import interpolate, patches_to_pixels, spread_over_neighbours, square_box
 from .labels import Classes, classes_of, known_classes
+from .numbers import numbers_of
 from .preprocessing import Preprocessed
 
 if TYPE_CHECKING:
@@ -191,7 +192,12 @@ class Explanation:
         return torch.zeros_like(chosen).scatter(1, order, chosen)
 
     def answer(self, index: int = 0) -> str:
-        """The evidence of one image in a line: "cat over dog: +1.23; 31 of 49 patches for it"."""
+        """The evidence of one image in a line: "cat over dog: +1.23; 31 of 49 patches for it".
+
+        Raises:
+            ValueError: the logits of this image are not finite.
+        """
+        self._require_finite(index)
         evidence, label = self.evidence[index], self.labels[int(self.target[index])]
         if self.against is None:
             question = f'{label}, its logit'
@@ -235,8 +241,9 @@ class Explanation:
             (H, W) float32 of the image as it was given, 0 where there is no patch (outside of the crop, say).
 
         Raises:
-            ValueError: values are not one for each patch.
+            ValueError: values are not one for each patch, or the logits of this image are not finite.
         """
+        self._require_finite(index)
         values = self.evidence[index] if values is None else torch.as_tensor(values, device='cpu').detach()
         if values.shape != self.patch_boxes.shape[:1]:
             raise ValueError(f'values must have the shape ({len(self.patch_boxes)},), got {tuple(values.shape)}.')
@@ -291,42 +298,7 @@ class Explanation:
             ValueError: the logits of this image are not finite.
         """
         self._require_finite(index)
-        source, labels, prediction = self.source(index), self.labels, self.prediction
-        target = int(self.target[index])
-        top = self.probabilities[index].topk(min(5, len(labels)))
-        rivals = (-self.direction[index]).topk(min(5, len(labels)))
-        contributions = prediction.contributions[index].view(*self.grid, -1)
-        if all_classes:
-            shares: Any = contributions.tolist()
-        else:
-            shares = {'target': contributions[..., target].tolist()}
-            if isinstance(self.against, torch.Tensor):
-                shares['against'] = contributions[..., int(self.against[index])].tolist()
-        return {
-            'image_size': list(source.image.size),
-            'input_size': list(self.input_size[::-1]),
-            'labels': labels,
-            'data': self.data,
-            'logits': prediction.logits[index].tolist(),
-            'top5': [
-                {'class': k, 'label': labels[k], 'probability': p, 'logit': float(prediction.logits[index, k])}
-                for p, k in zip(*(t.tolist() for t in top))],
-            'target': {'class': target, 'label': labels[target]},
-            'against': self.against if self.against is None or isinstance(self.against, str) else {
-                'class': int(self.against[index]), 'label': labels[int(self.against[index])]},
-            'true_class': None if self.true_class is None else {
-                'class': int(self.true_class[index]), 'label': labels[int(self.true_class[index])]},
-            'rivals': [
-                {'class': k, 'label': labels[k], 'weight': w}
-                for w, k in zip(*(t.tolist() for t in rivals)) if w > 0],
-            'evidence': self.evidence[index].view(self.grid).tolist(),
-            'patch_grid': list(self.grid),
-            'alpha': prediction.alpha[index].view(self.grid).tolist(),
-            'contributions': shares,
-            'selected': self.selected[index].view(self.grid).tolist(),
-            'patch_boxes': source.to_image(self.patch_boxes).view(*self.grid, 4).tolist(),
-            'box': source.to_image(self.boxes[index]).tolist(),
-        }
+        return numbers_of(self, index, all_classes)
 
     def to_json(self, index: int = 0, all_classes: bool = False, **notes: Any) -> str:
         """``to_dict`` as JSON, after whatever notes are given (a file name, say)."""

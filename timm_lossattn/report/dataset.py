@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageNetInfo, create_dataset, infer_imagenet_subset
 from torch.utils.data import Dataset, IterableDataset
 
 from ..explanation import Preprocessed, Preprocessing
+from ..explanation.labels import numbered
 from ..explanation.preprocessing import to_rgb
 from ..hub_access import hub_or_cache
 from ..text import one_line
@@ -129,7 +130,7 @@ class ReportImages(Dataset):
             image, target, found = self.read(index)
             source = self.preprocessing(image)
         except Exception as error:  # broken files raise whatever their readers raise
-            return Item(index, file, None, None, (0, 0), (1., 1.), (0., 0.), None, one_line(error))
+            return Item(index, file, None, None, (0, 0), (1., 1.), (0., 0.), None, reason(error))
         boxes = None
         if self.boxed:
             rows = found if self.boxes is None else self.boxes.get(Path(file or '').as_posix(), [])
@@ -143,6 +144,11 @@ class ReportImages(Dataset):
             for name in self.images.reader.filenames():
                 digest.update(b'\0' + name.encode(errors='surrogateescape'))
         return digest.hexdigest()
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be read; without the address in memory that Pillow's message ends with."""
+    return 'no image that Pillow can read' if isinstance(error, UnidentifiedImageError) else one_line(error)
 
 
 def split_readable(batch: list[Item]) -> tuple[list[Item], torch.Tensor | None, list[Item]]:
@@ -210,7 +216,7 @@ def match_classes(names: Sequence[str], labels: Sequence[str], synsets: Sequence
             return [places[plain(name)] for name in names], ''
     if len(names) == len(labels):
         different = next((a, b) for a, b in zip(names, labels) if plain(a) != plain(b))
-        unnamed = all(label == f'class {k}' for k, label in enumerate(labels))
+        unnamed = list(labels) == numbered(len(labels))
         note = '' if unnamed else (
             f"Names of classes differ and were matched by their order: {different[0]!r} is the model's "
             f'{different[1]!r}.')
@@ -304,7 +310,7 @@ def open_images(
     classes, note, shown = None, '', list(labels)
     if labelled and names:
         classes, note = match_classes(names, labels, imagenet_synsets(model))
-        if len(names) == len(labels) and all(label == f'class {k}' for k, label in enumerate(labels)):
+        if len(names) == len(labels) and list(labels) == numbered(len(labels)):
             shown = names
     if not remote:
         root = str(images.reader.root)

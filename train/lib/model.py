@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_lossattn import freeze_backbone, hub_access
 from timm_lossattn.loading import (
-    backbone_name,
     check_name,
+    classes_in,
     list_patch_models,
     load_model,
     load_patch_model,
@@ -99,7 +99,8 @@ def create_model(options: TrainOptions, process: Process) -> Any:
             pretrained_cfg_overlay={
                 'file': options.pretrained_path,
                 'num_classes': classes_in(  # timm leaves out another number
-                    options.pretrained_path, dict(options.model_kwargs).get('backbone', options.model)),
+                    read_checkpoint(options.pretrained_path)[0],
+                    dict(options.model_kwargs).get('backbone', options.model)),
             } if options.pretrained_path else None,
             num_classes=options.num_classes,
             in_chans=in_chans,
@@ -123,18 +124,6 @@ def create_model(options: TrainOptions, process: Process) -> Any:
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
     return convert_sync_batchnorm(model) if options.sync_bn and process.distributed else model
-
-
-def classes_in(file: str, name: str) -> int:
-    """Number of classes of a file with weights of a model, or of the backbone of lossattn.NAME; -1 without classifier.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    state, cfg = read_checkpoint(file)[0], timm.get_pretrained_cfg(backbone_name(name).split('.')[0])
-    classifier = (cfg.classifier if cfg is not None else None) or ()
-    weights = [state.get(f'{layer}.weight') for layer in ([classifier] if isinstance(classifier, str) else classifier)]
-    return next((len(weight) for weight in weights if weight is not None), -1)
 
 
 def load_backbone(model: nn.Module, source: str) -> None:
