@@ -129,6 +129,13 @@ def test_progressive_sizes():
         assert set(sizes) <= {4, 8}
         means.append(sum(sizes) / 12)
     assert means[0] < means[1]
+    stages = loader(sizes=[4, 8, 16], progressive_epochs=8, spread=0., random_mix=0.)
+    found = []
+    for epoch in range(8):
+        stages.set_epoch(epoch)
+        size, = {x.shape[-1] for x, _ in stages}  # one in each epoch
+        found.append(size)
+    assert found == [4, 4, 8, 8, 8, 8, 16, 16]
 
 
 def test_blank_cells():

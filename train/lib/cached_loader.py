@@ -71,13 +71,15 @@ class CachedLoader:
         is_training: shuffle, and drop the last batch if it is not full.
         sizes: training resolutions to draw each batch's from.
         progressive_epochs: move through ``sizes`` over so many epochs (timm's ScheduledBatchSampler).
+        spread, random_mix: of that schedule, as timm's.
         mixup: timm's Mixup, applied to the batches.
     """
 
     def __init__(
             self, images: torch.Tensor, targets: torch.Tensor, batch_size: int, augment: BatchAugment, seed: int = 0,
             rank: int = 0, world_size: int = 1, is_training: bool = True, sizes: list[int] | None = None,
-            progressive_epochs: int | None = None, mixup: Mixup | None = None) -> None:
+            progressive_epochs: int | None = None, spread: float = 0.65, random_mix: float = 0.1,
+            mixup: Mixup | None = None) -> None:
         self.images, self.targets, self.augment, self.mixup = images, targets, augment, mixup
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.is_training = is_training
@@ -86,6 +88,7 @@ class CachedLoader:
         self.schedule = ScheduledBatchSampler(
             SequentialSampler(range(len(self) * batch_size)), batch_sizes=[batch_size] * len(self.sizes), seed=seed,
             choice_schedule='progressive' if progressive_epochs else 'constant', schedule_epochs=progressive_epochs,
+            schedule_spread=spread, schedule_random_mix=random_mix,
         ) if self.sizes else None
 
     @property

@@ -175,6 +175,7 @@ def create_train_loader(
         return CachedLoader(
             images, targets, options.batch_size, augment, seed=options.seed, rank=process.rank,
             world_size=process.world_size, sizes=options.train_img_sizes, progressive_epochs=schedule_epochs,
+            spread=options.train_size_schedule_spread, random_mix=options.train_size_random_mix,
             mixup=Mixup(**mixing) if options.mixed else None)
     loader: Any = create_loader(
         dataset, batch_size=options.batch_size, is_training=True, no_aug=options.no_aug, re_prob=options.reprob,
@@ -185,6 +186,8 @@ def create_train_loader(
         persistent_workers=False,  # or a resumed epoch would draw other augmentations
         input_size_choices=options.train_img_sizes, batch_choice_seed=options.seed,
         batch_choice_schedule=options.train_size_schedule, batch_schedule_epochs=schedule_epochs,
+        batch_schedule_spread=options.train_size_schedule_spread,
+        batch_schedule_random_mix=options.train_size_random_mix,
         **common(options, process, config))
     if options.crop_padding is not None and not options.no_aug:
         dataset.transform = padded_crop(options, config)
