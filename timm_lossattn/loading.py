@@ -107,6 +107,11 @@ def timm_config(content: Mapping[str, Any]) -> dict[str, Any]:
     flags = vars(content['args']) if isinstance(content.get('args'), argparse.Namespace) else {}
     given = {key: flags[key] for key in ('num_classes', 'in_chans') if flags.get(key)}
     data_config = {key: flags[key] for key in PREPROCESSING if flags.get(key)}
+    if flags.get('img_size') and 'input_size' not in data_config:
+        data_config['input_size'] = (flags.get('in_chans') or 3, flags['img_size'], flags['img_size'])
+    cfg = timm.get_pretrained_cfg(content['arch'])
+    if cfg is not None and cfg.fixed_input_size and 'input_size' in data_config:  # position embeddings
+        given['img_size'] = data_config['input_size'][-2:]
     return model_config(content['arch'], given | (flags.get('model_kwargs') or {}), None, data_config)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from cli_run import CAPS, CAT, NANO, error_line, random_model, written
 from timm_lossattn import load_model
 from timm_lossattn.cli import main
-from timm_lossattn.explanation.preprocessing import open_image, preprocess
+from timm_lossattn.explanation.preprocessing import input_config, open_image, preprocess
 from timm_lossattn.loading import MODEL_CONFIG, list_patch_models, model_config
 
 
@@ -69,6 +69,16 @@ def test_checkpoint_of_timm(tmp_path, flags):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert main(['explain', str(CAT), '--checkpoint', str(tmp_path / 'timm.pth.tar'), '--out', str(tmp_path)]) == 0
     assert json.loads((tmp_path / f'{CAT.stem}.json').read_text())['labels'][0] == 'class 0'
+
+
+def test_size_of_a_checkpoint_of_timm(tmp_path):
+    """--img-size of timm's train.py: what images are brought to, and for a ViT how many positions it has."""
+    for name, size in (('test_vit', 96), ('test_resnet', 64)):
+        changed = {'img_size': size} if name == 'test_vit' else {}
+        model = timm.create_model(name, num_classes=3, **changed)
+        flags = Namespace(num_classes=3, img_size=size, input_size=None, in_chans=None, model_kwargs={})
+        torch.save({'arch': name, 'state_dict': model.state_dict(), 'args': flags}, tmp_path / 'x.pth.tar')
+        assert input_config(load_model(checkpoint=tmp_path / 'x.pth.tar'))['input_size'] == (3, size, size)
 
 
 def test_xi(tmp_path, capsys):
