@@ -23,7 +23,7 @@ from .explanation.labels import find_class
 from .export import FORMATS, OUTPUTS, check_target, export_model
 from .files import unique_stems
 from .loading import full_name, list_patch_models, load_patch_model
-from .report.command import add_report_command, add_xi, given_xi
+from .report.command import add_report_command, add_xi
 from .script_runner import run_script
 from .text import percent, shorten
 
@@ -75,7 +75,7 @@ def class_slug(k: int, labels: Sequence[str]) -> str:
 def run_explain(args: argparse.Namespace, console: Console) -> int:
     """One PNG and one JSON for each image; unreadable images are reported and skipped. Returns the exit code."""
     model = load_patch_model(
-        args.model or (None if args.checkpoint else DEFAULT_MODEL), args.checkpoint, args.device, **given_xi(args))
+        args.model or (None if args.checkpoint else DEFAULT_MODEL), args.checkpoint, args.device, args.xi)
     labels = class_labels(model, model.num_classes)
     target, against = (None if value is None else find_class(flag, value, labels)
                        for flag, value in (('--target', args.target), ('--against', args.against)))
@@ -113,7 +113,8 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
                 explanation = explanation.versus(against)
             explanation.save(out, [stem], [f'{path.name} · {title}'], args.all_classes,
                              args.panels.split(','), args.stacked, image=str(path), model=model_name,
-                             architecture=architecture, checkpoint=args.checkpoint, xi=model.patch_weights.xi,
+                             architecture=architecture, checkpoint=args.checkpoint,
+                             xi=model.patch_weights.xi if model.patch_weights.informative else None,
                              version=version('timm-lossattn'))
         except ValueError as error:
             print_error(console, error)
@@ -147,7 +148,7 @@ def true_class(label: str, file: Path, labels: Sequence[str]) -> int:
 def run_export(args: argparse.Namespace, console: Console) -> int:
     """One file, and what differs between it and the model. Returns 0."""
     check_target(Path(args.out), args.format, args.opset)
-    model = load_patch_model(args.model, args.checkpoint, 'cpu', **given_xi(args))
+    model = load_patch_model(args.model, args.checkpoint, 'cpu', args.xi)
     report = export_model(model, args.out, args.format, args.img_size, args.opset, args.dynamic_size)
     opset = '' if report.opset is None else f', opset {report.opset}'
     size = ', '.join(map(str, report.input_size))

@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 MODEL_CONFIG = 'model_config'
+TIMM_FLAGS = {  # of timm's train.py -> arguments of the model
+    'num_classes': 'num_classes', 'in_chans': 'in_chans', 'gp': 'global_pool', 'bn_eps': 'bn_eps'}
 MODULES = ('resnet_lossattn', 'vgg_lossattn', 'googlenet_lossattn')
 SOURCES = ('hf-hub', 'hf_hub', 'local-dir')
 
@@ -57,8 +59,8 @@ def check_name(name: str) -> None:
         raise ValueError(f'model: {name!r} says lossattn twice.')
     if not timm.is_model(backbone):
         if '/' in name:
-            raise ValueError(f'model: timm has no model {name!r}; one of the Hub is hf-hub:{name}, one of a folder '
-                             f'local-dir:{name}.')
+            raise ValueError(f'model: timm has no model {name!r}; models of the Hub are hf-hub:ORG/NAME, those of a '
+                             'folder local-dir:FOLDER.')
         known = [*list_patch_models(), *timm.list_models()]
         close = get_close_matches(backbone.split('.')[0], known, n=1)
         prefix = name.removesuffix(backbone)
@@ -89,7 +91,7 @@ def read_checkpoint(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
     if Path(file).suffix != '.safetensors' and not is_pickle(Path(file)):
         raise ValueError(f'checkpoint: {file} is no file of PyTorch (.pth, .pt, .tar, .bin) or safetensors.')
     try:
-        # timm's train.py stores its flags as a Namespace; nothing reads it
+        # timm's train.py stores its flags as a Namespace, which timm_config reads
         with torch.serialization.safe_globals([argparse.Namespace]):
             if Path(file).suffix != '.safetensors':
                 content = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -105,22 +107,29 @@ def timm_config(content: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(content.get('arch'), str) or not timm.is_model(content['arch']):
         return {}
     flags = vars(content['args']) if isinstance(content.get('args'), argparse.Namespace) else {}
-    given = {key: flags[key] for key in ('num_classes', 'in_chans') if flags.get(key)}
+    model_kwargs = flags.get('model_kwargs') or {}
+    given = {argument: flags[flag] for flag, argument in TIMM_FLAGS.items() if flags.get(flag)}
     data_config = {key: flags[key] for key in PREPROCESSING if flags.get(key)}
     if flags.get('img_size') and 'input_size' not in data_config:
         data_config['input_size'] = (flags.get('in_chans') or 3, flags['img_size'], flags['img_size'])
-    cfg = timm.get_pretrained_cfg(content['arch'])
-    if cfg is not None and cfg.fixed_input_size and 'input_size' in data_config:  # position embeddings
-        given['img_size'] = data_config['input_size'][-2:]
-    return model_config(content['arch'], given | (flags.get('model_kwargs') or {}), None, data_config)
+    cfg = default_cfg(model_kwargs.get('backbone', content['arch']))
+    if cfg is not None and cfg.fixed_input_size:  # the script makes its model without its size of images
+        given['img_size'] = tuple(cfg.input_size[-2:])
+    return model_config(content['arch'], given | model_kwargs, None, data_config)
+
+
+def default_cfg(name: str) -> Any:
+    """What timm knows of a model, of lossattn.NAME of its backbone, without its tag; None if it knows nothing."""
+    return timm.get_pretrained_cfg(backbone_name(name).split('.')[0])
 
 
 def classes_in(state: Mapping[str, torch.Tensor], name: str) -> int:
     """Number of classes of a model's state dict, of lossattn.NAME of that of its backbone; -1 without a classifier."""
-    cfg = timm.get_pretrained_cfg(backbone_name(name).split('.')[0])
+    cfg = default_cfg(name)
     classifier = (cfg.classifier if cfg is not None else None) or ()
     weights = [state.get(f'{layer}.weight') for layer in ([classifier] if isinstance(classifier, str) else classifier)]
-    return next((len(weight) for weight in weights if weight is not None), -1)
+    return next((len(weight) for weight in weights  # linear, or a convolution of 1×1
+                 if weight is not None and (weight.dim() == 2 or weight.shape[2:] == (1, 1))), -1)
 
 
 def is_pickle(file: Path) -> bool:
@@ -172,7 +181,7 @@ def load_model(
     state, config = (None, {}) if checkpoint is None else read_checkpoint(checkpoint)
     if name is None and not config:
         raise ValueError('model: no name is given, and ' + (
-            'no checkpoint.' if checkpoint is None else f'{checkpoint} does not say which model it is of.'))
+            'no checkpoint.' if checkpoint is None else f'{checkpoint} does not say of which of timm\'s models it is.'))
     name = name or config['architecture']
     check_name(name)
     published = name.partition(':')[0] in SOURCES
@@ -207,8 +216,12 @@ def load_model(
 
 def load_patch_model(
         name: str | None = None, checkpoint: str | Path | None = None, device: str | torch.device = 'cpu',
-        **kwargs: Any) -> Any:
+        xi: float | None = None, **kwargs: Any) -> Any:
     """``load_model``; a stock timm model gets patches of equal weight, see ``patch_model``.
+
+    Args:
+        name, checkpoint, device, kwargs: see ``load_model``.
+        xi: ξ in place of that of the weights; refused where patches are not weighed by what they say.
 
     Raises:
         ValueError: what ``load_model`` raises, or the logits are no sum over patches, which is said before weights are
@@ -219,11 +232,18 @@ def load_patch_model(
             refuse_early(name, kwargs)  # lossattn does so itself
     except NoPatchSum as error:
         raise ValueError(f'model: {name}: {error}') from error
+    if xi is not None:
+        if name and timm.is_model(name) and name.split('.')[0] not in ('lossattn', *list_patch_models()):
+            raise ValueError(f'xi: {name} has no loss attention; lossattn.{name} has.')
+        kwargs['xi'] = xi
     model = load_model(name, checkpoint, device, **kwargs)
     try:
-        return patch_model(model)
+        model = patch_model(model)
     except (TypeError, ValueError) as error:
         raise ValueError(f'model: {name or checkpoint}: {error}') from error
+    if xi is not None and not model.patch_weights.informative:
+        raise ValueError(f'xi: the patches of {name or checkpoint} are {model.patch_weights.description}.')
+    return model
 
 
 def check_has_weights(name: str) -> None:

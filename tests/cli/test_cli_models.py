@@ -72,13 +72,30 @@ def test_checkpoint_of_timm(tmp_path, flags):
 
 
 def test_size_of_a_checkpoint_of_timm(tmp_path):
-    """--img-size of timm's train.py: what images are brought to, and for a ViT how many positions it has."""
-    for name, size in (('test_vit', 96), ('test_resnet', 64)):
-        changed = {'img_size': size} if name == 'test_vit' else {}
+    """--img-size of timm's train.py is what images are brought to; its model is made without it."""
+    for name, size, changed in (('test_resnet', 64, {}), ('test_vit', 96, {}), ('test_vit3', 96, {'img_size': 96})):
         model = timm.create_model(name, num_classes=3, **changed)
-        flags = Namespace(num_classes=3, img_size=size, input_size=None, in_chans=None, model_kwargs={})
+        flags = Namespace(num_classes=3, img_size=size, input_size=None, in_chans=None, model_kwargs=changed)
         torch.save({'arch': name, 'state_dict': model.state_dict(), 'args': flags}, tmp_path / 'x.pth.tar')
         assert input_config(load_model(checkpoint=tmp_path / 'x.pth.tar'))['input_size'] == (3, size, size)
+
+
+def test_pooling_of_a_checkpoint_of_timm(tmp_path):
+    """--gp and --bn-eps have no parameters of their own: weights fit whatever they are."""
+    model = timm.create_model('test_efficientnet', num_classes=3, global_pool='max')
+    flags = Namespace(num_classes=3, gp='max', bn_eps=1e-2, model_kwargs={})
+    torch.save({'arch': 'test_efficientnet', 'state_dict': model.state_dict(), 'args': flags}, tmp_path / 'x.pth.tar')
+    loaded = load_model(checkpoint=tmp_path / 'x.pth.tar')
+    assert loaded.global_pool.pool_type == 'max'
+    assert {module.eps for module in loaded.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {1e-2}
+
+
+def test_weights_alone_of_routing(tmp_path):
+    """Its classifier has a matrix for each position: no number of classes."""
+    model = timm.create_model('resnet18_routing_caps', width_mult=0.125)
+    save_file(model.state_dict(), tmp_path / 'x.safetensors')
+    loaded = load_model('resnet18_routing_caps', tmp_path / 'x.safetensors', width_mult=0.125)
+    assert torch.equal(loaded.head.fc.weight, model.head.fc.weight)
 
 
 def test_xi(tmp_path, capsys):
@@ -94,10 +111,17 @@ def test_xi(tmp_path, capsys):
     capsys.readouterr()
     assert main([*flags, '--xi', '2']) == 2
     assert 'xi must lie in [0, 1], got 2.0' in error_line(capsys)
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), tmp_path / 'stock.pth')
+    stock = ['explain', str(CAT), '--model', 'test_resnet', '--checkpoint', str(tmp_path / 'stock.pth'), '--out',
+             str(tmp_path)]
+    assert main([*stock, '--xi', '1']) == 2
+    assert 'xi: test_resnet has no loss attention; lossattn.test_resnet has' in error_line(capsys)
+    assert main(stock) == 0
+    assert json.loads((tmp_path / f'{CAT.stem}.json').read_text())['xi'] is None
 
 
 @pytest.mark.parametrize(('name', 'message'), [
-    ('timm/resnet18.a1_in1k', 'one of the Hub is hf-hub:timm/resnet18.a1_in1k'),
+    ('timm/resnet18.a1_in1k', 'models of the Hub are hf-hub:ORG/NAME'),
     ('lossattn.lossattn.resnet18', 'says lossattn twice')])
 def test_names_that_are_nearly_right(name, message):
     with pytest.raises(ValueError, match=message):

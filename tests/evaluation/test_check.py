@@ -150,7 +150,7 @@ def test_command(capsys):
     assert main(['check', 'lossattn.test_resnet']) == 0
     out = ' '.join(capsys.readouterr().out.split())
     assert 'A: the head is affine' in out
-    assert 'receptive field' in out
+    assert 'of its weights: --pretrained' in ' '.join(out.split())
     assert main(['check', 'test_vit']) == 1
     assert 'class token decides' in ' '.join(capsys.readouterr().out.split())
     assert main(['check', 'test_vit', '--global-pool', 'avg']) == 0

@@ -181,8 +181,8 @@ def test_labels():
     assert (e.labels, e.target.tolist(), e.against.tolist(), e.data) == (['a', 'b', 'c'], [1], [2], '')
     assert explain(model, FILES[0]).labels[0] == 'class 0'
     assert explain(model, FILES[0], labels={0: 'x', '2': 'z'}).labels == ['x', 'class 1', 'z']
-    for wrong in (['a', 'b'], ['a', 'b', 'b'], [], {'a', 'b', 'c'}, 'abc'):
-        with pytest.raises(ValueError, match=r'^labels must be 3 different names in a list, got '):
+    for wrong in (['a', 'b'], ['a', 'b', 'b'], [], {'a', 'b', 'c'}, 'abc', {'a': 0, 'b': 1}, {1: 'a', 3: 'c'}):
+        with pytest.raises(ValueError, match=r'^labels must be 3 different names in a list, or by index, got '):
             explain(model, FILES[0], labels=wrong)
 
 
@@ -250,3 +250,4 @@ def test_the_third_panel_is_in_the_numbers():
         assert torch.tensor(numbers['evidence']).flatten().tolist() == pytest.approx(other.evidence[0].tolist())
     single = explain(timm.create_model(NANO, num_classes=1).eval(), FILES[0])
     assert single.to_dict()['why_not'] is None
+    assert explain(model, FILES[0], multi_label=True).to_dict()['why_not'] is None  # nothing is compared

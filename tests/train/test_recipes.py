@@ -6,7 +6,7 @@ import yaml
 
 import timm_lossattn  # noqa: F401  (registers the models)
 from lib import build, command
-from lib.data import padded_crop
+from lib.data import create_train_loader, open_dataset, padded_crop
 from lib.model import create_model
 from lib.process import Process
 
@@ -121,3 +121,16 @@ def test_patch_loss_needs_patches():
     options = command.parse_args(['--model', 'test_resnet', '--num-classes', '3', '--patch-loss', '--device', 'cpu'])
     with pytest.raises(ValueError, match='--patch-loss: test_resnet has no patches'):
         build.create_task(options, create_model(options, Process()), 10, Process().device)
+
+
+@pytest.mark.parametrize('cached', [True, False])
+def test_sizes_one_after_the_other(cached, folder):
+    """Recipe cpu: timm's schedule without a spread, whoever loads the images."""
+    options = command.parse_args(['--recipe', 'cpu', '--data-dir', str(folder), '--batch-size', '8', '--device', 'cpu',
+                                  *(() if cached else ('--no-cache-dataset',))])
+    dataset = open_dataset(options, 'train', 2, True)
+    config = {'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bilinear',
+              'crop_pct': 1., 'crop_mode': 'center'}
+    loader = create_train_loader(options, Process(), dataset, config, 2)
+    schedule = loader.schedule if cached else loader.batch_sampler
+    assert (schedule.schedule_spread, schedule.schedule_random_mix, schedule.schedule_epochs) == (0., 0., 30)

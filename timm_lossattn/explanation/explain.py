@@ -83,8 +83,10 @@ def explain(
     logits = prediction.logits
     names = class_labels(model, K) if labels is None else (
         by_index(labels, K) if isinstance(labels, dict) else list(labels))
-    if len(names) != K or len(set(names)) != K or isinstance(labels, (str, set, frozenset)):
-        raise ValueError(f'labels must be {K} different names in a list, got {shorten(str(labels), 100)}.')
+    strange = isinstance(labels, (str, set, frozenset)) or (
+        isinstance(labels, dict) and not {str(k) for k in labels} <= {str(k) for k in range(K)})
+    if len(names) != K or len(set(names)) != K or strange:
+        raise ValueError(f'labels must be {K} different names in a list, or by index, got {shorten(str(labels), 100)}.')
     chosen = logits.argmax(dim=1) if target is None else classes_of('target', target, B, names)
     independent = K == 1 or multi_label
     if independent and true_class is not None:

@@ -17,7 +17,8 @@ def numbers_of(explanation: Explanation, index: int, all_classes: bool) -> dict[
     target = int(explanation.target[index])
     top = explanation.probabilities[index].topk(min(5, len(labels)))
     rivals = (-explanation.direction[index]).topk(min(5, len(labels)))
-    other: Any = explanation.why_not() if len(labels) > 1 else None  # against one class
+    compared = len(labels) > 1 and explanation.against is not None
+    other: Any = explanation.why_not() if compared else None  # against one class
     contributions = prediction.contributions[index].view(*explanation.grid, -1)
     if all_classes:
         shares: Any = contributions.tolist()

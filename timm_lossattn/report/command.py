@@ -16,7 +16,7 @@ from ..explanation import Preprocessing, class_labels, input_config
 from ..files import weights_digest
 from ..loading import full_name, load_patch_model
 
-__all__ = ['add_report_command', 'add_xi', 'given_xi', 'run_report']
+__all__ = ['add_report_command', 'add_xi', 'run_report']
 
 
 def positive(value: str) -> int:
@@ -27,14 +27,9 @@ def positive(value: str) -> int:
 
 
 def add_xi(command: argparse.ArgumentParser) -> None:
-    """The flag of ``given_xi``."""
+    """--xi, for ``load_patch_model``."""
     command.add_argument('--xi', type=float, metavar='X', help='ξ of loss attention in [0, 1]: the share of the mean '
                          "from which on a patch has a weight (default: the weights')")
-
-
-def given_xi(args: argparse.Namespace) -> dict[str, float]:
-    """The argument of a model, if it is given."""
-    return {} if args.xi is None else {'xi': args.xi}
 
 
 def add_report_command(commands: Any) -> None:
@@ -82,7 +77,7 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     local_rank, rank, world_size = (int(os.environ.get(name, default)) for name, default in (
         ('LOCAL_RANK', 0), ('RANK', 0), ('WORLD_SIZE', 1)))
     device = f'cuda:{local_rank}' if args.device == 'cuda' and world_size > 1 else args.device
-    model = load_patch_model(args.model, args.checkpoint, device, **given_xi(args))
+    model = load_patch_model(args.model, args.checkpoint, device, args.xi)
     name = args.model or full_name(model)
     if model.num_classes < 2:
         raise ValueError(f'model: {name} must have two classes or more, got {model.num_classes}.')

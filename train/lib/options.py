@@ -153,8 +153,8 @@ class AugmentOptions:
     cutmix: float = flag(0.)
     train_img_sizes: list[int] | None = flag(None, 'scheduled-resolution training', metavar='N')
     train_size_schedule: str = flag('constant', choices=('constant', 'progressive'))
-    train_size_schedule_spread: float = flag(0.65, 'of a progressive schedule, in steps from size to size; 0: one size '
-                                                   'after the other')
+    train_size_schedule_spread: float = flag(0.65, 'of a progressive schedule, in steps from size to size; 0, with '
+                                                   '--train-size-random-mix 0: one after the other')
     train_size_random_mix: float = flag(0.1, 'share of batches of a progressive schedule whose size is any of them')
 
     @property
