@@ -19,7 +19,7 @@ from timm_lossattn.explanation.drawing import (
     view_window,
 )
 from timm_lossattn.explanation.preprocessing import preprocess
-from timm_lossattn.text import percent, shorten
+from timm_lossattn.text import one_line, percent, shorten
 
 
 def test_outline():
@@ -90,6 +90,19 @@ def test_text_of_the_picture(size, against, panels, stacked):
     for n, (text, box) in enumerate(boxes):
         for other, other_box in boxes[n + 1:]:
             assert not box.overlaps(other_box), (text, other)
+
+
+@pytest.mark.parametrize(('size', 'said'), [((7, 7), True), ((8, 8), False), ((7, 40), True)])
+def test_enlarged(size, said):
+    """It is said of an image whose shorter side has less than a quarter of the input's pixels."""
+    texts = [text for text, _ in texts_of(explain(random_model(NANO), [Image.new('RGB', size)]).figure())]
+    assert (f'Enlarged from {size[0]}×{size[1]} pixels.' in ' '.join(texts)) is said
+
+
+def test_one_line():
+    """Errors of other libraries in a line, without a terminal's colours, and never empty."""
+    assert one_line(ValueError('a\x1b[1m b\n\x1b[0mc')) == 'a b c'
+    assert one_line(KeyError()) == 'KeyError'
 
 
 def test_right_or_wrong():
