@@ -200,6 +200,7 @@ def test_weights_that_were_trained_on(run, place):
 
 @pytest.mark.parametrize(('name', 'example'), [
     (NAME, 'tests/data/cifar10_test_00013_horse.png'),
+    (f'{NANO}.cifar100', 'tests/data/photo_rocket.jpg'),
     ('lossattn.tf_efficientnet_lite0.pbc', 'tests/data/pbc_test_eosinophil_EO_170787.jpg')])
 def test_examples_are_current(name, example, tmp_path):
     """The card's picture is what is drawn today: same size, hardly another pixel."""
