@@ -138,7 +138,6 @@ def test_a_model_that_says_little(tmp_path):
     needs('onnx')
     torch.manual_seed(0)
     model = timm.create_model('lossattn.test_efficientnet', num_classes=3).eval()
-    model.pretrained_cfg = model.default_cfg = None
-    del model.in_chans
+    del model.pretrained_cfg, model.default_cfg, model.in_chans
     report = export_model(model, tmp_path / 'model.onnx', 'onnx', img_size=64)
     assert report.input_size == (3, 64, 64)

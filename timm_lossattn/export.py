@@ -126,7 +126,7 @@ def export_model(
         other, wanted_other = other_sizes(module, batches[0])
         batches, expected = [*batches, *other], [*expected, *wanted_other]
     metadata = {
-        'architecture': (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'),
+        'architecture': getattr(model, 'pretrained_cfg', {}).get('architecture'),
         'labels': class_labels(model, model.num_classes), **config, 'input_size': input_size,
         'dynamic_size': dynamic_size, 'patch_grid': model.patch_grid(height, width),
         'patch_boxes': model.patch_boxes(height, width).tolist(),

@@ -1,18 +1,13 @@
 """The numbers of an explanation as plain data: the JSON beside each picture, whose fields docs/explain.md has."""
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from .explanation import Explanation
 
 __all__ = ['numbers_of']
 
 
-def numbers_of(explanation: Explanation, index: int, all_classes: bool) -> dict[str, Any]:
-    """See ``Explanation.to_dict``."""
+def numbers_of(explanation: Any, index: int, all_classes: bool) -> dict[str, Any]:
+    """See ``Explanation.to_dict``, which imports this file."""
     source, labels, prediction = explanation.source(index), explanation.labels, explanation.prediction
     target = int(explanation.target[index])
     top = explanation.probabilities[index].topk(min(5, len(labels)))
