@@ -109,6 +109,8 @@ def timm_config(content: Mapping[str, Any]) -> dict[str, Any]:
     flags = vars(content['args']) if isinstance(content.get('args'), argparse.Namespace) else {}
     model_kwargs = flags.get('model_kwargs') or {}
     given = {argument: flags[flag] for flag, argument in TIMM_FLAGS.items() if flags.get(flag)}
+    if flags.get('input_size'):  # wins in the script, where --in-chans is not given
+        given.setdefault('in_chans', flags['input_size'][0])
     data_config = {key: flags[key] for key in PREPROCESSING if flags.get(key)}
     if flags.get('img_size') and 'input_size' not in data_config:
         data_config['input_size'] = (flags.get('in_chans') or 3, flags['img_size'], flags['img_size'])
@@ -236,7 +238,12 @@ def load_patch_model(
         if name and timm.is_model(name) and name.split('.')[0] not in ('lossattn', *list_patch_models()):
             raise ValueError(f'xi: {name} has no loss attention; lossattn.{name} has.')
         kwargs['xi'] = xi
-    model = load_model(name, checkpoint, device, **kwargs)
+    try:
+        model = load_model(name, checkpoint, device, **kwargs)
+    except ValueError as error:
+        if xi is not None and "argument 'xi'" in str(error):  # of a checkpoint or a folder that says its model itself
+            raise ValueError(f'xi: {checkpoint or name} has no loss attention; lossattn.NAME has.') from error
+        raise
     try:
         model = patch_model(model)
     except (TypeError, ValueError) as error:

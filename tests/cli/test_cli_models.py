@@ -82,11 +82,11 @@ def test_size_of_a_checkpoint_of_timm(tmp_path):
 
 def test_pooling_of_a_checkpoint_of_timm(tmp_path):
     """--gp and --bn-eps have no parameters of their own: weights fit whatever they are."""
-    model = timm.create_model('test_efficientnet', num_classes=3, global_pool='max')
-    flags = Namespace(num_classes=3, gp='max', bn_eps=1e-2, model_kwargs={})
+    model = timm.create_model('test_efficientnet', num_classes=3, global_pool='max', in_chans=1)
+    flags = Namespace(num_classes=3, gp='max', bn_eps=1e-2, model_kwargs={}, in_chans=None, input_size=[1, 28, 28])
     torch.save({'arch': 'test_efficientnet', 'state_dict': model.state_dict(), 'args': flags}, tmp_path / 'x.pth.tar')
     loaded = load_model(checkpoint=tmp_path / 'x.pth.tar')
-    assert loaded.global_pool.pool_type == 'max'
+    assert (loaded.global_pool.pool_type, loaded.in_chans) == ('max', 1)
     assert {module.eps for module in loaded.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {1e-2}
 
 
@@ -116,6 +116,9 @@ def test_xi(tmp_path, capsys):
              str(tmp_path)]
     assert main([*stock, '--xi', '1']) == 2
     assert 'xi: test_resnet has no loss attention; lossattn.test_resnet has' in error_line(capsys)
+    torch.save({'arch': 'test_resnet', 'state_dict': torch.load(tmp_path / 'stock.pth')}, tmp_path / 'timm.pth.tar')
+    assert main(['explain', str(CAT), '--checkpoint', str(tmp_path / 'timm.pth.tar'), '--xi', '1']) == 2
+    assert 'has no loss attention; lossattn.NAME has' in error_line(capsys)
     assert main(stock) == 0
     assert json.loads((tmp_path / f'{CAT.stem}.json').read_text())['xi'] is None
 

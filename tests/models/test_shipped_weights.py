@@ -20,7 +20,8 @@ def test_nano_models_have_weights():
     assert set(names) <= set(SHIPPED)
 
 
-@pytest.mark.parametrize('name', SHIPPED)
+@pytest.mark.parametrize('name', sorted({*SHIPPED, *(f'{name}.{tag}' for name in SHIPPED for tag in LABEL_COLUMNS
+                                                    if timm.models.is_model_pretrained(f'{name}.{tag}'))}))
 def test_pretrained_offline_and_adapted(name, monkeypatch):
     """Shipped weights load without the network, with other channels and classes, and as features."""
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')

@@ -89,7 +89,8 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     height, width = config['input_size'][1:]
     notes = {
         'model': name, 'checkpoint': args.checkpoint, 'pool': type(model.patch_weights).__name__,
-        'xi': model.patch_weights.xi, 'grid': list(model.patch_grid(height, width)), 'input_size': [width, height],
+        'xi': model.patch_weights.xi if model.patch_weights.informative else None,
+        'grid': list(model.patch_grid(height, width)), 'input_size': [width, height],
         'patch_boxes': model.patch_boxes(height, width).tolist(), 'labels': labels, 'note': note,
         'dataset': args.dataset, 'split': images.split, 'labelled': images.labelled, 'boxed': images.boxed,
         'command': f'timm-lossattn {shlex.join(sys.argv[1:])}', 'version': version('timm-lossattn'),
