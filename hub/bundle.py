@@ -144,21 +144,25 @@ def beginning(result: dict[str, Any]) -> dict[str, Any] | None:
 
     None where there is none. A run that is bundled again, or went on since, has what it had.
     """
-    if result['args'].get('initial_checkpoint'):
-        found: dict[str, Any] = json.loads((Path(result['args']['initial_checkpoint']).parent / RESULT).read_text())
-        return found
-    source, _, folder = result['args']['model'].partition(':')
-    if source == 'local-dir' and Path(folder).parent.joinpath(RESULT).is_file():
-        found = json.loads(Path(folder).parent.joinpath(RESULT).read_text())
-        return found
-    architecture = result['model'].split('.')[0]
-    cfg = timm.get_pretrained_cfg(result['model'])
-    record = WEIGHTS / f'{architecture}.{cfg.tag if cfg else ""}' / RESULT
     args = result['args']
-    if folder or not args.get('pretrained') or args.get('pretrained_path') or not record.is_file():
+    source, _, where = args['model'].partition(':')
+    if args.get('initial_checkpoint'):
+        return read_result(Path(args['initial_checkpoint']).parent)
+    if where:
+        run = Path(where).parent
+        return read_result(run) if source == 'local-dir' and (run / RESULT).is_file() else None
+    cfg = timm.get_pretrained_cfg(result['model'])
+    weights = WEIGHTS / f'{result["model"].split(".")[0]}.{cfg.tag if cfg else ""}'
+    if not args.get('pretrained') or args.get('pretrained_path') or not (weights / RESULT).is_file():
         return None
-    found = json.loads(record.read_text())
+    found = read_result(weights)
     return found.get('initial') if found['commands'] == result['commands'][:len(found['commands'])] else found
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """result.json of a folder."""
+    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    return result
 
 
 def place(options: Options, content: bytes) -> Path:
@@ -190,7 +194,7 @@ def bundle(options: Options) -> dict[str, Any]:
     """
     folder = WEIGHTS / options.name
     try:
-        result: dict[str, Any] = json.loads((options.run / RESULT).read_text())
+        result = read_result(options.run)
         model = model_of_run(options, result)
         initial = beginning(result)
         if initial is not None:

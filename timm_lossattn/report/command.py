@@ -1,6 +1,5 @@
 """``timm-lossattn report``: its flags, and the way from a data set to a table and a page."""
 import argparse
-import hashlib
 import os
 import shlex
 import sys
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from ..explanation import Preprocessing, class_labels, input_config
-from ..files import weights_digest
+from ..files import sha256_of, weights_digest
 from ..loading import full_name, load_patch_model
 
 __all__ = ['add_report_command', 'add_xi', 'run_report']
@@ -97,7 +96,7 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
         'settings': {
             'dataset': args.dataset, 'images': len(images), 'content': images.fingerprint(), 'split': args.split,
             'columns': [args.input_key, args.target_key], 'labelled': images.labelled, 'labels': labels,
-            'boxes': hashlib.sha256(Path(args.boxes).read_bytes()).hexdigest() if args.boxes else None,
+            'boxes': sha256_of(args.boxes) if args.boxes else None,
             'model': name, 'weights': weights_digest(model), 'pool': repr(model.patch_weights),
             'xi': model.patch_weights.xi, 'input_size': [width, height], 'batch_size': args.batch_size}}
     try:
