@@ -4,28 +4,39 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ['replace_file', 'sha256_of', 'unique_stems', 'weights_digest', 'write_csv', 'write_json']
+__all__ = ['replace_file', 'replacing', 'sha256_of', 'unique_stems', 'weights_digest', 'write_csv', 'write_json']
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside it, this process's own, that takes its place at the end of the block.
+
+    A kill leaves the old file or the new one, an error in the block the old one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
-    """Write to a temporary file beside it, then rename: a kill leaves the old file or the new one.
+    """Write a file as a whole, see ``replacing``.
 
     Raises:
         OSError: the folder does not exist, or cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any, indent: int = 2) -> None:

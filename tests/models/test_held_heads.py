@@ -244,6 +244,17 @@ def test_prefix_tokens(prefix):
             loss_attention(token)
 
 
+def test_grid_that_nobody_says():
+    """A model whose maps cannot be made without numbers takes the image all the same."""
+    class Silent(Tokens):
+        def forward_intermediates(self, x, **kwargs):
+            return [self.stem(x) * x.sum().item()]
+    new = loss_attention(Silent(0, 'avg', linear(C, K)).eval())
+    assert new.forward_patches(torch.randn(1, 3, 8, 12)).alpha.shape == (1, 6)
+    with pytest.raises(ValueError, match='does not say how its 6 tokens lie'):
+        new.patch_grid(8, 12)
+
+
 def test_zero_head_is_no_proof():
     """Weights that are zero before training hide what a head does; the probe has weights of its own."""
     model = Tiny(Max(), linear(C, K)).eval()
@@ -258,6 +269,54 @@ def test_forward_that_is_something_else():
             return 2 * super().forward(x)
     with pytest.raises(ValueError, match='forward is not'):
         loss_attention(Scaled(Mean(), linear(C, K)))
+
+
+class Masked(Tiny):
+    """Its head takes a mask of positions, as those of timm for images of any size, before pre_logits."""
+
+    def forward_head(self, x, mask=None, pre_logits: bool = False):
+        x = x.mean(dim=(2, 3)) if mask is None else (x * mask).sum(dim=(2, 3)) / mask.sum(dim=(2, 3))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x, mask=None):
+        return self.forward_head(self.forward_features(x), mask=mask)
+
+
+def test_head_with_a_mask():
+    """Without one the model is as any other; with one, positions would count that are none."""
+    model = Masked(linear(C, K)).eval()
+    new, mean = loss_attention(model), loss_attention(model, 'avg')
+    x, mask = torch.randn(2, 3, 8, 8), torch.eye(2).expand(2, 1, 2, 2)
+    out = new.forward_patches(x)
+    assert torch.equal(new(x), out.logits)
+    assert torch.equal(mean(x), model(x))
+    assert torch.equal(mean(x, mask), model(x, mask))
+    features = new.forward_features(x)
+    pooled = new.forward_head(features, pre_logits=True)
+    assert torch.equal(pooled, new.forward_head(features, None, True))
+    torch.testing.assert_close(new.head(pooled), out.logits)
+    for use in (lambda: new(x, mask), lambda: new.forward_head(features, mask)):
+        with pytest.raises(ValueError, match='mask must be None'):
+            use()
+    with pytest.raises(TypeError, match='got a dict'):
+        new.forward_patches({'patches': x, 'mask': mask})
+
+
+def test_forward_that_always_hands_on_a_mask():
+    class Always(Masked):
+        def forward(self, x):
+            return self.forward_head(self.forward_features(x), x.new_ones(1, 1, 1, 1))
+    with pytest.raises(ValueError, match='something else beside the features'):
+        loss_attention(Always(linear(C, K)).eval())
+
+
+@pytest.mark.filterwarnings('ignore:var.* degrees of freedom:UserWarning')  # of no numbers
+@pytest.mark.parametrize('name', ['linear', 'layer norm', 'two layer norms', 'hardswish', 'batch norm'])
+def test_empty_batch(name):
+    new = loss_attention(model_of(name))
+    x = torch.zeros(0, 3, 8, 8, dtype=torch.float64)
+    assert new(x).shape == (0, K)
+    assert [tuple(value.shape) for value in new.forward_patches(x)] == [(0, K), (0, 4, K), (0, 4), (0, 4, K)]
 
 
 @pytest.mark.parametrize('name', ['linear', 'layer norm', 'hardswish', 'batch norm'])

@@ -162,6 +162,52 @@ def test_setting_changed_by_hand():
             use()
 
 
+@pytest.mark.parametrize('use', ['forward', 'forward_patches', 'patch_grid'])
+def test_refused_once_changed_by_hand(use):
+    """Whichever is asked first; and taken back as soon as the model is what it was."""
+    model = timm.create_model('lossattn.test_vit', num_classes=5, global_pool='avg').eval()
+    x = torch.randn(2, 3, 160, 160)
+    before = model(x)
+    model.global_pool = 'token'
+    uses = {'forward': lambda: model(x), 'forward_patches': lambda: model.forward_patches(x),
+            'patch_grid': lambda: model.patch_grid(160, 160)}
+    for call in (uses[use], *uses.values()):
+        with pytest.raises(ValueError, match='class token'):
+            call()
+    assert 'class token' in model.patch_refusal
+    model.global_pool = 'avg'
+    assert torch.equal(model(x), before)
+    assert model.patch_kind == 'B'
+    assert (model.patch_grid(160, 160), model.patch_refusal) == ((10, 10), '')
+
+
+def test_average_of_a_model_changed_by_hand():
+    """α = 1/M: plain logits are the stock model's own, whatever decides them."""
+    stock = timm.create_model('test_vit', num_classes=5, global_pool='avg').eval()
+    model, x = loss_attention(stock, 'avg'), torch.randn(2, 3, 160, 160)
+    model.global_pool = stock.global_pool = 'token'
+    assert torch.equal(model(x), stock(x))
+
+
+def test_checkpointing_is_no_change(monkeypatch):
+    model = timm.create_model('lossattn.test_vit', num_classes=5, global_pool='avg').eval()
+    monkeypatch.setattr('timm_lossattn.models.any_timm.analyse', None)
+    model.set_grad_checkpointing()
+    assert model(torch.randn(1, 3, 160, 160)).shape == (1, 5)
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_resnet'])
+def test_patches_need_a_classifier(name):
+    """How the features lie is not known before there is one."""
+    model = timm.create_model(f'lossattn.{name}', num_classes=0)
+    for use in (model.patch_grid, model.patch_boxes):
+        with pytest.raises(ValueError, match='patch_grid needs a classifier'):
+            use(160, 160)
+    model.reset_classifier(5, 'avg')
+    rows, cols = model.patch_grid(160, 160)
+    assert len(model.patch_boxes(160, 160)) == rows * cols
+
+
 def test_tensor_beside_the_buffers():
     """A plain tensor in the head keeps its number while the head is probed."""
     class Scaled(nn.Linear):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.copies import without_graph
 from .faithfulness import rank_correlation
 
 __all__ = ['cascading_randomization', 'learned_modules']
@@ -43,7 +44,7 @@ def cascading_randomization(
     Returns:
         For each layer its name, and Spearman's ρ (B,) once it and all after it have begun anew.
     """
-    changed = copy.deepcopy(model)
+    changed = copy.deepcopy(model, without_graph(model))
     before = explain(changed, images).detach()
     result = []
     with torch.random.fork_rng():

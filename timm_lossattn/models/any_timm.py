@@ -4,13 +4,11 @@ Loss attention has no parameters of its own: it reuses the classifier. ``forward
 stock model carry it: a patch's own logits p_m are the head on the features of that patch alone, and the image logits
 are the head on Σ_m α_m h_m.
 """
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, lru_cache, wraps
-from types import FunctionType, MethodType
+from inspect import signature
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.fx
@@ -19,15 +17,24 @@ from torch import nn
 
 from ..attention.weights import PatchWeights, create_weights, list_weights, weighted_sum
 from ..prediction import PatchPrediction, upcast
+from .copies import own_modules, renamed, shallow_copy
 from .held import Record, Replay, frozen_batch_norms
-from .probe import PatchAccess, analyse, feature_grid, join_patches, split_patches, without_graph
+from .probe import (
+    PatchAccess,
+    access_to,
+    analyse,
+    feature_grid,
+    is_given,
+    join_patches,
+    settings,
+    split_patches,
+    structure,
+)
 
 __all__ = ['LossAttentionMixin', 'loss_attention']
 
 Base: Any = nn.Module if TYPE_CHECKING else object
 RESTRUCTURING = ('reset_classifier', 'set_input_size', 'prune_intermediate_layers')
-# what is known of a stock model, with the modules and their settings that it had then
-_known: 'WeakKeyDictionary[nn.Module, tuple[list[ref], dict[str, Any], PatchAccess]]' = WeakKeyDictionary()
 
 
 @torch.fx.wrap  # reason: dtype dependent control flow
@@ -54,9 +61,10 @@ class LossAttentionMixin(Base):
         patch_kind: A: the head is affine, a patch contributes α_m p_m; B: it normalises the pooled vector, whose 1/σ is
             held; C: it has activations, whose gates are held, the whole image's. Exact in each case. '' without
             classifier.
-        patch_layout: of the features: NCHW, NHWC or NLC.
+        patch_layout: of the features: NCHW, NHWC or NLC; '' if the model never had a classifier.
         patch_prefix: tokens before those of the patches, which the head does not read.
-        patch_refusal: why the logits are no sum over patches since ``reset_classifier`` and the like; raised when used.
+        patch_refusal: why the logits are no sum over patches since ``reset_classifier`` and the like, or since a change
+            by hand; raised when used.
     """
     if TYPE_CHECKING:  # TorchScript would read annotations of the class
         forward_features: Any
@@ -82,12 +90,17 @@ class LossAttentionMixin(Base):
         """Features to image logits (B, K), or with pre_logits to what the classifier reads.
 
         Without classifier they are the stock model's, the plain mean.
+
+        Raises:
+            ValueError: the logits are no sum over patches any more.
         """
         if self.num_classes > 0 and self.patches_differ:
+            if not torch.jit.is_scripting():
+                self._notice_settings()
             if self.patch_refusal:
                 raise ValueError(self.patch_refusal)
             x = self.pooled_features(x)
-        return self.stock_forward_head(x, pre_logits) if pre_logits else self.stock_forward_head(x)
+        return self.stock_forward_head(x, pre_logits=pre_logits) if pre_logits else self.stock_forward_head(x)
 
     def pooled_features(self, x: torch.Tensor) -> torch.Tensor:
         """Features to those of one patch that holds Σ_m α_m h_m."""
@@ -117,14 +130,12 @@ class LossAttentionMixin(Base):
         The logits are those of ``forward``; the contributions sum to them to rounding.
 
         Raises:
+            TypeError: x is no tensor.
             ValueError: the model has no classifier (num_classes=0), or now one whose logits are no sum over patches.
         """
-        if self.num_classes == 0:
-            raise ValueError('forward_patches needs a classifier, but the model has num_classes=0.')
-        if not torch.compiler.is_compiling() and structure(self) != self._structure_then:
-            self._set_patch_access(analyse(stock_view(self)))  # changed by hand: it may be of another kind
-        if self.patch_refusal:
-            raise ValueError(self.patch_refusal)
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f'x must be a tensor (B, in_chans, H, W), got a {type(x).__name__}.')
+        self._check_patches('forward_patches')
         features = self.forward_features(x)
         h = split_patches(features, self.patch_layout, self.patch_prefix)
         own = None
@@ -147,7 +158,8 @@ class LossAttentionMixin(Base):
         """``logits_of_patches``, and what the head's normalisation does to each patch."""
         x = join_patches(h.flatten(0, 1), self.patch_layout, self.patch_prefix)
         with Record(x) as own:
-            return self.stock_forward_head(x).reshape(h.shape[0], h.shape[1], -1), own
+            p = self.stock_forward_head(x)
+        return p.reshape(h.shape[0], h.shape[1], p.shape[-1]), own
 
     @torch.jit.ignore
     @torch.compiler.disable  # the modes are Python; torch.export runs them
@@ -163,7 +175,7 @@ class LossAttentionMixin(Base):
         if record.affine:
             return logits, p
         if own is not None and own.scale is not None and record.scale is not None:
-            zero = self.stock_forward_head(torch.zeros_like(features[:1]))
+            zero = self.stock_forward_head(features.new_zeros(1, *features.shape[1:]))
             ratio = record.scale.unsqueeze(1) / own.scale.view(p.shape[0], p.shape[1])
             return logits, torch.lerp(upcast(zero), upcast(p), ratio.to(upcast(p).dtype).unsqueeze(-1))
         x = join_patches(h.flatten(0, 1), self.patch_layout, self.patch_prefix)
@@ -175,14 +187,48 @@ class LossAttentionMixin(Base):
         """(H', W') of the patch grid for an input of height × width pixels: the positions of the features.
 
         Raises:
-            ValueError: the model does not take this size, or does not say how its tokens lie.
+            ValueError: as ``forward_patches``; or the model does not take this size, or does not say how its tokens
+                lie.
         """
+        self._check_patches('patch_grid')
         return feature_grid(stock_view(self), self.patch_access, height, width)
 
     @torch.jit.ignore
     def patch_boxes(self, height: int, width: int) -> torch.Tensor:
-        """Nominal pixels of each patch, (M, 4) as x0, y0, x1, y1 (exclusive): the input in equal parts."""
+        """Nominal pixels of each patch, (M, 4) as x0, y0, x1, y1 (exclusive): the input in equal parts.
+
+        Raises:
+            ValueError: as ``patch_grid``.
+        """
         return equal_boxes(*self.patch_grid(height, width), height, width).clone()
+
+    @torch.jit.ignore
+    def _check_patches(self, use: str) -> None:
+        """Raise ValueError if there are no patches; a model that was changed by hand is looked at anew."""
+        if self.num_classes == 0:
+            raise ValueError(f'{use} needs a classifier, but the model has num_classes=0.')
+        if not torch.compiler.is_compiling() and structure(self) != self._structure_then:
+            self._look_anew()
+        if self.patch_refusal:
+            raise ValueError(self.patch_refusal)
+
+    @torch.jit.ignore
+    def _notice_settings(self) -> None:
+        """Look anew if the model's own settings were changed by hand, as ``global_pool``.
+
+        To go through all modules, as ``forward_patches`` does, takes 1 to 2 ms: too long for each forward.
+        """
+        if not torch.compiler.is_compiling() and settings(self) != self._structure_then.get('', (None, None))[1]:
+            self._look_anew()
+
+    @torch.jit.ignore
+    def _look_anew(self) -> None:
+        """Find out what the model is now: how its patches are got at, or why there are none, said when it is used."""
+        try:
+            self._set_patch_access(analyse(stock_view(self)))
+        except ValueError as error:  # timm's models may be without pooling for a while
+            self.patch_kind, self.patch_refusal = '', str(error)
+            self._structure_then = structure(self)
 
     @torch.jit.ignore
     def _set_patch_access(self, access: PatchAccess) -> None:
@@ -195,12 +241,6 @@ class LossAttentionMixin(Base):
         """For copy and pickle: the class is made of the stock model's, not looked up by name."""
         reduced = super().__reduce_ex__(protocol)
         return (empty_model, (self.stock_class,), *reduced[2:])
-
-
-def own_modules(model: nn.Module) -> None:
-    """Give a model modules of its own, of the same parameters and buffers, before it is restructured."""
-    shared = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
-    model._modules = copy.deepcopy(model._modules, without_graph(model) | shared)
 
 
 def restructuring(method: Callable) -> Callable:
@@ -219,19 +259,29 @@ def restructuring(method: Callable) -> Callable:
         if cfg and method.__name__ == 'reset_classifier':  # the new classes have no names yet, nor those of the tag
             self.pretrained_cfg = self.default_cfg = {**cfg, 'label_names': ()}
         if self.num_classes > 0 and not nested:
-            try:
-                self._set_patch_access(analyse(stock_view(self)))
-            except ValueError as error:  # timm's models may be without pooling for a while; said when it is used
-                self.patch_kind, self.patch_refusal = '', str(error)
+            self._look_anew()
         return result
     return changed
 
 
-def renamed(function: Any, name: str) -> Any:
-    """The same function under another name, which TorchScript reads from the function."""
-    copied = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
-    copied.__kwdefaults__, copied.__annotations__ = function.__kwdefaults__, function.__annotations__
-    return copied
+def head_with_options(stock_forward_head: Callable) -> Callable:
+    """forward_head for a stock class whose own takes more than features and pre_logits, as a mask of tokens.
+
+    The stock forward may hand it on as None, what it is for whole images. A function of fixed arguments, as that of the
+    mixin, is what TorchScript needs of all others.
+    """
+    names = list(signature(stock_forward_head).parameters)[1:]
+
+    def forward_head(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.num_classes == 0 or not self.patches_differ:
+            return self.stock_forward_head(*args, **kwargs)
+        options = {**dict(zip(names, args)), **kwargs}
+        x, pre_logits = options.pop(names[0]), options.pop('pre_logits', False)
+        given = [name for name, value in options.items() if is_given(value)]
+        if given:
+            raise ValueError(f'{given[0]} must be None: loss attention weighs all positions of images (B, C, H, W).')
+        return LossAttentionMixin.forward_head(self, x, pre_logits)
+    return forward_head
 
 
 @cache
@@ -246,6 +296,8 @@ def loss_attention_class(stock: Any) -> Any:
         # TorchScript knows no super()
         'stock_forward_head': renamed(stock.forward_head, 'stock_forward_head'),
     }
+    if list(signature(stock.forward_head).parameters)[1:] not in (['x'], ['x', 'pre_logits']):
+        namespace['forward_head'] = head_with_options(stock.forward_head)
     for name in RESTRUCTURING:
         if hasattr(stock, name):
             namespace[name] = restructuring(getattr(stock, name))
@@ -258,59 +310,12 @@ def empty_model(stock: Any) -> Any:
     return object.__new__(cls)
 
 
-def shallow_copy(model: nn.Module, new: Any) -> Any:
-    """Fill a new module with the attributes, modules, parameters and buffers of another.
-
-    What is bound to the other one, as ``freeze_backbone`` does with ``train``, is bound to the new one instead;
-    ``nn.Module.compile`` is to be called anew.
-    """
-    new.__dict__.update({key: rebound(value, model, new) for key, value in model.__dict__.items()
-                         if key != '_compiled_call_impl'})
-    return new
-
-
-def rebound(value: Any, model: nn.Module, new: nn.Module) -> Any:
-    """An attribute's value for a copy: a copy of a container, a method of the model or an object that holds it anew."""
-    if isinstance(value, (dict, list, set)):
-        return copy.copy(value)
-    if isinstance(value, MethodType) and value.__self__ is model:
-        return MethodType(value.__func__, new)
-    holding = [] if isinstance(value, (FunctionType, nn.Module)) else [
-        name for name, held in getattr(value, '__dict__', {}).items() if held is model]
-    if holding:
-        value = copy.copy(value)
-        value.__dict__.update(dict.fromkeys(holding, new))
-    return value
-
-
 def stock_view(model: Any) -> Any:
     """The stock model that a loss-attention model was made of, with the same modules."""
     stock = type(model).stock_class
     view = shallow_copy(model, object.__new__(stock))
     del view._modules['patch_weights']
     return view
-
-
-def structure(model: nn.Module) -> dict[str, Any]:
-    """Names and classes of all modules, with their settings: what a model is, but for its tensors and the mode."""
-    def plain(value: Any) -> bool:
-        return value is None or isinstance(value, (str, int, float)) or (
-            isinstance(value, tuple) and all(map(plain, value)))
-
-    return {f'{name}: {type(module).__qualname__}': {
-        key: value for key, value in vars(module).items() if key != 'training' and plain(value)}
-        for name, module in model.named_modules()}
-
-
-def access_to(model: Any) -> PatchAccess:
-    """``analyse``, once for a model as long as its modules and their settings stay the same."""
-    modules, now = list(model.modules()), structure(model)
-    known = _known.get(model)
-    if known is not None and known[1] == now and all(then() is module for then, module in zip(known[0], modules)):
-        return known[2]
-    access = analyse(model)
-    _known[model] = [ref(module) for module in modules], now, access
-    return access
 
 
 def loss_attention(model: Any, pool: str = 'lossattn', xi: float = 0.1) -> Any:
@@ -354,7 +359,7 @@ def loss_attention(model: Any, pool: str = 'lossattn', xi: float = 0.1) -> Any:
     if own:  # what it calls, and with which model, cannot be known
         raise ValueError(f'model has a {own[0]} of its own, set on this object; loss attention goes by that of its '
                          f'class: `del model.{own[0]}` first.')
-    access = access_to(model) if classes > 0 else PatchAccess('', 'NCHW', 0, 0, False)
+    access = access_to(model) if classes > 0 else PatchAccess('', '', 0, 0, False)
     weights = plain_weights(pool, access.channels, xi)
     new = shallow_copy(model, empty_model(type(model)))
     new.patch_weights = weights.train(model.training)

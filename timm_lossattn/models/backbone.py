@@ -103,6 +103,10 @@ class StagedBackbone(nn.Module):
                 intermediates.append(x)
         return x, intermediates
 
+    def reaches_end(self, indices: Optional[Union[int, list[int]]]) -> bool:
+        """Whether the last stage is among those asked for."""
+        return feature_take_indices(len(self.stages), indices)[1] == len(self.stages) - 1
+
     def prune_intermediate_layers(self, indices: Union[int, list[int]] = 1) -> list[int]:
         """Drop the stages after the last one asked for; returns the indices kept."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)

@@ -4,16 +4,13 @@ from typing import Any, Optional, Union
 
 import torch
 from timm.layers import get_device_dtype
-
-# Private, but every timm model imports it: the one definition of how `indices` selects feature levels.
-from timm.models._features import feature_take_indices
 from torch import nn
 
 from ..attention import PatchHead
 from ..prediction import PatchPrediction
 from .backbone import init_convolutions
+from .copies import shape_twin
 from .patch_layers import ConvPatchLayers, NoPatchLayers
-from .probe import shape_twin
 
 __all__ = ['BACKBONE_STRIDES', 'PatchClassifier']
 
@@ -168,7 +165,7 @@ class PatchClassifier(nn.Module):
         Args:
             num_classes: new K; 0 removes the classifier.
             global_pool: new head, '' for no pooling; None keeps the present one (a classifier that comes back after
-                '' gets the head that was there before).
+                '' gets the kind of head that was there before, learned attention new).
 
         Raises:
             ValueError: this kind of patch features has no such global_pool.
@@ -210,12 +207,9 @@ class PatchClassifier(nn.Module):
         x, intermediates = self.backbone.forward_intermediates(x, indices, stop_early=stop_early)
         if intermediates_only:
             return intermediates
-        if not stop_early or self._reaches_end(indices):
+        if not stop_early or self.backbone.reaches_end(indices):
             x = self.patch_layers(x)
         return x, intermediates
-
-    def _reaches_end(self, indices: Optional[Union[int, list[int]]]) -> bool:
-        return feature_take_indices(len(self.feature_info), indices)[1] == len(self.feature_info) - 1
 
     def prune_intermediate_layers(
             self,
@@ -230,7 +224,7 @@ class PatchClassifier(nn.Module):
             prune_norm: drop the patch layers, if there are any, and with them the head, even if the last stage is kept.
             prune_head: drop the head.
         """
-        prune_end = not self._reaches_end(indices)
+        prune_end = not self.backbone.reaches_end(indices)
         prune_norm = prune_norm and not isinstance(self.patch_layers, NoPatchLayers)
         take_indices = self.backbone.prune_intermediate_layers(indices)
         self.feature_info = self.feature_info[:take_indices[-1] + 1]

@@ -4,27 +4,32 @@ Found by running it, never by its name: shapes on the meta device, where nothing
 random features, with random weights in place of the model's own, which may be zero before training. The model
 itself, its mode and the random state are not touched, and it may lie on the meta device itself.
 """
-import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import timm
 import torch
 from timm.data import resolve_input_data_config
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.prune import BasePruningMethod
 
 from ..text import one_line
+from .copies import shape_twin
 from .held import Record, Replay
 
-__all__ = ['NoPatchSum', 'PatchAccess', 'analyse', 'feature_grid', 'input_size', 'join_patches', 'split_patches']
+__all__ = [
+    'NoPatchSum', 'PatchAccess', 'access_to', 'analyse', 'feature_grid', 'input_size', 'is_given', 'join_patches',
+    'settings', 'split_patches', 'structure',
+]
 
 ROWS, COLS = 2, 3  # of the probe's features
 TOLERANCE = 1e-9  # of the logits' scale, in float64
 PERIOD = 1_000_003  # a prime
+NO_SETTINGS = ('training', 'grad_checkpointing')  # neither changes what a model in eval mode computes
 
 
 class NoPatchSum(ValueError):
@@ -62,6 +67,10 @@ class PatchAccess:
     grids: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
 
+# what is known of a stock model, with the modules and their settings that it had then
+_known: 'WeakKeyDictionary[nn.Module, tuple[list[ref], dict[str, Any], PatchAccess]]' = WeakKeyDictionary()
+
+
 def split_patches(x: torch.Tensor, layout: str, prefix: int) -> torch.Tensor:
     """Features to those of the patches (B, M, C)."""
     if layout == 'NCHW':
@@ -78,42 +87,6 @@ def join_patches(h: torch.Tensor, layout: str, prefix: int) -> torch.Tensor:
     if layout == 'NHWC':
         return h.unsqueeze(1).unsqueeze(1)
     return F.pad(h.unsqueeze(1), (0, 0, prefix, 0))
-
-
-def without_graph(model: nn.Module) -> dict[int, Any]:
-    """For ``copy.deepcopy``, which refuses tensors of a graph: what takes the place of those that modules keep.
-
-    Caches of them, as timm's attention biases, are empty in the copy, and computed anew; others are detached.
-    """
-    def in_graph(value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and value.grad_fn is not None
-
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if in_graph(value):
-                memo[id(value)] = value.detach()
-            elif isinstance(value, dict) and name != '_buffers' and any(map(in_graph, value.values())):
-                memo[id(value)] = {}
-    return memo
-
-
-def shape_twin(model: nn.Module) -> Any:
-    """The model in eval mode on the meta device; modules are copied, weights are not."""
-    memo = without_graph(model)
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device='meta'), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device='meta')
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):  # the user's expect numbers
-            for key, hook in list(hooks.items()):
-                made_by_torch = type(hook).__module__.startswith('torch.nn.utils.')
-                if not made_by_torch and not isinstance(hook, BasePruningMethod):
-                    del hooks[key]
-        module.training = False  # not by eval(), which a frozen model has changed
-    return twin
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -168,14 +141,14 @@ def traced_forward(model: nn.Module, twin: Any, x: torch.Tensor) -> tuple[torch.
     Raises:
         ValueError: forward is something else than forward_head(forward_features(x)), of one tensor.
     """
-    calls: dict[str, list[tuple[Any, Any]]] = {'forward_features': [], 'forward_head': []}
+    calls: dict[str, list[tuple[list[Any], Any]]] = {'forward_features': [], 'forward_head': []}
 
     def watched(name: str) -> Callable:
         method = getattr(twin, name)
 
-        def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-            out = method(x, *args, **kwargs)
-            calls[name].append((x, out))
+        def call(*args: Any, **kwargs: Any) -> Any:
+            out = method(*args, **kwargs)
+            calls[name].append(([*args, *kwargs.values()], out))
             return out
         return call
 
@@ -190,13 +163,20 @@ def traced_forward(model: nn.Module, twin: Any, x: torch.Tensor) -> tuple[torch.
         for name in methods:
             del twin.__dict__[name]
     features, heads = calls['forward_features'], calls['forward_head']
-    if len(features) != 1 or len(heads) != 1 or heads[0][0] is not features[0][1] or heads[0][1] is not logits:
+    if len(features) != 1 or len(heads) != 1 or heads[0][0][0] is not features[0][1] or heads[0][1] is not logits:
         raise refuse(model, 'its forward is not forward_head(forward_features(x))')
+    if any(map(is_given, heads[0][0][1:])):
+        raise refuse(model, 'its forward hands forward_head something else beside the features')
     if not isinstance(features[0][1], torch.Tensor) or features[0][1].dim() not in (3, 4):
         raise refuse(model, 'its features are no map and no sequence of tokens')
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         raise refuse(model, 'its output is no (B, K) matrix of logits')
     return features[0][1], logits
+
+
+def is_given(argument: Any) -> bool:
+    """An optional argument of forward_head, a mask or pre_logits, is neither None nor False."""
+    return argument is not None and argument is not False
 
 
 def said(error: Exception) -> str:
@@ -227,6 +207,32 @@ def analyse(model: nn.Module) -> PatchAccess:
         return find_access(model)
     except NoPatchSum as error:
         raise NoPatchSum(f'{error} {way_out(model)}', error.why) from error.__cause__
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """Public attributes that are plain values. Private ones are PyTorch's own: whether it is a replica, say."""
+    def plain(value: Any) -> bool:
+        return value is None or isinstance(value, (str, int, float)) or (
+            isinstance(value, tuple) and all(map(plain, value)))
+
+    return {key: value for key, value in vars(module).items()
+            if not key.startswith('_') and key not in NO_SETTINGS and plain(value)}
+
+
+def structure(model: nn.Module) -> dict[str, Any]:
+    """Classes and settings of all modules by name: what a model is, but for its tensors and the mode."""
+    return {name: (type(module).__qualname__, settings(module)) for name, module in model.named_modules()}
+
+
+def access_to(model: nn.Module) -> PatchAccess:
+    """``analyse``, once for a model as long as its modules and their settings stay the same."""
+    modules, now = list(model.modules()), structure(model)
+    known = _known.get(model)
+    if known is not None and known[1] == now and all(then() is module for then, module in zip(known[0], modules)):
+        return known[2]
+    access = analyse(model)
+    _known[model] = [ref(module) for module in modules], now, access
+    return access
 
 
 def find_access(model: nn.Module) -> PatchAccess:
@@ -334,14 +340,15 @@ def feature_grid(model: nn.Module, access: PatchAccess, height: int, width: int)
         return access.grids[height, width]
     twin, last = shape_twin(model), None
     x = meta_input(model, height, width)
-    try:
-        with torch.no_grad(), x.device:
+    with torch.no_grad(), x.device:
+        try:
             shape = twin.forward_features(x).shape
-            if access.layout == 'NLC' and hasattr(twin, 'forward_intermediates'):
+        except Exception as error:  # whatever a model's code raises for a size that it does not take
+            raise ValueError(
+                f'{type(model).__name__} does not take images of {height}×{width} pixels ({said(error)}).') from error
+        if access.layout == 'NLC' and hasattr(twin, 'forward_intermediates'):
+            with suppress(Exception):  # some models' code reads numbers here
                 last = twin.forward_intermediates(x, indices=1, output_fmt='NCHW', intermediates_only=True)[-1]
-    except Exception as error:  # whatever a model's code raises for a size that it does not take
-        raise ValueError(
-            f'{type(model).__name__} does not take images of {height}×{width} pixels ({said(error)}).') from error
     if access.layout == 'NLC':
         grid = (last.shape[2], last.shape[3]) if last is not None else (0, 0)
         if grid[0] * grid[1] != shape[1] - access.prefix:
