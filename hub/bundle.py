@@ -146,11 +146,13 @@ def beginning(result: dict[str, Any]) -> dict[str, Any] | None:
     """
     args = result['args']
     source, _, where = args['model'].partition(':')
-    if args.get('initial_checkpoint'):
-        return read_result(Path(args['initial_checkpoint']).parent)
-    if where:
-        run = Path(where).parent
-        return read_result(run) if source == 'local-dir' and (run / RESULT).is_file() else None
+    start = args.get('initial_checkpoint') or (where if source == 'local-dir' else '')
+    resumed = args.get('resume') or ''
+    if not start and resumed and Path(resumed).parent != Path(args.get('output', ''), args.get('experiment', '')):
+        start = resumed  # of another run
+    if start or where:
+        run = Path(start).parent
+        return read_result(run) if start and (run / RESULT).is_file() else None
     cfg = timm.get_pretrained_cfg(result['model'])
     weights = WEIGHTS / f'{result["model"].split(".")[0]}.{cfg.tag if cfg else ""}'
     if not args.get('pretrained') or args.get('pretrained_path') or not (weights / RESULT).is_file():

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_lossattn.files import sha256_of
 from timm_lossattn.loading import full_name
 
-__all__ = ['Words', 'make_card', 'measures']
+__all__ = ['Words', 'commands_of', 'make_card', 'measures']
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
 # measure of result.json -> metric type of the Hub, name; percent all of them
@@ -52,18 +52,31 @@ def measures(result: dict[str, Any]) -> tuple[dict[str, float], str]:
     return {name: found[name] for name in names}, source
 
 
+def commands_of(run: dict[str, Any]) -> list[str]:
+    """The commands of result.json; a comment before what went on says after how many epochs, where it is known."""
+    lines = []
+    for i, command in enumerate(run['commands']):
+        start = run['starts'][i] if 'starts' in run else {'epoch': 0}
+        if start['epoch']:
+            commit = f', at commit {start["commit"]}' if start['commit'] != run['commit'] else ''
+            lines.append(f'# after {start["epoch"]} epochs{commit}')
+        lines.append(command)
+    return lines
+
+
 def training(result: dict[str, Any]) -> dict[str, Any]:
     """What the template says about how the weights came about."""
     runs = [result]
     while 'initial' in runs[0]:  # started from another run's checkpoint
         runs.insert(0, runs[0]['initial'])
-    commands = [command for run in runs for command in run['commands']]
+    commands = [line for run in runs for line in commands_of(run)]
     if 'shipped' in result:
         commands.append(result['shipped']['command'])
     flags, seconds = result['args'], sum(run['seconds'] for run in runs)
     start = ''
-    if ':' in flags['model'] or flags.get('pretrained_path'):
-        start = 'Started from other weights, see the command.' if flags.get('pretrained') else ''
+    if ':' in flags['model'] or flags.get('pretrained_path') or flags.get('initial_checkpoint'):
+        started = flags.get('pretrained') or flags.get('initial_checkpoint')
+        start = 'Started from other weights, see the command.' if started else ''
     elif flags.get('pretrained') and result['model'].startswith('lossattn.'):
         start = f'Started from the pretrained weights of `{result["model"].removeprefix("lossattn.")}`.'
     elif flags.get('pretrained'):

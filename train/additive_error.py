@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     models = {name: copy.deepcopy(model).to(dtype) for name, (dtype, _) in PRECISIONS.items()}
     order = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in PRECISIONS}
-    loader: Any = DataLoader(Subset(boxed, order), options.batch_size, collate_fn=collate_boxes)
+    loader: Any = DataLoader(
+        Subset(boxed, order), options.batch_size, num_workers=options.workers, collate_fn=collate_boxes)
     for x, *_ in tqdm(loader, leave=False, dynamic_ncols=True):
         for name, precision in PRECISIONS.items():
             found[name].append(measure(models[name], x, *precision))
@@ -70,14 +71,14 @@ def main(argv: list[str] | None = None) -> int:
                       'agreement': float(agreement)}
     command = command_line(argv)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.output.with_suffix('.json'), {
+    write_json(options.output.with_name(f'{options.output.name}.json'), {
         'model': options.name, 'images': len(order), 'command': command, 'precisions': rows, **environment()})
     lines = [f'`{options.name}`, {len(order):,} images: `{command}`', '',
              '| precision | error, median | largest | same top class |', '|---|--:|--:|--:|']
     lines += [f'| {name} | {row["median"]:.1e} | {row["largest"]:.1e} | {100 * row["agreement"]:.1f} % |'
               for name, row in rows.items()]
     text = '\n'.join(lines) + '\n'
-    replace_file(options.output.with_suffix('.md'), text.encode())
+    replace_file(options.output.with_name(f'{options.output.name}.md'), text.encode())
     print(text)
     return 0
 

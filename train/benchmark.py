@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +284,11 @@ def main(argv: list[str] | None = None) -> int:
     """Benchmark; errors in what the user gave are one line on stderr and exit code 2."""
     options = parse(BenchmarkOptions, __doc__, argv)
     check_name(options.model)
+    if options.capsules:
+        ignored = ('dtype', 'channels_last', 'torchcompile', 'winograd', 'only')
+        others = [f.name for f in fields(options) if f.name in ignored and getattr(options, f.name) != f.default]
+        if others:
+            raise ValueError(f'--{others[0].replace("_", "-")}: --capsules measures float32, eager, as it is')
     name = 'capsule layers' if options.capsules else options.model
     result: dict[str, Any] = {'model': name, 'dtype': options.dtype, 'channels_last': options.channels_last}
     if options.capsules:

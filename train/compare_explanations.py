@@ -19,8 +19,9 @@ at most once, the share of the positive heat for a class in its own cell. The mo
 a row for each map of patches, whoever made it, after it was spread over similar neighbours, its sum unchanged.
 
 Boxes, pointing and energy need boxes (prepare.py). With --multi-label an image is explained for the label with the
-largest logit, by that logit. Writes images.jsonl, a line an image, which an interrupted run goes on with and from which
-compare.json, compare.md and compare.png are made. Intervals are bootstrap over images, or grids, 95 %.
+largest logit, by that logit, and only boxes of that class count, where the data set names theirs. Writes images.jsonl,
+a line an image, which an interrupted run goes on with and from which compare.json, compare.md and compare.png are made.
+Intervals are bootstrap over images, or grids, 95 %.
 """
 import statistics
 import sys
@@ -84,14 +85,16 @@ class CompareOptions(EvalOptions):
 
 def questions(options: CompareOptions, model: Any, boxed: Any, indices: list[int]) -> Iterator[
         tuple[Question, torch.Tensor, list[torch.Tensor]]]:
-    """Batches of what is asked, with the logits and the true boxes."""
-    loader: Any = DataLoader(Subset(boxed, indices), options.batch_size, collate_fn=collate_boxes)
-    for start, (x, y, boxes) in zip(range(0, len(indices), options.batch_size), loader):
+    """Batches of what is asked, with the logits and the true boxes of the class that is asked about."""
+    loader: Any = DataLoader(
+        Subset(boxed, indices), options.batch_size, num_workers=options.workers, collate_fn=collate_boxes)
+    for start, (x, y, boxes, classes) in zip(range(0, len(indices), options.batch_size), loader):
         with torch.no_grad():
             logits = model(x).float()
         target = y if y.dim() == 1 else logits.masked_fill(y < 0.5, -torch.inf).argmax(dim=1)
         v = direction(logits, target, against_of(options))  # type: ignore[arg-type]
-        yield Question(x, target, v, indices[start:start + len(x)]), logits, boxes
+        own = [b[(c < 0) | (c == t)] for b, c, t in zip(boxes, classes, target)]
+        yield Question(x, target, v, indices[start:start + len(x)]), logits, own
 
 
 def against_of(options: CompareOptions) -> str | None:
@@ -214,6 +217,9 @@ def main(argv: list[str] | None = None) -> int:
     model.to(memory_format=torch.channels_last)  # faster, for all tools alike
     tools = create_tools(model, against_of(options), options.ig_steps, options.left_out)
     if options.tools is not None:
+        unknown = [part for part in options.tools if not any(part in name for name in tools)]
+        if unknown:
+            raise ValueError(f'--tools: {unknown[0]!r} is part of none of {", ".join(tools)}')
         tools = {name: tool for name, tool in tools.items() if name == OURS or any(t in name for t in options.tools)}
     judge = Judge(model, tools, Settings(
         options.removal, options.blanks, options.steps, options.single_deletion, options.multi_label,
@@ -240,8 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     write_json(options.output / 'compare.json', {
         **records.asked, 'command': command, **environment(), 'images': len(records.of('image')),
         'accuracy': statistics.mean(entry['right'] for entry in records.of('image')),
-        **{kind: {row: {m: mean.to_dict() for m, (mean, _) in cells.items()} for row, cells in table.items()}
-           for kind, table in tables.items()}})
+        **{kind: {row: {m: mean.to_dict() for m, (mean, _) in cells.items() if m != 'ms'}  # a time is a batch's
+                  for row, cells in table.items()} for kind, table in tables.items()}})
     draw(options, judge, boxed, indices, config, labels)
     print(f'{text}\n{options.output}: images.jsonl, compare.json, .md, .png')
     return 0

@@ -87,7 +87,7 @@ def compare(name: str, options: PoolOptions) -> dict[str, Any]:
     found: dict[str, list[torch.Tensor]] = {key: [] for key in ('stock', *map(str, XIS))}
     labels: list[torch.Tensor] = []
     zero = dict.fromkeys(XIS, 0.)
-    for x, y, _ in tqdm(loader, desc=name, leave=False, dynamic_ncols=True):
+    for x, y, *_ in tqdm(loader, desc=name, leave=False, dynamic_ncols=True):
         features = stock.forward_features(x)
         labels.append(y)
         found['stock'].append(stock.forward_head(features))

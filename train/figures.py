@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     model, config, boxed, labels = open_patch_model(options)
     chosen: list = []
     for index in torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0)).tolist():
-        x, y, boxes = boxed[index]
+        x, y, boxes, _ = boxed[index]
         explanation = explain(model, x[None], multi_label=options.multi_label)
         k = int(explanation.target)
         right = k == y if isinstance(y, int) else bool(y[k] > 0.5)  # multi-label: (K,)

@@ -11,6 +11,7 @@ of one image, on the meta device.
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ import torch
 from lib.model import count_gmacs
 from timm_lossattn.files import replace_file
 from timm_lossattn.loading import list_patch_models
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'hub'))
+from card import commands_of
 
 BEGIN, END = '<!-- begin: python train/model_table.py -->', '<!-- end -->'
 ROOT = Path(__file__).parent.parent
@@ -31,8 +35,9 @@ def weights(name: str) -> str:
     """Tags with weights and their measured accuracy, from hub/weights."""
     tags = []
     for tagged in timm.list_pretrained(name):
-        result = json.loads((WEIGHTS / tagged / 'result.json').read_text())
-        tags.append(f'`{tagged.split(".", 1)[1]}` {result["shipped"]["top1"]:.2f} %')
+        file, tag = WEIGHTS / tagged / 'result.json', f'`{tagged.split(".", 1)[1]}`'
+        shipped = json.loads(file.read_text())['shipped'] if file.is_file() else None  # None: on the Hub alone
+        tags.append(f'{tag} {shipped["top1"]:.2f} %' if shipped else tag)
     return ', '.join(tags) or '–'
 
 
@@ -68,7 +73,7 @@ def weights_table() -> str:
             f'{shipped["bytes"] / 1e6:.2f} MB | {epochs} | {seeds} | '
             f'{seconds / 3600:.2f} | {result["hardware"]} |')
         commands += ['', f'`{name}`:', '', '```bash']
-        for command in (*(command for run in runs for command in run['commands']), shipped['command']):
+        for command in (*(line for run in runs for line in commands_of(run)), shipped['command']):
             commands += wrap(command)
         commands.append('```')
     return '\n'.join([*lines, *commands, '', END])

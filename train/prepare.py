@@ -20,7 +20,6 @@ Every parquet file is written under a temporary name and renamed; a second run w
 import argparse
 import io
 import json
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from lib.blood_cells import blood_cells
 from lib.extras import need
 from lib.script import script
 from lib.source import Row, Source, read_boxes
-from timm_lossattn.files import replace_file, sha256_of, write_json
+from timm_lossattn.files import replace_file, replacing, sha256_of, write_json
 
 try:
     import pyarrow.parquet as pq
@@ -119,8 +118,13 @@ def imagenet(path: Path, boxes: Path) -> tuple[Features, dict[str, tuple[Source,
     unknown = sorted({Path(place).parts[0] for place in found} - set(label))
     if unknown:
         raise ValueError(f'--boxes: {boxes} has {unknown[0]}, which is no synset of ImageNet')
+    places = [place for place in sorted(found) if (path / place).is_file()]
+    if not places:
+        raise ValueError(f'SOURCE: {path} has none of the {len(found):,} images of {boxes}')
+    if len(places) < len(found):
+        print(f'left out: {len(found) - len(places):,} images of {boxes}, which are not in {path}')
     rows: list[Row] = [{'image': place, 'label': label[Path(place).parts[0]], 'boxes': found[place]}
-                       for place in sorted(found)]
+                       for place in places]
     features = Features({
         'image': Image(), 'label': ClassLabel(names=names), 'boxes': Sequence(Sequence(Value('float32'), length=4))})
     return features, {'validation': (Source(path, ''), rows)}, None
@@ -176,12 +180,11 @@ def write_split(out: Path, split: str, features: Features, source: Source, rows:
         file = out / 'data' / f'{split}-{index:05d}-of-{count:05d}.parquet'
         if file.is_file() and pq.read_metadata(file).num_rows == len(part):
             continue
-        temporary = file.with_suffix('.tmp')
         with tqdm(part, desc=file.name, leave=False, dynamic_ncols=True) as bar:
             loaded = [load_row(source, row, size) for row in bar]
         columns = {name: [row[name] for row in loaded] for name in features}
-        Dataset.from_dict(columns, features=features).to_parquet(temporary)
-        os.replace(temporary, file)
+        with replacing(file) as temporary:
+            Dataset.from_dict(columns, features=features).to_parquet(temporary)
     return len(rows)
 
 

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(RandomizationOptions, __doc__, argv)
     model, _, boxed, _ = open_patch_model(options)
     order = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
-    x, _, _ = collate_boxes([boxed[i] for i in order])
+    x, *_ = collate_boxes([boxed[i] for i in order])
     with torch.no_grad():
         logits = model(x).float()
     v = direction(logits, logits.argmax(dim=1), None if options.multi_label else 'rest')

@@ -75,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     model, _, dataset, _ = open_patch_model(options)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
     total: Any = 0.
-    for x, *_ in tqdm(DataLoader(Subset(dataset, order), options.batch_size, collate_fn=collate_boxes), leave=False):
+    loader: Any = DataLoader(
+        Subset(dataset, order), options.batch_size, num_workers=options.workers, collate_fn=collate_boxes)
+    for x, *_ in tqdm(loader, leave=False):
         patch, box = middle_patch(model, *x.shape[-2:])
         total = total + influence(model, x, patch).double().sum(dim=0)
     x0, y0, x1, y1 = box

@@ -30,6 +30,7 @@ import timm
 import yaml
 
 import timm_lossattn  # noqa: F401  (registers the models)
+from lib.command import recipe_names
 from lib.paper import BASELINES, NANO, Cell, Cells, Job, RunOptions, all_cells, pictures, sweep_cells, table_cells
 from lib.paper_report import draw_sweeps, draw_table, header, markdown
 from lib.script import script
@@ -285,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--rows', nargs='+', default=['*'], metavar='PATTERN', help='rows to run (default: all)')
     parser.add_argument('--columns', nargs='+', default=['*'], metavar='PATTERN', help='columns to run (default: all)')
     parser.add_argument('--runs', type=int, default=4, metavar='N', help='seeds 0 to N − 1 (default: 4, as the paper)')
-    parser.add_argument('--recipe', choices=('sgd', 'adam', 'fast', 'smoke', 'nano', 'nano_finetune'),
+    parser.add_argument('--recipe', choices=recipe_names(),
                         help="default: the paper's for each model (Table 1 is about recipes and keeps its own)")
     parser.add_argument('--nano', action='store_true',
                         help='every model at an eighth of its widths, Tiny ImageNet with ten of its classes')

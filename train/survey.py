@@ -32,6 +32,7 @@ KINDS = {
     'A': 'A', 'B': 'B', 'C': 'C', 'D': 'D', 'error': 'not known: an error',
     'large': f'over {LIMIT_MILLION:.0f} million parameters, not checked'}
 SECONDS = 300  # for one model
+LATE = f'not finished in {SECONDS} s'
 
 
 def checked(name: str) -> dict[str, Any]:
@@ -110,7 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     rows = {}
     if args.output.is_file():
-        rows = {row['module']: row for row in map(json.loads, args.output.read_text().splitlines())}
+        whole = [line for line in args.output.read_text().splitlines(keepends=True) if line.endswith('\n')]
+        replace_file(args.output, ''.join(whole).encode())  # a kill may have left half a line
+        rows = {row['module']: row for row in map(json.loads, whole)}
     todo = {module: name for module, name in smallest_models().items() if module not in rows}
     context = multiprocessing.get_context('fork')
     with args.output.open('a') as file:
@@ -119,10 +122,11 @@ def main(argv: list[str] | None = None) -> int:
                 try:
                     row = pool.apply_async(checked, (name,)).get(SECONDS)
                 except multiprocessing.TimeoutError:
-                    row = {'name': name, 'kind': 'error', 'reason': f'not finished in {SECONDS} s', 'with_avg': None}
+                    row = {'name': name, 'kind': 'error', 'reason': LATE, 'with_avg': None}
             rows[module] = {'module': module, **row}
-            file.write(json.dumps(rows[module]) + '\n')
-            file.flush()
+            if row['reason'] != LATE:  # another day it may be
+                file.write(json.dumps(rows[module]) + '\n')
+                file.flush()
     text = table(rows)
     print(text)
     if args.write:

@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 4 train/train.py ...
 
 Writes into <output>/<experiment>: args.yaml, summary.csv (a line per epoch), curves.png, last.pth.tar,
-model_best.pth.tar and the best checkpoint-N.pth.tar (timm checkpoints), result.json (metrics, commands, commit,
-versions, hardware, time) and at the end hub/ (the best weights as timm stores them on the Hub).
+model_best.pth.tar and the best checkpoint-N.pth.tar (timm checkpoints), result.json (metrics, commands and their
+first epochs, commit, versions, hardware, time) and at the end hub/ (the best weights as timm stores them on the Hub).
 
 ``--resume auto`` goes on from the last good checkpoint. Everything random in an epoch follows from --seed and its
 number, so that on the CPU a run that was killed and resumed ends with the weights of an uninterrupted one, to the bit.
@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import re
 import shutil
 import sys
 import time
@@ -47,7 +48,7 @@ from lib.position import Recovery
 from lib.process import Process
 from lib.record import command_line, environment, save_hub_folder, trackers, write_summary
 from lib.script import script
-from timm_lossattn.files import write_json
+from timm_lossattn.files import replace_file, write_json
 from timm_lossattn.loading import model_config
 
 _logger = logging.getLogger('train')
@@ -72,7 +73,8 @@ def find_run(options: TrainOptions, process: Process) -> tuple[TrainOptions, Pat
     Raises:
         ValueError: the folder holds another run, or damaged checkpoints only.
     """
-    name = options.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{options.model}'
+    model = re.sub(r'[^\w.=-]+', '_', options.model)  # local-dir:FOLDER has what a name cannot have
+    name = options.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{model}'
     options = replace(options, experiment=name)
     folder = options.folder
     auto = options.resume == 'auto'
@@ -94,7 +96,7 @@ def prepare_task(
         scaler: Any) -> tuple[int, dict[str, Any] | None]:
     """State of the checkpoint to resume, EMA, compilation, distribution; the epoch and the position to begin with.
 
-    Learning rate and weight decay are those of the options, not of the checkpoint.
+    The optimizer's hyperparameters are those of the options, not of the checkpoint.
 
     Raises:
         ValueError: the checkpoint is none, or from within an epoch of another number of processes or other batches.
@@ -110,10 +112,10 @@ def prepare_task(
             if checkpoint['args'][name] != getattr(options, name):
                 raise ValueError(f'--{name.replace("_", "-")}: {options.resume} is from within an epoch with '
                                  f'{checkpoint["args"][name]}, got {getattr(options, name)}.')
-        given = [(group['lr'], group['weight_decay']) for group in optimizer.param_groups]
+        given = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
         start_epoch = resume_task_checkpoint(task, options.resume, optimizer=optimizer, loss_scaler=scaler) or 0
-        for group, (lr, weight_decay) in zip(optimizer.param_groups, given):
-            group |= {'lr': lr, 'initial_lr': lr, 'weight_decay': weight_decay}
+        for group, own in zip(optimizer.param_groups, given):
+            group |= {**own, 'initial_lr': own['lr']}
     if options.model_ema:
         task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
         if options.resume:
@@ -181,14 +183,22 @@ def run(options: TrainOptions, command: str) -> None:
     start_epoch, position = prepare_task(options, process, task, optimizer, scaler)
     scheduler, num_epochs = create_scheduler(options, optimizer, updates)
 
+    machine = environment(process.device.type, process.world_size)  # at the start: it is this commit that runs
     history: list[dict[str, Any]] = []
-    commands = [command]
+    commands, starts = [command], [{'epoch': start_epoch, 'commit': machine['commit']}]
     result_file = folder / 'result.json'
     if in_place and process.rank == 0 and result_file.exists():
         previous = json.loads(result_file.read_text())
+        if metric != previous['metric']:
+            raise ValueError(f'--eval-metric: the run has chosen its best epoch by {previous["metric"]}, got {metric}')
         history = [entry for entry in previous['epochs'] if entry['epoch'] < start_epoch]
         commands = [*previous['commands'], command]
+        starts = [*previous['starts'], *starts] if 'starts' in previous else []  # of a run before there were any
     history = process.from_first(history)
+    if start_epoch >= num_epochs:
+        if not in_place:
+            raise ValueError(f'--resume: {options.resume} has {start_epoch} epochs already; raise --epochs')
+        _logger.warning(f'nothing left to train: {start_epoch} of {num_epochs} epochs are done')
     if scheduler is not None:
         for entry in history:  # the whole way, because a plateau schedule depends on it
             scheduler.step(entry['epoch'] + 1, entry['eval'][metric])
@@ -199,7 +209,6 @@ def run(options: TrainOptions, command: str) -> None:
             done = position['ranks'][0]['batches'] // options.grad_accum_steps
             scheduler.step_update(start_epoch * updates + done)
 
-    machine = environment(process.device.type, process.world_size)  # at the start: it is this commit that runs
     recorded = {  # plain data, for result.json and checkpoints
         **asdict(options), 'device': str(process.device), 'distributed': process.distributed,
         'world_size': process.world_size, 'rank': process.rank, 'local_rank': process.local_rank,
@@ -210,7 +219,8 @@ def run(options: TrainOptions, command: str) -> None:
     with contextlib.ExitStack() as stack:
         if process.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / 'args.yaml').write_text(yaml.safe_dump(given))
+            if start_epoch < num_epochs:
+                replace_file(folder / 'args.yaml', yaml.safe_dump(given).encode())
             saver = AtomicSaver(
                 model, optimizer, recorded, amp_scaler=scaler, checkpoint_dir=str(folder), recovery_dir=str(folder),
                 max_history=options.checkpoint_hist, decreasing=metric == 'loss', task=task)
@@ -249,6 +259,7 @@ def run(options: TrainOptions, command: str) -> None:
                 'seconds': round(sum(e['seconds'] for e in history), 1),
                 'seed': options.seed,
                 'commands': commands,
+                **({'starts': starts} if starts else {}),  # of each command: its first epoch, and the commit
                 'args': recorded,
                 'data_config': data_config,
                 'parameters': sum(p.numel() for p in model.parameters()),

@@ -14,12 +14,14 @@ __all__ = ['BoxDataset', 'collate_boxes', 'has_boxes', 'open_boxed', 'open_patch
 
 
 class BoxDataset(Dataset):
-    """(image, target, boxes) from a Hugging Face dataset that train/prepare.py wrote, or without boxes from any other.
+    """(image, target, boxes, classes) from a Hugging Face dataset of train/prepare.py, or without boxes from any other.
 
     Boxes are x0, y0, x1, y1 in pixels of the model's input, (L, 4) float32; those that are cropped away are left out.
+    Classes are those of the objects in them, (L,) int64, -1 where the dataset does not say.
 
     Args:
-        dataset: timm's dataset, over hfds/ with ``additional_features=['boxes']`` where it has boxes.
+        dataset: timm's dataset, over hfds/ with ``additional_features=['boxes']``, or also ``'box_labels'``, where it
+            has these.
         config: timm's data config.
     """
 
@@ -30,23 +32,31 @@ class BoxDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
         image, target, *given = self.dataset[index]
         preprocessed = self.preprocessing(image)
         boxes = preprocessed.to_input(
             torch.tensor(given[0] if given else [], dtype=torch.float32).reshape(-1, 4)).float()
-        return preprocessed.x, target, boxes[(boxes[:, 2:] > boxes[:, :2]).all(dim=1)]
+        classes = torch.tensor(given[1] if given[1:] else [-1] * len(boxes), dtype=torch.int64)
+        seen = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        return preprocessed.x, target, boxes[seen], classes[seen]
 
 
-def collate_boxes(batch: list) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Images (B, C, H, W), targets (B,) or (B, K), and B tensors of boxes (L, 4)."""
-    images, targets, boxes = zip(*batch)
-    return torch.stack(images), torch.stack([torch.as_tensor(t) for t in targets]), list(boxes)
+def collate_boxes(batch: list) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """Images (B, C, H, W), targets (B,) or (B, K), B tensors of boxes (L, 4), and B of their classes (L,)."""
+    images, targets, boxes, classes = zip(*batch)
+    return torch.stack(images), torch.stack([torch.as_tensor(t) for t in targets]), list(boxes), list(classes)
+
+
+def box_columns(dataset: Any) -> list[str]:
+    """Its columns of boxes and of their classes, as prepare.py writes them."""
+    columns = getattr(getattr(getattr(dataset, 'reader', None), 'dataset', None), 'features', None) or {}
+    return [name for name in ('boxes', 'box_labels') if name in columns]
 
 
 def has_boxes(dataset: Any) -> bool:
     """Whether it is one that prepare.py wrote."""
-    return 'boxes' in (getattr(getattr(getattr(dataset, 'reader', None), 'dataset', None), 'features', None) or {})
+    return 'boxes' in box_columns(dataset)
 
 
 def open_boxed(data: DataOptions, num_classes: int, config: dict[str, Any]) -> BoxDataset:
@@ -57,7 +67,7 @@ def open_boxed(data: DataOptions, num_classes: int, config: dict[str, Any]) -> B
     """
     dataset = open_dataset(data, data.val_split, num_classes)
     if has_boxes(dataset):
-        dataset = open_dataset(data, data.val_split, num_classes, additional_features=['boxes'])
+        dataset = open_dataset(data, data.val_split, num_classes, additional_features=box_columns(dataset))
     return BoxDataset(dataset, config)
 
 

@@ -34,6 +34,11 @@ def build_parser(defaults: bool = True) -> argparse.ArgumentParser:
     return parser
 
 
+def recipe_names() -> list[str]:
+    """Of recipes.yaml."""
+    return list(yaml.safe_load(RECIPES.read_text('utf-8'))['recipes'])
+
+
 def recipe_values(recipe: str, model: str | None) -> dict[str, Any]:
     """Values of NAME[/DATASET] for a model, from recipes.yaml.
 

@@ -191,8 +191,10 @@ def create_train_loader(
         **common(options, process, config))
     if options.crop_padding is not None and not options.no_aug:
         dataset.transform = padded_crop(options, config)
-    if hasattr(loader.sampler, 'seed'):  # torch's DistributedSampler, which timm creates without one
-        loader.sampler.seed = options.seed
+    # torch's DistributedSampler, which timm creates without a seed; with --train-img-sizes in the batches' sampler
+    sampler: Any = getattr(loader.batch_sampler, 'sampler', loader.sampler)
+    if hasattr(sampler, 'seed'):
+        sampler.seed = options.seed
     return loader
 
 

@@ -78,7 +78,7 @@ def evaluate(
 
     Args:
         model: images to logits; its mode becomes eval.
-        loader: of (images, targets), with ``boxes`` of (images, targets, boxes).
+        loader: of (images, targets), with ``boxes`` of what ``collate_boxes`` gives.
         evaluator: timm's, of a task.
         device: of the model.
         autocast: context of the forward pass.
@@ -93,7 +93,7 @@ def evaluate(
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with autocast():
-            logits = model(x) if boxes is None else boxes.update(x, y, *found)
+            logits = model(x) if boxes is None else boxes.update(x, y, found[0])
         evaluator.update(logits.to(evaluator.device), y.to(evaluator.device))
         for metric in precisions.values():
             metric.update(logits.cpu(), y.cpu())  # explanations are on the CPU, wherever the model is

@@ -24,7 +24,6 @@ from timm_lossattn.loading import (
 
 from .options import EvalOptions, TrainOptions
 from .process import Process
-from .winograd import use_winograd
 
 __all__ = ['built_as', 'count_gmacs', 'create_model', 'load_trained', 'model_args']
 
@@ -119,6 +118,7 @@ def create_model(options: TrainOptions, process: Process) -> Any:
     if options.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if options.winograd:
+        from .winograd import use_winograd  # brings torch's compiler, a second of every start
         _logger.info(f'Winograd: {use_winograd(model)} convolutions')
     model.to(device=process.device)
     if options.channels_last:

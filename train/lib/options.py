@@ -197,4 +197,4 @@ class TrainOptions(RunOptions, AugmentOptions, OptimizerOptions, LossOptions, Mo
     """Recipe and file: where other values come from."""
     config: str | None = flag(None, 'YAML file with values for the flags below', short='-c', metavar='FILE')
     recipe: str | None = flag(
-        None, 'values from recipes.yaml: sgd, adam, fast, nano; sgd/cifar100', metavar='NAME[/DATASET]')
+        None, 'values from recipes.yaml: sgd, adam, fast, cpu and more; fast/cifar100', metavar='NAME[/DATASET]')

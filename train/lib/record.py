@@ -64,7 +64,7 @@ def trackers(options: RunOptions, folder: Path, config: dict[str, Any]) -> Itera
 
 
 def command_line(argv: list[str] | None) -> str:
-    """The command that runs now, with the script's path from the root of the repository.
+    """The command that runs now, torchrun included, with the script's path from the root of the repository.
 
     Args:
         argv: what the script's main was called with; None for the process's own arguments.
@@ -73,7 +73,12 @@ def command_line(argv: list[str] | None) -> str:
         return shlex.join(['python', *argv])
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(sys.argv[0])
-    return shlex.join(['python', str(name), *sys.argv[1:]])
+    world, local = (os.environ.get(variable, '1') for variable in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
+    launcher = ['python']
+    if int(world) > 1:
+        nodes = [] if world == local else ['--nnodes', str(int(world) // int(local))]
+        launcher = ['torchrun', *nodes, '--nproc-per-node', local]
+    return shlex.join([*launcher, str(name), *sys.argv[1:]])
 
 
 def environment(device_type: str = 'cpu', world_size: int = 1) -> dict[str, Any]:
