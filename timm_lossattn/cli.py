@@ -45,7 +45,7 @@ def image_files(given: Sequence[str], console: Console) -> list[Path]:
         ValueError: a folder without images.
     """
     paths: list[Path] = []
-    endings = Image.registered_extensions()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for path in map(Path, given):
         if not path.is_dir():
             paths.append(path)

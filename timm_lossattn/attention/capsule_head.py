@@ -61,7 +61,7 @@ class CapsuleLossAttentionHead(PatchHead):
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C·D, H', W') to capsules (B, C, M, D), with dropout."""
-        return self.drop(x.reshape(x.shape[0], self.capsules, self.num_features, -1).transpose(2, 3))
+        return self.drop(x.flatten(2).unflatten(1, (self.capsules, self.num_features)).transpose(2, 3))
 
     def weigh(self, h: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Capsules and their logits (B, C, M, K) to α (B, M) and a (B, C, M) of Eq. 6c."""

@@ -140,7 +140,7 @@ class DynamicRoutingHead(PatchHead):
         length = torch.linalg.vector_norm(s, dim=-1, keepdim=True)  # (B, K, 1)
         direction = s / torch.where(length > 0, length, torch.ones_like(length))
         parts = c * (votes * direction.unsqueeze(1)).sum(dim=-1)  # (B, C·M, K)
-        patch_logits = parts.reshape(x.shape[0], self.capsules, alpha.shape[1], -1).sum(dim=1)  # (B, M, K)
+        patch_logits = parts.unflatten(1, (self.capsules, alpha.shape[1])).sum(dim=1)  # (B, M, K)
         contributions = patch_logits * (length / (1 + length.square())).transpose(1, 2)
         return PatchPrediction(contributions.sum(dim=1).to(x.dtype), patch_logits.to(x.dtype), alpha, contributions)
 

@@ -32,8 +32,9 @@ def register_weights(name: str) -> Callable[[type[Weights]], type[Weights]]:
         ValueError: the name is taken by another class.
     """
     def register(cls: type[Weights]) -> type[Weights]:
-        if name in _WEIGHTS and _WEIGHTS[name].__qualname__ != cls.__qualname__:
-            raise ValueError(f'global_pool {name!r} is registered already, by {_WEIGHTS[name].__name__}.')
+        there = _WEIGHTS.get(name, cls)  # the same class again, where a module is loaded anew
+        if (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f'global_pool {name!r} is registered already, by {there.__module__}.{there.__qualname__}.')
         _WEIGHTS[name] = cls
         return register_notrace_module(cls)  # reason: dtype dependent control flow
     return register

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..explanation.geometry import inside_boxes
+from ..explanation.geometry import inside_boxes, share_of_positive
 from .per_image import PerImage
 
 __all__ = ['EnergyPointing', 'GridPointing', 'PointingGame', 'choose_grids', 'make_grids']
@@ -69,13 +69,6 @@ class GridPointing(PerImage):
         columns = torch.arange(W, device=heat.device) // (W // self.n)
         which = rows[:, None] * self.n + columns
         return share_of_positive(heat, which == cell.to(heat.device).view(B, 1, 1))
-
-
-def share_of_positive(heat: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Σ_inside max(h, 0) / Σ max(h, 0) of (B, H, W) maps: (B,); 0 where nothing is positive."""
-    positive = heat.nan_to_num(0.).clamp(min=0).double()
-    total = positive.sum(dim=(1, 2))
-    return ((positive * inside).sum(dim=(1, 2)) / total.where(total > 0, 1.)).float()
 
 
 def choose_grids(

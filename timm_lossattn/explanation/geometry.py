@@ -5,7 +5,8 @@ import numpy as np
 import torch
 
 __all__ = [
-    'cell_edges', 'inside_boxes', 'interpolate', 'patches_to_pixels', 'spread_over_neighbours', 'square_box',
+    'cell_edges', 'inside_boxes', 'interpolate', 'patches_to_pixels', 'share_of_positive', 'spread_over_neighbours',
+    'square_box',
 ]
 
 
@@ -113,6 +114,13 @@ def spread_over_neighbours(
     parts = near * alike ** 2  # (B or 1, M, M)
     parts = parts / parts.sum(dim=2, keepdim=True)  # what patch m gives to each patch n
     return (values.double().unsqueeze(1) @ parts).squeeze(1).to(values.dtype)
+
+
+def share_of_positive(heat: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Σ_inside max(h, 0) / Σ max(h, 0) of (B, H, W) maps: (B,); 0 where nothing is positive: none may abstain."""
+    positive = heat.nan_to_num(0.).clamp(min=0).double()
+    total = positive.sum(dim=(1, 2))
+    return ((positive * inside).sum(dim=(1, 2)) / total.where(total > 0, 1.)).float()
 
 
 def inside_boxes(boxes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:

@@ -149,11 +149,10 @@ def classes_of(name: str, value: Classes, batch: int, labels: Sequence[str]) -> 
         value = [find_class(name, one, labels) if isinstance(one, str) else one for one in value]
     accepted = f'{name} must hold {batch} classes in [0, {len(labels) - 1}]'
     try:
-        result = torch.as_tensor(value, device='cpu').reshape(-1)
+        result = torch.as_tensor(value, device='cpu')
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f'{accepted}, got {value!r}.') from None
-    if isinstance(value, int) and not isinstance(value, bool):
-        result = result.expand(batch)
+    result = result.expand(batch) if result.dim() == 0 else result.reshape(-1)  # one for all, of NumPy or torch as well
     if (result.shape != (batch,) or result.is_floating_point() or result.dtype == torch.bool
             or int(result.min()) < 0 or int(result.max()) >= len(labels)):
         raise ValueError(f'{accepted}, got {result.tolist()}.')

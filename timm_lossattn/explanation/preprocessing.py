@@ -122,8 +122,8 @@ class Preprocessed:
 def input_config(model: nn.Module) -> dict[str, Any]:
     """timm's data config of a model's weights; for one channel mean and std are averaged, as timm's loader does."""
     config: dict[str, Any] = {**resolve_model_data_config(model)}
-    config['input_size'] = (config['input_size'][0], *input_size(model)[1:])
-    if getattr(model, 'in_chans', config['input_size'][0]) == 1:
+    config['input_size'] = input_size(model)
+    if config['input_size'][0] == 1:
         config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
     return config
 
@@ -172,6 +172,4 @@ def preprocess(model: nn.Module, image: Image.Image) -> Preprocessed:
     Raises:
         ValueError: the model has neither one nor three input channels.
     """
-    config = input_config(model)
-    channels = getattr(model, 'in_chans', config['input_size'][0])
-    return Preprocessing({**config, 'input_size': (channels, *config['input_size'][1:])})(image)
+    return Preprocessing(input_config(model))(image)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..explanation import Explanation, explain
-from ..explanation.geometry import inside_boxes
+from ..explanation.geometry import inside_boxes, share_of_positive
 from ..explanation.preprocessing import boxes_to_image, boxes_to_input
 from .dataset import Item, ReportImages, split_readable
 from .table import half, make_schema, map_array, merge_shards, read_notes, write_shard
@@ -35,14 +35,11 @@ def positive_share(explanation: Explanation, boxes: list[torch.Tensor]) -> list[
         boxes: B tensors (L, 4) in pixels of the model's input.
 
     Returns:
-        In [0, 1]; None if no pixel lies in a box, or without positive evidence.
+        In [0, 1]; None if no pixel lies in a box.
     """
-    maps = explanation.pixel_map(explanation.evidence.double()).nan_to_num(0.).clamp(min=0)
-    shares: list[float | None] = []
-    for values, inside in zip(maps, inside_boxes(boxes, explanation.input_size)):
-        total = float(values.sum())
-        shares.append(float(values[inside].sum()) / total if inside.any() and total > 0 else None)
-    return shares
+    inside = inside_boxes(boxes, explanation.input_size)
+    shares = share_of_positive(explanation.pixel_map(explanation.evidence), inside)
+    return [float(share) if one.any() else None for share, one in zip(shares, inside)]
 
 
 def explain_batch(model: Any, items: list[Item], x: torch.Tensor) -> dict[str, Any]:

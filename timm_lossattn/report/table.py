@@ -4,12 +4,13 @@ One row an image, one row group a shard. Maps are float16 over the M patches, ro
 schema's metadata holds, as JSON under ``timm_lossattn``, model, ξ, grid, names of the classes and the command.
 """
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..files import replacing
 
 try:
     import pyarrow as pa
@@ -90,15 +91,10 @@ def read_notes(path: Path) -> dict[str, Any]:
 
 
 def replace_table(path: Path, schema: pa.Schema, groups: Iterator[pa.Table] | Sequence[pa.Table]) -> None:
-    """Write row groups to a temporary file beside it, then rename: a kill leaves the old file, or the new one."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with pq.ParquetWriter(temporary, schema, compression='zstd') as writer:
-            for table in groups:
-                writer.write_table(table.cast(schema), row_group_size=max(1, len(table)))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write row groups to a file, as a whole."""
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression='zstd') as writer:
+        for table in groups:
+            writer.write_table(table.cast(schema), row_group_size=max(1, len(table)))
 
 
 def write_shard(path: Path, schema: pa.Schema, columns: Sequence[dict[str, Any]], unreadable: list[list[Any]]) -> None:

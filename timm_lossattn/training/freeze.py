@@ -66,11 +66,19 @@ def freeze_backbone(model: Any) -> list[str]:
 
 
 def visit(module: nn.Module, prefix: str, heads: set[int], freeze: Callable[[str], None]) -> None:
-    """Call freeze with the names of the largest modules without a head in them, but for dropout beside one."""
-    for name, child in module.named_children():
-        if id(child) in heads or isinstance(child, nn.Dropout):
+    """Call freeze with the names of the largest modules without a head in them, but for dropout before one."""
+    children = list(module.named_children())
+    last = max((i for i, (_, child) in enumerate(children) if not has_head(child, heads) and list(child.parameters())),
+               default=-1)
+    for i, (name, child) in enumerate(children):
+        if id(child) in heads or (isinstance(child, nn.Dropout) and i > last):
             continue
-        if any(id(inner) in heads for inner in child.modules()):
+        if has_head(child, heads):
             visit(child, f'{prefix}{name}.', heads, freeze)
         else:
             freeze(f'{prefix}{name}')
+
+
+def has_head(module: nn.Module, heads: set[int]) -> bool:
+    """Whether one of them is in it."""
+    return any(id(inner) in heads for inner in module.modules())
