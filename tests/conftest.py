@@ -2,9 +2,13 @@
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 
 from hub_server import HubServer
 from kill_and_resume import make_images
+
+settings.register_profile('suite', deadline=None, derandomize=True)  # the same on every machine, however slow
+settings.load_profile('suite')
 
 
 @pytest.fixture(scope='session')

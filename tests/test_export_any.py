@@ -88,6 +88,7 @@ def test_fixed_size_is_declared(tmp_path):
 
 def test_paper_model_of_any_size(tmp_path):
     needs('onnx')
+    torch.manual_seed(0)
     model = timm.create_model(NANO, pretrained=True).eval()
     export_model(model, tmp_path / 'model.onnx', 'onnx', dynamic_size=True)
     run = load(tmp_path / 'model.onnx', 'onnx')

@@ -39,13 +39,16 @@ def test_snippets_are_found(document):
 
 
 @pytest.mark.parametrize(('document', 'number'), [one for one in ALONE if one != NEEDS_A_REPORT])
-def test_snippets(monkeypatch, document, number):
-    """Each Python snippet of a document runs by itself, from the root of the repository."""
+def test_snippets(monkeypatch, capsys, document, number):
+    """Each Python snippet of a document runs by itself, from the root; what it prints is what the README says."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     snippet = snippets(document)[number]
     assert re.search('^(import|from) timm_lossattn', snippet, re.MULTILINE)  # here its models are registered already
     exec(compile(snippet, document, 'exec'), {})
+    said = re.findall(r'^print\(.*\)\s+# (.*)$', snippet, flags=re.MULTILINE) if document == 'README.md' else []
+    for comment, line in zip(said, capsys.readouterr().out.splitlines()):
+        assert line.startswith(re.split(r'; \.\.\.|: [a-z]', comment)[0])
 
 
 def test_number_of_exact_models():

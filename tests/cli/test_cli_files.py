@@ -69,9 +69,10 @@ def test_folder_of_images(run, tmp_path, capsys):
     for name, source in (('b.png', CAT), ('a.JPG', SHIP)):
         Image.open(source).save(folder / name)
     (folder / 'notes.txt').write_text('a ship and a cat')
+    Image.open(CAT).save(folder / 'page.pdf')  # Pillow writes such files, but does not read them
     assert run(folder) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f'{folder}: 2 images; left out: more/, notes.txt'
+    assert lines[0] == f'{folder}: 2 images; left out: more/, notes.txt, page.pdf'
     assert [line.split(':')[0] for line in lines[1:]] == ['a.JPG', 'b.png']
     assert written(tmp_path) == ['a.json', 'a.png', 'b.json', 'b.png']
     assert run(folder / 'more') == 2

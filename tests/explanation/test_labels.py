@@ -1,6 +1,7 @@
 """labels.py: names of classes, told apart, and what a model knows."""
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -50,6 +51,11 @@ def test_names_in_python():
     e = explain(model, x, target='dog', against='Tabby')
     assert (e.target.tolist(), e.against.tolist()) == ([3, 3], [0, 0])
     assert explain(model, x, ['persian', 4]).target.tolist() == [1, 4]
+    for one in (3, np.int64(3), np.array(3), torch.tensor(3)):
+        assert explain(model, x, one).target.tolist() == [3, 3]
+    for few in ([3], torch.tensor([3])):
+        with pytest.raises(ValueError, match='target must hold 2 classes'):
+            explain(model, x, few)
     assert explain(model, x).versus(['crane', 'tiger cat']).against.tolist() == [4, 2]
     for value, reason in (('cat', r"'cat' may be 2 classes; choose one of \['Persian cat', 'tiger cat'\]"),
                           ('do', "no class 'do'"), ('', "no class ''"), ('5', "no class '5'")):

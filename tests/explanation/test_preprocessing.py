@@ -7,7 +7,7 @@ from PIL import Image
 
 import timm_lossattn  # noqa: F401  (registers the models)
 from timm_lossattn.explanation import explain
-from timm_lossattn.explanation.preprocessing import open_image, preprocess
+from timm_lossattn.explanation.preprocessing import Preprocessing, input_config, open_image, preprocess
 
 NANO = 'resnet18_lossattn_conv_nano'
 
@@ -270,3 +270,12 @@ def test_input_equals_timm():
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     image = Image.fromarray(noise)
     assert torch.equal(preprocess(model, image).x, transform(image))
+
+
+def test_channels_are_the_models_own():
+    """Weights of three channels in a model of one: its data config has one, and mean and std of one."""
+    model = timm.create_model('test_resnet', in_chans=1)
+    assert model.pretrained_cfg['input_size'][0] == 3
+    config = input_config(model)
+    assert (config['input_size'][0], len(config['mean']), len(config['std'])) == (1, 1, 1)
+    assert Preprocessing(config)(Image.new('RGB', (50, 40))).x.shape[0] == 1

@@ -195,6 +195,13 @@ def test_weights_that_were_trained_on(run, place):
         assert bundle.beginning(result | {'args': result['args'] | other}) is None
     assert bundle.beginning(result | {'args': result['args'] | {'model': f'local-dir:{run}/hub'}}) == result
     assert bundle.beginning(result | {'args': result['args'] | {'pretrained': False}}) is None
+    for start in ('initial_checkpoint', 'resume'):  # of a run, or of a file that stands alone
+        args = result['args'] | {'output': str(run.parent), 'experiment': 'other', 'pretrained': False}
+        assert bundle.beginning({'args': args | {start: f'{run}/last.pth.tar'}}) == result
+        own = {'resume': f'{run.parent}/other/last.pth.tar', 'initial_checkpoint': ''}
+        assert bundle.beginning(result | {'args': args | own}) is None
+        (run.parent / 'alone').mkdir(exist_ok=True)
+        assert bundle.beginning({'args': args | {start: f'{run.parent}/alone/weights.safetensors'}}) is None
     assert bundle.beginning(result | {'model': 'lossattn.tf_efficientnet_lite0'}) is None  # the backbone's
 
 

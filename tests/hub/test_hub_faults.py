@@ -2,11 +2,13 @@
 import time
 
 import pytest
-from httpx2 import ReadError, RemoteProtocolError
 from huggingface_hub import constants
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 
 from hub_calls import CONTENT, REPO, WEIGHTS, requests, upload
+
+httpx2 = pytest.importorskip('httpx2', reason='what is measured here is huggingface_hub 2, which brings it')
+ReadError, RemoteProtocolError = httpx2.ReadError, httpx2.RemoteProtocolError
 
 RATE_LIMIT = dict(status=429, headers={'Retry-After': '1'})
 

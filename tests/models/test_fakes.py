@@ -2,6 +2,7 @@
 
 They go through create_model, explain, the task and export without a change anywhere else.
 """
+import re
 from functools import partial
 
 import pytest
@@ -211,5 +212,9 @@ def test_a_model_is_no_backbone():
 
 def test_one_name_one_class():
     """A registered name is not taken over silently."""
-    with pytest.raises(ValueError, match=r"'lossattn' is registered already, by LossAttentionWeights"):
+    by = 'is registered already, by timm_lossattn.attention.weights.LossAttentionWeights'
+    with pytest.raises(ValueError, match=f"'lossattn' {re.escape(by)}"):
         register_weights('lossattn')(BrightestWeights)
+    namesake = type('LossAttentionWeights', (BrightestWeights,), {})  # of another module
+    with pytest.raises(ValueError, match=re.escape(by)):
+        register_weights('lossattn')(namesake)

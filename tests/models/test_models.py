@@ -115,6 +115,17 @@ def test_any_size_from_one_patch_up(size):
     assert out.logits.isfinite().all()
 
 
+@pytest.mark.parametrize('name', ['resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano',
+                                  'resnet18_routing_caps'])
+def test_no_images(name):
+    """A batch of none, as timm's models take it."""
+    model = timm.create_model(name, num_classes=3, **({'width_mult': 0.125} if 'routing' in name else {})).eval()
+    x = torch.zeros(0, 3, 32, 32)
+    assert model(x).shape == (0, 3)
+    out = model.forward_patches(x)
+    assert (out.patch_logits.shape, out.alpha.shape) == ((0, 36, 3), (0, 36))
+
+
 def test_batch_invariance():
     """An image's prediction does not depend on the images beside it."""
     model = nano().eval()

@@ -46,7 +46,7 @@ def test_stated_accuracy(name):
     rows = load_dataset(f'{os.environ["LOSSATTN_DATA"]}/{data}', split='test')
     correct, worst = 0, 0.
     with torch.inference_mode():
-        for batch in rows.iter(batch_size=250):
+        for batch in rows.iter(batch_size=50):
             images = [i if isinstance(i, Image.Image) else Image.open(io.BytesIO(i['bytes'])) for i in batch['img']]
             x = torch.stack([transform(i.convert('RGB')) for i in images])
             out = model.forward_patches(x)

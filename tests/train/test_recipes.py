@@ -1,10 +1,14 @@
 """What recipes.yaml leads to: which parameters decay, what is mirrored, how a schedule begins, for which models."""
+import json
+import math
+
 import pytest
 import timm
 import torch
 import yaml
 
 import timm_lossattn  # noqa: F401  (registers the models)
+import train
 from lib import build, command
 from lib.data import create_train_loader, open_dataset, padded_crop
 from lib.model import create_model
@@ -32,6 +36,18 @@ def test_thresholds_decay_as_biases_do(recipe, weights, others):
     assert found['head.fc.weight'] == weights
     for name in ('patch_layers.length.offset', 'patch_layers.primary.conv.bn.weight', 'head.fc.bias'):
         assert found[name] == others, name
+
+
+@pytest.mark.parametrize('recipe', sorted({*command.recipe_names()} - {'smoke'}))  # it is of CIFAR-10, and of fast
+def test_every_recipe_trains(recipe, folder, tmp_path):
+    """On small images: its optimizer, its schedule and its flags exist in the timm that is installed."""
+    assert train.main([
+        '--recipe', recipe, '--dataset', '', '--data-dir', str(folder), '--train-split', 'train', '--val-split', 'val',
+        '--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--input-size', '3', '16', '16',
+        '--batch-size', '16', '--epochs', '1', '--workers', '0', '--device', 'cpu', '--output', str(tmp_path),
+        '--experiment', 'x', *(('--train-img-sizes', '12', '16') if recipe == 'cpu' else ())]) == 0
+    entry, = json.loads((tmp_path / 'x' / 'result.json').read_text())['epochs']
+    assert math.isfinite(entry['train']['loss'])
 
 
 @pytest.mark.parametrize('recipe', ['sgd', 'adam', 'fast'])

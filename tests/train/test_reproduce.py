@@ -399,3 +399,4 @@ def test_benchmark(tmp_path):
     assert {'patch_outputs_cost', 'explain_cost', 'task_cost', 'loss_cost', 'peak_memory_checkpointing_mib', 'command',
             'hardware'} <= set(result)
     assert benchmark.main(['--model', 'no_such_model']) == 2
+    assert benchmark.main(['--capsules', '--dtype', 'bfloat16', '--device', 'cpu']) == 2  # it would not have been so

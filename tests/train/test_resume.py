@@ -8,7 +8,8 @@ from test_train import QUICK
 
 import compare_runs
 import train
-from lib import checkpoint
+from card import commands_of
+from lib import checkpoint, record
 
 
 @pytest.fixture
@@ -64,6 +65,52 @@ def test_another_learning_rate(command, tmp_path, more):
     assert saved['args']['lr'] == 0.01
 
 
+def test_another_momentum(command, tmp_path):
+    """The optimizer's other hyperparameters as well."""
+    assert train.main([*command, '--epochs', '1', '--momentum', '0.9']) == 0
+    assert train.main([*command, '--epochs', '2', '--momentum', '0.5']) == 0
+    saved = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)
+    assert {group['momentum'] for group in saved['optimizer']['param_groups']} == {0.5}
+
+
+def test_what_began_where(command, tmp_path, capsys):
+    """result.json says with which epoch each command began; the card says it; a finished run is left as it is."""
+    run = tmp_path / 'run'
+    assert train.main([*command, '--epochs', '1']) == 0
+    assert train.main(command) == 0
+    result = json.loads((run / 'result.json').read_text())
+    assert [start['epoch'] for start in result['starts']] == [0, 1]
+    assert {start['commit'] for start in result['starts']} == {result['commit']}
+    assert commands_of(result) == [result['commands'][0], '# after 1 epochs', result['commands'][1]]
+    other = {**result, 'starts': [result['starts'][0], {'epoch': 1, 'commit': 'abc'}]}
+    assert commands_of(other)[1] == '# after 1 epochs, at commit abc'
+    assert commands_of({'commands': ['python a.py']}) == ['python a.py']  # older records
+
+    kept = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    capsys.readouterr()
+    assert train.main([*command, '--lr', '0.5']) == 0
+    assert 'nothing left to train: 2 of 2 epochs are done' in capsys.readouterr().err
+    for name in ('args.yaml', 'result.json', 'summary.csv'):
+        assert (run / name).read_bytes() == kept[name]
+    assert train.main([*command, '--epochs', '3', '--eval-metric', 'loss']) == 2
+    assert '--eval-metric: the run has chosen its best epoch by top1, got loss' in capsys.readouterr().err
+    elsewhere = [*command, '--experiment', 'other', '--resume', str(run / 'last.pth.tar')]
+    assert train.main(elsewhere) == 2
+    assert 'has 2 epochs already; raise --epochs' in capsys.readouterr().err
+    assert not (tmp_path / 'other').exists()
+
+
+@pytest.mark.parametrize(('world', 'local', 'launcher'), [
+    (None, None, 'python'), ('1', '1', 'python'), ('4', '4', 'torchrun --nproc-per-node 4'),
+    ('8', '4', 'torchrun --nnodes 2 --nproc-per-node 4')])
+def test_recorded_launcher(monkeypatch, world, local, launcher):
+    """What is recorded as typed has the processes in it."""
+    for name, value in (('WORLD_SIZE', world), ('LOCAL_WORLD_SIZE', local)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr('sys.argv', [train.__file__, '--lr', '0.1'])
+    assert record.command_line(None) == f'{launcher} train/train.py --lr 0.1'
+
+
 @pytest.mark.parametrize('flags', [('--batch-size', '8'), ('--grad-accum-steps', '2')])
 def test_other_batches_within_an_epoch(command, monkeypatch, capsys, flags):
     """A position within an epoch counts batches: of another size they would be other images."""
@@ -105,8 +152,8 @@ def test_classes_of_the_splits(folder, tmp_path, capsys):
 
 def test_runs_of_the_same_name(command, tmp_path, capsys):
     """compare_runs draws both, by their paths; training at another size than evaluation was said before."""
-    assert train.main([*command, '--epochs', '1', '--train-img-sizes', '16']) == 0
-    assert 'at most 16 pixels, where evaluation has 32' in capsys.readouterr().err
+    assert train.main([*command, '--epochs', '1', '--train-img-sizes', '12']) == 0
+    assert 'at most 12 pixels, where evaluation has 16' in capsys.readouterr().err
     other = shutil.copytree(tmp_path / 'run', tmp_path / 'other' / 'run')
     assert compare_runs.main([str(tmp_path / 'run'), str(other), '--out', str(tmp_path / 'curves.png')]) == 0
     said = capsys.readouterr().out

@@ -1,5 +1,7 @@
 """survey.py: models and checkpoints counted by kind."""
 import json
+import multiprocessing
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -40,6 +42,44 @@ def test_counts(checks, capsys):
     assert f', {len(models_to_check()) - 4} are still to be checked.' in lines[0]
     assert 'additive error is 4e-07' in lines[0]
     assert 'stock logits 1e-08; 0 have another' in lines[0]
+
+
+def test_interrupted(tmp_path, monkeypatch, capsys):
+    """Half a line is checked again, what took too long as well; the rest is kept."""
+    names = {'resnet': 'test_resnet', 'vision_transformer': 'test_vit', 'slow': 'test_convnext'}
+    checked = []
+
+    class Pool:
+        def __init__(self, processes):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def apply_async(self, function, args):
+            self.name, = args
+            return self
+
+        def get(self, timeout):
+            checked.append(self.name)
+            if self.name == names['slow']:
+                raise multiprocessing.TimeoutError
+            return {**Check(self.name, kind='A').to_dict(), 'with_avg': None}
+
+    monkeypatch.setattr(survey, 'smallest_models', lambda: names)
+    monkeypatch.setattr(survey.multiprocessing, 'get_context', lambda method: SimpleNamespace(Pool=Pool))
+    file = tmp_path / 'survey.jsonl'
+    assert survey.main(['--output', str(file)]) == 0
+    assert f'not finished in {survey.SECONDS} s' in capsys.readouterr().out
+    kept = file.read_text()
+    assert [json.loads(line)['module'] for line in kept.splitlines()] == ['resnet', 'vision_transformer']
+    file.write_text(kept[:-20])
+    assert survey.main(['--output', str(file)]) == 0
+    assert checked == ['test_resnet', 'test_vit', 'test_convnext', 'test_vit', 'test_convnext']
+    assert file.read_text() == kept
 
 
 def test_write_leaves_the_rest_of_the_document(checks, tmp_path, monkeypatch):

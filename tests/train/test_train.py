@@ -18,7 +18,7 @@ from timm_lossattn.explanation import input_config
 ROOT = Path(__file__).parents[2]
 QUICK = ('--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--val-split', 'val', '--batch-size', '8',
          '--epochs', '2', '--warmup-epochs', '0', '--workers', '0', '--lr', '0.02', '--device', 'cpu',
-         '--color-jitter', '0', '--scale', '0.8', '1')
+         '--color-jitter', '0', '--scale', '0.8', '1', '--input-size', '3', '16', '16')
 
 
 def train(*flags, script=ROOT / 'train' / 'train.py', **kwargs):
@@ -26,6 +26,11 @@ def train(*flags, script=ROOT / 'train' / 'train.py', **kwargs):
     return subprocess.run(
         [sys.executable, str(script), *map(str, flags)], capture_output=True, text=True,
         env=dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1'), **kwargs)
+
+
+def main(*flags):
+    """The same in this process; its exit code."""
+    return train_script.main([*map(str, flags)])
 
 
 @pytest.fixture(scope='module')
@@ -56,8 +61,9 @@ def test_run_writes_its_files(run):
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 
-def test_resume(run, folder):
+def test_resume(run, folder, tmp_path):
     """--resume goes on after the last epoch and keeps the history."""
+    run = shutil.copytree(run, tmp_path / 'run')
     done = train('--data-dir', folder, *QUICK, '--epochs', '3', '--model-ema', '--resume', run / 'last.pth.tar',
                  '--output', run.parent, '--experiment', 'run')
     assert done.returncode == 0, done.stderr
@@ -67,10 +73,9 @@ def test_resume(run, folder):
     assert '--resume' in result['commands'][1]
 
 
-def test_a_run_is_not_overwritten(run, folder):
-    done = train('--data-dir', folder, *QUICK, '--output', run.parent, '--experiment', 'run')
-    assert done.returncode == 2
-    assert 'holds a run' in done.stderr.strip().splitlines()[-1]
+def test_a_run_is_not_overwritten(run, folder, capsys):
+    assert main('--data-dir', folder, *QUICK, '--output', run.parent, '--experiment', 'run') == 2
+    assert 'holds a run' in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_explain_reads_how_the_checkpoint_was_built(run, tmp_path):
@@ -84,11 +89,10 @@ def test_explain_reads_how_the_checkpoint_was_built(run, tmp_path):
 
 def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
     """From the checkpoint alone and from hub/: arguments of the model, channels, labels, preprocessing."""
-    done = train('--data-dir', folder, *QUICK, '--epochs', '1', '--output', tmp_path, '--experiment', 'x',
-                 '--xi', '0.5', '--backbone-stride', '2', '--patch-stride', '2', '--patch-padding', '1',
-                 '--model-kwargs', 'global_pool=attn',
-                 '--input-size', '1', '40', '36', '--crop-mode', 'squash')
-    assert done.returncode == 0, done.stderr
+    assert main('--data-dir', folder, *QUICK, '--epochs', '1', '--output', tmp_path, '--experiment', 'x',
+                '--xi', '0.5', '--backbone-stride', '2', '--patch-stride', '2', '--patch-padding', '1',
+                '--model-kwargs', 'global_pool=attn',
+                '--input-size', '1', '40', '36', '--crop-mode', 'squash') == 0
     checkpoint = torch.load(tmp_path / 'x' / 'last.pth.tar', weights_only=True)  # plain data, no classes
     assert checkpoint['args']['model'] == checkpoint['arch'] == 'resnet18_lossattn_conv_nano'
     x = torch.randn(2, 1, 40, 36)
@@ -144,8 +148,7 @@ def test_missing_packages(script, module, extra):
 ])
 def test_variants(folder, tmp_path, flags, loss_terms):
     """Other heads and flags train; the patch term appears for loss attention only, unless it is switched off."""
-    done = train('--data-dir', folder, *QUICK, '--epochs', '1', '--output', tmp_path, '--experiment', 'x', *flags)
-    assert done.returncode == 0, done.stderr
+    assert main('--data-dir', folder, *QUICK, '--epochs', '1', '--output', tmp_path, '--experiment', 'x', *flags) == 0
     terms = json.loads((tmp_path / 'x' / 'result.json').read_text())['epochs'][0]['train']
     assert loss_terms <= set(terms)
     assert ('patch_loss' in terms) == ('patch_loss' in loss_terms)
@@ -184,20 +187,19 @@ def test_bad_flags(folder, tmp_path, flags, message, capsys):
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_config_file(folder, tmp_path):
+def test_config_file(folder, tmp_path, capsys):
     """A --config file gives defaults, the command line wins, unknown keys are refused."""
     config = tmp_path / 'config.yaml'
     config.write_text('epochs: 1\nlr: 0.5\nmodel: resnet18_lossattn_caps_nano\n')
     flags = [f for f in QUICK if f not in ('--model', 'resnet18_lossattn_conv_nano')]
     flags[flags.index('--epochs'):flags.index('--epochs') + 2] = []
-    done = train('-c', config, '--data-dir', folder, *flags, '--output', tmp_path, '--experiment', 'x')
-    assert done.returncode == 0, done.stderr
+    assert main('-c', config, '--data-dir', folder, *flags, '--output', tmp_path, '--experiment', 'x') == 0
     args = json.loads((tmp_path / 'x' / 'result.json').read_text())['args']
     assert (args['epochs'], args['lr'], args['model']) == (1, 0.02, 'resnet18_lossattn_caps_nano')
     config.write_text('epoch: 1\n')
-    done = train('-c', config, '--data-dir', folder, *flags)
-    assert done.returncode == 2
-    assert "unknown keys ['epoch']" in done.stderr
+    with pytest.raises(SystemExit, match='2'):
+        main('-c', config, '--data-dir', folder, *flags)
+    assert "unknown keys ['epoch']" in capsys.readouterr().err
 
 
 @pytest.mark.skipif('TIMM_REPO' not in os.environ, reason='TIMM_REPO is not set: no checkout of timm with its train.py')

@@ -166,6 +166,17 @@ def test_frozen_in_every_mode_and_copy(backbone):
         assert not any(module.training for module in trained.modules())
 
 
+def test_dropout_inside_of_what_is_frozen():
+    """A ViT has one behind the position embedding, beside its blocks and its classifier."""
+    model = timm.create_model('lossattn', backbone='test_vit', global_pool='avg', pos_drop_rate=0.5, drop_rate=0.5)
+    freeze_backbone(model)
+    model.train()
+    x = torch.randn(2, 3, 160, 160)
+    features = model.forward_features(x)
+    assert torch.equal(features, model.forward_features(x))
+    assert not torch.equal(model.forward_head(features), model.forward_head(features))
+
+
 def test_frozen_model_of_the_paper():
     """Parameters that weigh patches are learned with the classifier."""
     model = timm.create_model('resnet18_lossattn_conv_nano', global_pool='gatedattn', num_classes=3)
