@@ -13,6 +13,7 @@ from PIL import Image
 
 from gallery import commands, draw
 from lib.command import parse_args
+from timm_lossattn import explain, load_model
 from timm_lossattn.cli import build_parser
 from timm_lossattn.explanation.drawing import PANELS
 
@@ -108,6 +109,26 @@ def test_gallery_draws_again(tmp_path, monkeypatch):
     with Image.open(tmp_path / 'again.jpg') as again, Image.open(ROOT / 'docs' / 'gallery' / 'bird.jpg') as there:
         assert again.size == there.size
         assert np.abs(np.asarray(again, dtype=float) - np.asarray(there)).mean() < 3  # fonts differ a little
+
+
+def test_numbers_of_the_pictures():
+    """What reading_explanations.md says of the bird is what the weights that ship say."""
+    text = (ROOT / 'docs' / 'reading_explanations.md').read_text().replace('\n', ' ')
+    bird = ROOT / 'tests' / 'data' / 'cifar10_test_00025_bird.png'
+    why_not = explain(load_model('resnet18_lossattn_caps_nano'), bird, target='bird', against='cat')
+    assert why_not.labels[int(why_not.prediction.logits.argmax())] == 'cat'
+    assert f'the sum, {float(why_not.evidence.sum()):.2f}, is'.replace('-', '−') in text
+    explanation = explain(load_model('resnet18_lossattn_conv_nano'), bird)
+    weight, evidence = explanation.prediction.alpha[0], explanation.evidence[0]
+    largest, second, _, fourth = weight.argsort(descending=True)[:4].tolist()
+    assert f"the bird's head ({float(weight[largest]):.2f})" in text
+    assert largest == int(evidence.argmax())
+    assert f'one of {float(weight[second]):.2f} that adds nothing ({float(evidence[second]):+.2f})' in text
+    assert f'one of {float(weight[fourth]):.2f} that speaks against bird ({float(evidence[fourth]):+.2f})'.replace(
+        '-', '−') in text
+    low, high = map(float, explanation.prediction.logits.aminmax())
+    assert f'ten logits between {low:.1f} and {high:.1f}' in (
+        ROOT / 'docs' / 'other_tools.md').read_text().replace('\n  ', ' ')
 
 
 TABLES = {'docs/models.md': 'model_table', 'MODEL_CARD.md': 'weights_table',
