@@ -38,9 +38,9 @@ $(VENV)/.space: $(VENV)/.viz
 space: $(VENV)/.space
 	$(BIN)/python hub/space/app.py
 
-# one thread a worker process: more would only wait for each other
+# one thread a worker process: more would only wait for each other; a file's tests in one of them, which share models
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

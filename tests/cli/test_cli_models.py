@@ -34,7 +34,7 @@ def test_folder_of_a_run(tmp_path, capsys):
 
 @pytest.mark.parametrize(('model', 'what'), [
     ('no_such_model', "model: timm has no model 'no_such_model'"),
-    ('vgg11_bn_lossattn_caps_nano', 'model: vgg11_bn_lossattn_caps_nano has no weights yet'),
+    ('vgg11_bn_lossattn_caps', 'model: vgg11_bn_lossattn_caps has no weights yet'),
 ])
 def test_bad_model(tmp_path, capsys, model, what):
     """Unknown, or without weights."""

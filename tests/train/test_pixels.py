@@ -62,13 +62,14 @@ def test_boxes_follow_the_pixels(config):
     pixels[truth[1]:truth[3], truth[0]:truth[2]] = 255
     images = Images(config['input_size'][0], boxes=[truth, [0, 0, 300, 200]])
     images.images = [Image.fromarray(pixels).convert(images.images[0].mode)]
-    x, _, boxes = BoxDataset(images, config)[0]
+    x, _, boxes, classes = BoxDataset(images, config)[0]
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     white = (x * std + mean)[0] > 0.7  # what is filled in around the image is darker
     rows, columns = white.any(dim=1).nonzero().flatten(), white.any(dim=0).nonzero().flatten()
     found = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
     assert float((boxes[0] - found).abs().max()) <= 1
     assert len(boxes) == 2
+    assert classes.tolist() == [-1, -1]  # not said
 
     images.boxes = [[0, 0, 1, 1], [299, 199, 300, 200]]
     cropped = len(BoxDataset(images, config)[0][2])
