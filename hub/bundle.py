@@ -148,7 +148,8 @@ def beginning(result: dict[str, Any]) -> dict[str, Any] | None:
     source, _, where = args['model'].partition(':')
     start = args.get('initial_checkpoint') or (where if source == 'local-dir' else '')
     resumed = args.get('resume') or ''
-    if not start and resumed and Path(resumed).parent != Path(args.get('output', ''), args.get('experiment', '')):
+    if not start and resumed and Path(resumed).parent.resolve() != Path(
+            args.get('output', ''), args.get('experiment', '')).resolve():
         start = resumed  # of another run
     if start or where:
         run = Path(start).parent

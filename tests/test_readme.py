@@ -48,7 +48,9 @@ def test_snippets(monkeypatch, capsys, document, number):
     assert re.search('^(import|from) timm_lossattn', snippet, re.MULTILINE)  # here its models are registered already
     exec(compile(snippet, document, 'exec'), {})
     said = re.findall(r'^print\(.*\)\s+# (.*)$', snippet, flags=re.MULTILINE) if document == 'README.md' else []
-    for comment, line in zip(said, capsys.readouterr().out.splitlines()):
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) >= len(said)
+    for comment, line in zip(said, printed):
         assert line.startswith(re.split(r'; \.\.\.|: [a-z]', comment)[0])
 
 

@@ -53,6 +53,8 @@ from timm_lossattn.loading import model_config
 
 _logger = logging.getLogger('train')
 
+STATE = ('params', 'lookahead_step')  # of an optimizer's groups; the rest are hyperparameters
+
 
 @script
 def main(argv: list[str] | None = None) -> int:
@@ -112,7 +114,7 @@ def prepare_task(
             if checkpoint['args'][name] != getattr(options, name):
                 raise ValueError(f'--{name.replace("_", "-")}: {options.resume} is from within an epoch with '
                                  f'{checkpoint["args"][name]}, got {getattr(options, name)}.')
-        given = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
+        given = [{key: value for key, value in group.items() if key not in STATE} for group in optimizer.param_groups]
         start_epoch = resume_task_checkpoint(task, options.resume, optimizer=optimizer, loss_scaler=scaler) or 0
         for group, own in zip(optimizer.param_groups, given):
             group |= {**own, 'initial_lr': own['lr']}

@@ -198,8 +198,9 @@ def test_weights_that_were_trained_on(run, place):
     for start in ('initial_checkpoint', 'resume'):  # of a run, or of a file that stands alone
         args = result['args'] | {'output': str(run.parent), 'experiment': 'other', 'pretrained': False}
         assert bundle.beginning({'args': args | {start: f'{run}/last.pth.tar'}}) == result
-        own = {'resume': f'{run.parent}/other/last.pth.tar', 'initial_checkpoint': ''}
-        assert bundle.beginning(result | {'args': args | own}) is None
+        for own in (f'{run.parent}/other/last.pth.tar', f'{run.parent}/run/../other/last.pth.tar'):
+            own = {'resume': own, 'initial_checkpoint': ''}
+            assert bundle.beginning(result | {'args': args | own}) is None
         (run.parent / 'alone').mkdir(exist_ok=True)
         assert bundle.beginning({'args': args | {start: f'{run.parent}/alone/weights.safetensors'}}) is None
     assert bundle.beginning(result | {'model': 'lossattn.tf_efficientnet_lite0'}) is None  # the backbone's

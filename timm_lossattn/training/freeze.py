@@ -37,7 +37,7 @@ def freeze_backbone(model: Any) -> list[str]:
 
     The frozen parameters get no gradient. The frozen modules are in eval mode and stay so whatever ``train`` is called
     with, on the model or on what holds it: batch norms keep their statistics, drop path and dropout inside the backbone
-    are off. Dropout beside the classifier is the classifier's and stays on.
+    are off. Dropout between the last of them and the classifier is the classifier's and stays on.
 
     Args:
         model: of timm or of this package, with a classifier.
