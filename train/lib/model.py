@@ -22,6 +22,8 @@ from timm_lossattn.loading import (
     read_checkpoint,
 )
 
+from .gathered import use_gathered
+from .grow import grow_from
 from .options import EvalOptions, TrainOptions
 from .process import Process
 
@@ -112,6 +114,8 @@ def create_model(options: TrainOptions, process: Process) -> Any:
         raise ValueError(f'--model {options.model}: {error}') from error
     if options.pretrained_backbone and not options.resume:
         load_backbone(model, options.pretrained_backbone)
+    if options.grow_from and not options.resume:
+        grow_from(model, options.grow_from)
     if options.freeze_backbone:
         trained = freeze_backbone(model)
         _logger.info(f'Frozen but for {", ".join(trained)}')
@@ -120,6 +124,8 @@ def create_model(options: TrainOptions, process: Process) -> Any:
     if options.winograd:
         from .winograd import use_winograd  # brings torch's compiler, a second of every start
         _logger.info(f'Winograd: {use_winograd(model)} convolutions')
+    if options.gathered:
+        _logger.info(f'Gathered: {use_gathered(model)} convolutions')
     model.to(device=process.device)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -70,6 +70,9 @@ class ModelOptions:
     pretrained_backbone: str | None = flag(
         None, "start the backbone of this package's own models from the weights of this timm model where names and "
               'shapes fit; for lossattn.NAME, whose weights are its backbone\'s, see --pretrained', metavar='MODEL')
+    grow_from: str | None = flag(
+        None, 'start as this narrower model with its pretrained weights: further channels begin without influence',
+        metavar='MODEL')
     freeze_backbone: bool = flag(False, 'train the classifier only; the rest stays as it is, batch statistics too')
     initial_checkpoint: str = flag('', 'start from the weights in this file', metavar='FILE')
     resume: str = flag('', 'continue the run that wrote this checkpoint; "auto": the newest good one of --experiment',
@@ -79,6 +82,7 @@ class ModelOptions:
     grad_checkpointing: bool = flag(False)
     channels_last: bool = flag(False)
     winograd: bool = flag(False, 'faster 3×3 convolutions on the CPU in float32; best with --channels-last')
+    gathered: bool = flag(False, 'faster 9×9 patch convolutions on the CPU in bfloat16; best with --channels-last')
     torchcompile: str | None = flag(None, nargs='?', const='inductor', metavar='BACKEND')
     backbone_stride: int | None = flag(None, '1, 2, 4 or 8', choices=(1, 2, 4, 8), metavar='S')
     patch_stride: int | None = flag(None, 'of the patch convolution: 4 (default) or 2', choices=(2, 4), metavar='S')
