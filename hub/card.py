@@ -1,5 +1,6 @@
 """The model card of one set of weights: every number from result.json and config.json, the words from a template."""
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_lossattn.files import sha256_of
 from timm_lossattn.loading import full_name
 
-__all__ = ['Words', 'commands_of', 'make_card', 'measures']
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'train'))  # for lib, which knows its records
+from lib.history import commands_of, hardware_of, runs_of
+
+__all__ = ['Words', 'make_card', 'measures']
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
 # measure of result.json -> metric type of the Hub, name; percent all of them
@@ -52,24 +56,9 @@ def measures(result: dict[str, Any]) -> tuple[dict[str, float], str]:
     return {name: found[name] for name in names}, source
 
 
-def commands_of(run: dict[str, Any]) -> list[str]:
-    """The commands of result.json; a comment before what went on says after how many epochs, where it is known."""
-    lines = []
-    for i, command in enumerate(run['commands']):
-        start = run['starts'][i] if 'starts' in run else {'epoch': 0}
-        if start['epoch']:
-            commit = f', at commit {start["commit"]}' if start['commit'] != run['commit'] else ''
-            lines.append(f'# after {start["epoch"]} epochs{commit}')
-        lines.append(command)
-    return lines
-
-
 def training(result: dict[str, Any]) -> dict[str, Any]:
     """What the template says about how the weights came about."""
-    runs = [result]
-    while 'initial' in runs[0]:  # started from another run's checkpoint
-        runs.insert(0, runs[0]['initial'])
-    commands = [line for run in runs for line in commands_of(run)]
+    runs, commands = runs_of(result), commands_of(result)
     if 'shipped' in result:
         commands.append(result['shipped']['command'])
     flags, seconds = result['args'], sum(run['seconds'] for run in runs)
@@ -87,7 +76,7 @@ def training(result: dict[str, Any]) -> dict[str, Any]:
         'epochs': ' + '.join(str(len(run['epochs'])) for run in runs),
         'seed': ', '.join(str(run['seed']) for run in runs),
         'time': f'{seconds / 3600:.2f} hours' if seconds >= 3600 else f'{seconds / 60:.1f} minutes',
-        'start': start, 'hardware': result['hardware'], 'torch': result['versions']['torch'],
+        'start': start, 'hardware': hardware_of(result), 'torch': result['versions']['torch'],
         'timm': result['versions']['timm'], 'commit': result.get('commit') or '',
         'command': '\n'.join(commands),
     }

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import nn
 
 from lib.build import default_loss
 from lib.flags import flag, parse, positive_int
+from lib.gathered import use_gathered
 from lib.model import count_gmacs
 from lib.record import command_line, environment, print_table
 from lib.script import script
@@ -42,6 +44,7 @@ from timm_lossattn.loading import check_name
 from timm_lossattn.models.patch_layers import CapsulePatchLayers
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+REPLACE = {'winograd': use_winograd, 'gathered': use_gathered}  # flag -> what makes convolutions faster
 MINIMUM = 1.5  # times that one convolution must be faster than loops
 
 
@@ -57,6 +60,7 @@ class BenchmarkOptions:
     channels_last: bool = flag(False)
     torchcompile: bool = flag(False, 'also compiled')
     winograd: bool = flag(False, 'also with Winograd convolutions (CPU, float32)')
+    gathered: bool = flag(False, 'also with gathered patch convolutions (CPU, bfloat16)')
     matmul_size: int = flag(2048, 'n of the n × n product', metavar='N')
     warmup: int = flag(1, metavar='N')
     repeats: int = flag(5, type=positive_int, metavar='N')
@@ -141,12 +145,12 @@ def measure_speed(options: BenchmarkOptions) -> dict[str, Any]:
         functions['explain'] = inference(lambda x: explain(model, x))
     if options.torchcompile:
         functions['forward_compiled'] = inference(torch.compile(model))
-    if options.winograd:
-        fast = copy.deepcopy(model)
-        result['winograd_convolutions'] = use_winograd(fast)
-        functions['forward_winograd'] = inference(fast)
+    replaced = {name: copy.deepcopy(model) for name in REPLACE if getattr(options, name)}
+    for name, fast in replaced.items():
+        result[f'{name}_convolutions'] = REPLACE[name](fast)
+        functions[f'forward_{name}'] = inference(fast)
         if patches:
-            functions['explain_winograd'] = inference(lambda x: explain(fast, x))
+            functions[f'explain_{name}'] = inference(partial(explain, fast))
     seconds = by_turns(functions, options)
     flops = 2e9 * gmacs * options.batch_size
     matmul_flops = 2. * n ** 3
@@ -158,10 +162,10 @@ def measure_speed(options: BenchmarkOptions) -> dict[str, Any]:
         result['explain_cost'] = ratio(seconds, 'explain', 'forward') - 1
     if options.torchcompile:
         result['compiled_forward_speedup'] = ratio(seconds, 'forward', 'forward_compiled')
-    if options.winograd:
-        result['winograd_forward_speedup'] = ratio(seconds, 'forward', 'forward_winograd')
+    for name in replaced:
+        result[f'{name}_forward_speedup'] = ratio(seconds, 'forward', f'forward_{name}')
         if patches:
-            result['winograd_explain_speedup'] = ratio(seconds, 'explain', 'explain_winograd')
+            result[f'{name}_explain_speedup'] = ratio(seconds, 'explain', f'explain_{name}')
 
     model.train()
 
@@ -187,8 +191,8 @@ def measure_speed(options: BenchmarkOptions) -> dict[str, Any]:
         compiled = create_task()
         compiled.compile()
         functions['compiled'] = step_function(compiled, x, y, options)
-    if options.winograd:
-        functions['winograd'] = step_function(
+    for name, fast in replaced.items():
+        functions[name] = step_function(
             ClassificationTask(fast.train(), nn.CrossEntropyLoss(), verbose=False), x, y, options)
     seconds = by_turns(functions, options)
     result['train_images_per_second'] = options.batch_size / statistics.median(seconds['plain'])
@@ -198,8 +202,8 @@ def measure_speed(options: BenchmarkOptions) -> dict[str, Any]:
         result['loss_cost'] = ratio(seconds, 'loss', 'plain') - ratio(seconds, 'plain_loss', 'plain')
     if options.torchcompile:
         result['compiled_train_speedup'] = ratio(seconds, 'task' if patches else 'plain', 'compiled')
-    if options.winograd:
-        result['winograd_train_speedup'] = ratio(seconds, 'plain', 'winograd')
+    for name in replaced:
+        result[f'{name}_train_speedup'] = ratio(seconds, 'plain', name)
     return result
 
 
@@ -285,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(BenchmarkOptions, __doc__, argv)
     check_name(options.model)
     if options.capsules:
-        ignored = ('dtype', 'channels_last', 'torchcompile', 'winograd', 'only')
+        ignored = ('dtype', 'channels_last', 'torchcompile', 'only', *REPLACE)
         others = [f.name for f in fields(options) if f.name in ignored and getattr(options, f.name) != f.default]
         if others:
             raise ValueError(f'--{others[0].replace("_", "-")}: --capsules measures float32, eager, as it is')

@@ -34,7 +34,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from lib.boxes import collate_boxes, open_patch_model
+from lib.boxes import box_columns, collate_boxes, open_patch_model
 from lib.comparison import Judge, Settings, grid_entries
 from lib.explainers import OURS, Question, create_tools
 from lib.flags import flag, parse, positive_int
@@ -234,6 +234,8 @@ def main(argv: list[str] | None = None) -> int:
         'scalar': 'lead' if against_of(options) else 'logit', 'tools': list(tools), 'removal': options.removal,
         'blanks': options.blanks,
         'steps': options.steps, 'single_deletion': options.single_deletion, 'spread': options.spread}
+    if 'box_labels' in box_columns(boxed.dataset):
+        asked['boxes'] = 'of the target'  # in earlier records of all classes
     records, command = Records(options.output / 'images.jsonl', asked), command_line(argv)
     if {*indices} - {entry['index'] for entry in records.of('image')} and any(map(records.of, grids)):
         raise ValueError(f'--images: {records.path} has grids of fewer images; choose another --output')

@@ -11,19 +11,16 @@ of one image, on the meta device.
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
+from lib.history import commands_of, hardware_of, runs_of
 from lib.model import count_gmacs
 from timm_lossattn.files import replace_file
 from timm_lossattn.loading import list_patch_models
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / 'hub'))
-from card import commands_of
 
 BEGIN, END = '<!-- begin: python train/model_table.py -->', '<!-- end -->'
 ROOT = Path(__file__).parent.parent
@@ -62,18 +59,16 @@ def weights_table() -> str:
     for file in sorted(WEIGHTS.glob('*/result.json')):
         name, result = file.parent.name, json.loads(file.read_text())
         shipped = result['shipped']
-        runs = [result]
-        while 'initial' in runs[0]:  # started from another run's checkpoint
-            runs.insert(0, runs[0]['initial'])
+        runs = runs_of(result)
         epochs = ' + '.join(str(len(run['epochs'])) for run in runs)
         seeds = ', '.join(str(run['seed']) for run in runs)
         seconds = sum(run['seconds'] for run in runs)
         lines.append(
             f'| `{name}` | {shipped["top1"]:.2f} % | {shipped["top5"]:.2f} % | {shipped["images"]:,} | '
             f'{shipped["bytes"] / 1e6:.2f} MB | {epochs} | {seeds} | '
-            f'{seconds / 3600:.2f} | {result["hardware"]} |')
+            f'{seconds / 3600:.2f} | {hardware_of(result)} |')
         commands += ['', f'`{name}`:', '', '```bash']
-        for command in (*(line for run in runs for line in commands_of(run)), shipped['command']):
+        for command in (*commands_of(result), shipped['command']):
             commands += wrap(command)
         commands.append('```')
     return '\n'.join([*lines, *commands, '', END])

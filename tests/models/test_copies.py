@@ -89,6 +89,21 @@ def test_pruned_after_reset_classifier(stock):
     assert torch.equal(stock(X), before)
 
 
+def test_later_hook_of_a_module_with_a_hook(stock):
+    """The two models share its hooks, and how they are called; the first handle still removes what it stands for."""
+    seen = []
+    handle = stock.layer4.register_forward_hook(lambda *args: seen.append('first'))
+    model = loss_attention(stock)
+    own_modules(model)
+    model.layer4.register_forward_hook(lambda module, args, kwargs, output: seen.append(kwargs), with_kwargs=True)
+    model(X)
+    stock(X)
+    assert seen == ['first', {}] * 2
+    handle.remove()
+    model(X)
+    assert seen[4:] == [{}]
+
+
 def test_method_of_a_module_as_hook(stock):
     """It belongs to the module, and in a copy to that of the copy."""
     class Counting(nn.Sequential):

@@ -385,7 +385,7 @@ def test_failed_run_is_reported(tmp_path, capfd):
     assert 'no cell matches' in capfd.readouterr().err
 
 
-def test_benchmark(tmp_path):
+def test_benchmark(tmp_path, capsys):
     """Every number is there, positive where it is an amount."""
     file = tmp_path / 'benchmark.json'
     assert benchmark.main(['--model', 'resnet18_lossattn_conv_nano', '--batch-size', '2', '--device', 'cpu',
@@ -399,4 +399,6 @@ def test_benchmark(tmp_path):
     assert {'patch_outputs_cost', 'explain_cost', 'task_cost', 'loss_cost', 'peak_memory_checkpointing_mib', 'command',
             'hardware'} <= set(result)
     assert benchmark.main(['--model', 'no_such_model']) == 2
+    capsys.readouterr()
     assert benchmark.main(['--capsules', '--dtype', 'bfloat16', '--device', 'cpu']) == 2  # it would not have been so
+    assert '--dtype: --capsules measures' in capsys.readouterr().err

@@ -8,8 +8,8 @@ from test_train import QUICK
 
 import compare_runs
 import train
-from card import commands_of
 from lib import checkpoint, record
+from lib.history import commands_of
 
 
 @pytest.fixture
@@ -107,8 +107,11 @@ def test_recorded_launcher(monkeypatch, world, local, launcher):
     """What is recorded as typed has the processes in it."""
     for name, value in (('WORLD_SIZE', world), ('LOCAL_WORLD_SIZE', local)):
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
     monkeypatch.setattr('sys.argv', [train.__file__, '--lr', '0.1'])
     assert record.command_line(None) == f'{launcher} train/train.py --lr 0.1'
+    monkeypatch.delenv('TORCHELASTIC_RUN_ID')  # mpirun or another launcher, whose command is not known
+    assert record.command_line(None) == 'python train/train.py --lr 0.1'
 
 
 @pytest.mark.parametrize('flags', [('--batch-size', '8'), ('--grad-accum-steps', '2')])

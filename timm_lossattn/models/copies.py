@@ -15,6 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 __all__ = ['own_modules', 'renamed', 'shallow_copy', 'shape_twin', 'without_graph']
 
 CALL_HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
+HOOK_FLAGS = ('_forward_pre_hooks_with_kwargs', '_forward_hooks_with_kwargs', '_forward_hooks_always_called')
 
 
 def made_by_torch(hook: Any) -> bool:
@@ -72,11 +73,16 @@ def shape_twin(model: nn.Module) -> Any:
 def own_modules(model: nn.Module) -> None:
     """Give a model modules of its own, of the same parameters and buffers, before it is restructured.
 
-    The user's hooks stay registered in one place, from which the handle that the user has removes them.
+    The user's hooks stay registered in one place, from which the handle that the user has removes them; hooks that
+    such a module gets later are called in both models.
     """
     memo = without_graph(model)
     memo |= {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
     memo |= {id(hooks): hooks for hooks, users in users_hooks(model) if users and len(users) == len(hooks)}
+    for module in model.modules():
+        own = vars(module)
+        if any(id(own[name]) in memo for name in CALL_HOOKS):
+            memo |= {id(own[name]): own[name] for name in HOOK_FLAGS}
     model._modules = copy.deepcopy(model._modules, memo)
 
 

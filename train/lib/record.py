@@ -75,7 +75,7 @@ def command_line(argv: list[str] | None) -> str:
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(sys.argv[0])
     world, local = (os.environ.get(variable, '1') for variable in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
     launcher = ['python']
-    if int(world) > 1:
+    if int(world) > 1 and 'TORCHELASTIC_RUN_ID' in os.environ:  # others, as mpirun, leave no trace of their command
         nodes = [] if world == local else ['--nnodes', str(int(world) // int(local))]
         launcher = ['torchrun', *nodes, '--nproc-per-node', local]
     return shlex.join([*launcher, str(name), *sys.argv[1:]])

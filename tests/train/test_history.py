@@ -1,0 +1,23 @@
+"""lib/history.py: what a card and the table of weights say of runs that began with the weights of others."""
+from lib.history import commands_of, hardware_of, runs_of
+
+FIRST = {'commands': ['a', 'b'], 'starts': [{'epoch': 0, 'commit': 'old'}, {'epoch': 2, 'commit': 'new'}],
+         'commit': 'new', 'hardware': 'X'}
+OLDER = {'commands': ['c', 'd'], 'commit': 'older', 'hardware': 'Y', 'initial': FIRST}  # without starts
+LAST = {'commands': ['e'], 'starts': [{'epoch': 0, 'commit': 'new'}], 'commit': 'new', 'hardware': 'X',
+        'initial': OLDER}
+
+
+def test_runs():
+    """From the first to the last; a machine is named once."""
+    assert runs_of(LAST) == [FIRST, OLDER, LAST]
+    assert hardware_of(LAST) == 'X, then Y'
+    assert hardware_of(FIRST) == 'X'
+
+
+def test_commands():
+    """Another commit than the record's is said, of the first command too; what an older record does not know is not."""
+    another = 'another run, started from the weights of the one above'
+    assert commands_of(LAST) == [
+        '# at commit old', 'a', '# after 2 epochs', 'b', f'# {another}', 'c', '# resumed, at commit older', 'd',
+        f'# {another}', 'e']

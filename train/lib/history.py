@@ -1,0 +1,40 @@
+"""How weights came about, from their result.json: the runs, each begun with the weights of the one before."""
+from typing import Any
+
+__all__ = ['commands_of', 'hardware_of', 'runs_of']
+
+
+def runs_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record and, before it, those of the runs whose weights it started from, the first one first."""
+    runs = [result]
+    while 'initial' in runs[0]:
+        runs.insert(0, runs[0]['initial'])
+    return runs
+
+
+def hardware_of(result: dict[str, Any]) -> str:
+    """Every machine of these runs, once."""
+    return ', then '.join(dict.fromkeys(run['hardware'] for run in runs_of(result)))
+
+
+def commands_of(result: dict[str, Any]) -> list[str]:
+    """The commands of all runs; comments say where they go on, and at which commit if not at that of the record.
+
+    Older records know neither after how many epochs nor at which commit a resumed run went on, only where it ended.
+    """
+    lines: list[str] = []
+    for run in runs_of(result):
+        commands = run['commands']
+        for i, command in enumerate(commands):
+            last = {'epoch': 0, 'commit': run.get('commit') if i == len(commands) - 1 else None}
+            start = run['starts'][i] if 'starts' in run else last
+            notes = []
+            if i:
+                notes.append(f'after {start["epoch"]} epochs' if start['epoch'] else 'resumed')
+            elif lines:
+                notes.append('another run, started from the weights of the one above')
+            if start['commit'] and start['commit'] != result['commit']:
+                notes.append(f'at commit {start["commit"]}')
+            lines += [f'# {", ".join(notes)}'] if notes else []
+            lines.append(command)
+    return lines
