@@ -7,6 +7,7 @@ in bfloat16 reaches a few per cent of the speed of a matrix product. Here the wi
 rows of a matrix, (B · H' · W', 9 · 9 · C), and output and both gradients are products with it. In channels-last layout
 the copy moves whole runs of C numbers, and with stride 4 each number goes to at most nine windows.
 """
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ MIN_KERNEL = 5  # of smaller filters, oneDNN's convolution is the faster one
 MIN_CHANNELS = 16
 
 
-def windows(x: torch.Tensor, kernel: tuple[int, int], stride: tuple[int, int]) -> torch.Tensor:
+def windows(x: torch.Tensor, kernel: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
     """All windows of (B, H, W, C), contiguous: (B, H', W', kernel, kernel, C), a view."""
     batch, height, width, channels = x.shape
     b, h, w, c = x.stride()
