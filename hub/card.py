@@ -70,6 +70,8 @@ def training(result: dict[str, Any]) -> dict[str, Any]:
         start = f'Started from the pretrained weights of `{result["model"].removeprefix("lossattn.")}`.'
     elif flags.get('pretrained'):
         start = 'Started from the weights that the package ships for this architecture.'
+    elif flags.get('grow_from'):
+        start = f'The first channels of each layer started as `{flags["grow_from"]}`.'
     elif flags.get('pretrained_backbone'):
         start = f'The backbone started from the weights of `{flags["pretrained_backbone"]}`.'
     return {
