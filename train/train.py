@@ -187,7 +187,8 @@ def run(options: TrainOptions, command: str) -> None:
 
     machine = environment(process.device.type, process.world_size)  # at the start: it is this commit that runs
     history: list[dict[str, Any]] = []
-    commands, starts = [command], [{'epoch': start_epoch, 'commit': machine['commit']}]
+    commands = [command]
+    starts = [{'epoch': start_epoch, 'commit': machine['commit'], 'hardware': machine['hardware']}]
     result_file = folder / 'result.json'
     if in_place and process.rank == 0 and result_file.exists():
         previous = json.loads(result_file.read_text())
@@ -261,7 +262,7 @@ def run(options: TrainOptions, command: str) -> None:
                 'seconds': round(sum(e['seconds'] for e in history), 1),
                 'seed': options.seed,
                 'commands': commands,
-                **({'starts': starts} if starts else {}),  # of each command: its first epoch, and the commit
+                **({'starts': starts} if starts else {}),  # of each command: its first epoch and where it ran
                 'args': recorded,
                 'data_config': data_config,
                 'parameters': sum(p.numel() for p in model.parameters()),

@@ -43,6 +43,34 @@ def test_gradients_are_directional_derivatives():
     assert torch.autograd.gradcheck(lambda *args: gathered_conv2d(*args, (2, 3), (1, 0)), (x, weight, bias))
 
 
+def test_without_bias_and_frozen():
+    """Gradients of those that want one."""
+    x, weight, _ = example(2, 3, 4, 13, 13, (9, 9))
+    for wanting in (x, weight):
+        gradients = []
+        for convolve in (gathered_conv2d, F.conv2d):
+            y = convolve(*(t if t is wanting else t.detach() for t in (x, weight)), None, (4, 4), (0, 0))
+            gradients.append(torch.autograd.grad(y.square().sum(), wanting)[0])
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_falls_back(monkeypatch):
+    """Where the input has no windows to gather, or somebody reads the operations."""
+    conv = GatheredConv2d(4, 4, 9, stride=4)
+    calls = []
+    monkeypatch.setattr('lib.gathered.gathered_conv2d', lambda *args: calls.append(1) or gathered_conv2d(*args))
+    x = torch.randn(1, 4, 13, 13)
+    assert conv(x).shape == (1, 4, 2, 2)
+    assert calls == [1]
+    assert conv(x[0]).shape == (4, 2, 2)
+    assert conv(x[:0]).shape == (0, 4, 2, 2)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        conv(torch.randn(1, 4, 8, 13))
+    torch.export.export(conv, (x,))
+    assert copy.deepcopy(conv).to('meta')(x.to('meta')).shape == (1, 4, 2, 2)
+    assert calls == [1]
+
+
 def test_autocast():
     """bfloat16 as PyTorch's convolution has it: the error is of its size, and gradients are those of the parameters."""
     own, other = example(4, 32, 32, 17, 17, (9, 9)), example(4, 32, 32, 17, 17, (9, 9))
@@ -64,11 +92,12 @@ def test_only_what_gains_is_replaced():
     model = nn.Sequential(
         suitable, nn.Conv2d(16, 16, 5, stride=2, padding=2), nn.Conv2d(3, 16, 9, stride=4), nn.Conv2d(16, 16, 9),
         nn.Conv2d(16, 16, 3, stride=2), nn.Conv2d(16, 16, 9, stride=4, groups=2),
-        nn.Conv2d(16, 16, 9, stride=4, padding_mode='reflect', padding=1), nn.Conv2d(16, 16, 5, stride=2, dilation=2))
+        nn.Conv2d(16, 16, 9, stride=4, padding_mode='reflect', padding=1), nn.Conv2d(16, 16, 5, stride=2, dilation=2),
+        nn.Conv2d(16, 16, 9, stride=2), nn.Conv2d(16, 16, 9, stride=4, padding='valid'))
     kept, calls = dict(model.named_parameters()), []
     suitable.register_forward_hook(lambda *args: calls.append(1))
     assert use_gathered(model) == 2
-    assert [type(m) is GatheredConv2d for m in model] == [True, True] + 6 * [False]
+    assert [type(m) is GatheredConv2d for m in model] == [True, True] + 8 * [False]
     assert all(kept[name] is parameter for name, parameter in model.named_parameters())
     model[0](torch.randn(1, 16, 9, 9))
     assert calls == [1]
@@ -82,6 +111,7 @@ def test_whole_model(name):
     model = timm.create_model(name, patch_padding=1).to(memory_format=torch.channels_last).double()
     other = copy.deepcopy(model)
     assert use_gathered(other) >= 1
+    assert other.patch_grid(16, 16) == model.patch_grid(16, 16)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     for m in (model, other):
         m(x).square().sum().backward()

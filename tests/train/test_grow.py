@@ -1,9 +1,12 @@
 """train.py --grow-from: a wide model that begins as a narrow one."""
+import json
+
 import pytest
 import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_train import QUICK
 from torch import nn
 
 import timm_lossattn  # noqa: F401  registers the models
@@ -77,7 +80,7 @@ def test_refused_and_unchanged(narrow):
     for name, kwargs, message in (
             ('vgg11_bn_lossattn_conv_nano', {}, 'only one of the two has'),
             ('resnet18_lossattn_conv_nano', {'width_mult': 0.5}, 'does not fit into'),
-            ('resnet18_lossattn_conv_nano', {'num_classes': 5}, 'does not fit into')):
+            ('resnet18_lossattn_conv_nano', {'num_classes': 5}, 'does not fit into')):  # more would fit: see below
         model = timm.create_model(name, **kwargs)
         before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         with pytest.raises(ValueError, match=message):
@@ -96,14 +99,30 @@ def test_as_train_builds_it(narrow):
         torch.testing.assert_close(model.eval()(x), narrow(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(('model', 'source', 'message'), [
-    ('resnet18_lossattn_conv_nano', 'no_such_model', "'no_such_model' is no model with weights"),
-    ('resnet18_lossattn_conv_nano', 'resnet34_lossattn_conv', "'resnet34_lossattn_conv' is no model with weights"),
-    ('resnet34_lossattn_conv', NANO, f'--grow-from {NANO}: only one of the two has backbone.'),
-    ('resnet18_meanpool_conv', NANO, 'its layers do not only add up channels')])
-def test_refused_by_train(folder, tmp_path, capsys, model, source, message):
-    """In one line; the mean of the patches would be another function of the same weights."""
+@pytest.mark.parametrize(('flags', 'source', 'message'), [
+    ((), 'no_such_model', "'no_such_model' is no model with weights"),
+    ((), 'resnet34_lossattn_conv', "'resnet34_lossattn_conv' is no model with weights"),
+    (('--model', 'vgg11_bn_lossattn_conv_nano'), NANO, f'--grow-from {NANO}: only one of the two has backbone.'),
+    (('--num-classes', '20'), NANO, f'--grow-from {NANO}: has num_classes=10, the model 20'),
+    (('--in-chans', '4'), NANO, f'--grow-from {NANO}: has in_chans=3, the model 4'),
+    (('--xi', '1'), NANO, 'the logits are others: something else than widths differs')])
+def test_refused_by_train(folder, tmp_path, capsys, flags, source, message):
+    """In one line; with another ξ, say, the same weights are another function."""
     assert train.main(['--data-dir', str(folder), '--num-classes', '10', '--output', str(tmp_path), '--experiment',
-                       'run', '--model', model, '--grow-from', source]) == 2
+                       'run', '--model', 'resnet18_lossattn_conv_nano', '--grow-from', source, *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()
+
+
+def test_run_and_resume(folder, tmp_path, monkeypatch):
+    """Grown at the start only, and trained with gathered convolutions; the record says where both parts ran."""
+    calls = []
+    monkeypatch.setattr('lib.model.grow_from', lambda model, source: calls.append(source))
+    flags = ['--data-dir', str(folder), *QUICK, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto',
+             '--grow-from', NANO, '--gathered', '--channels-last']
+    for epochs in ('1', '2'):
+        assert train.main([*flags, '--epochs', epochs]) == 0
+    assert calls == [NANO]
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert [start['epoch'] for start in result['starts']] == [0, 1]
+    assert {start['hardware'] for start in result['starts']} == {result['hardware']}

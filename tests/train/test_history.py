@@ -11,13 +11,19 @@ LAST = {'commands': ['e'], 'starts': [{'epoch': 0, 'commit': 'new'}], 'commit': 
 def test_runs():
     """From the first to the last; a machine is named once."""
     assert runs_of(LAST) == [FIRST, OLDER, LAST]
-    assert hardware_of(LAST) == 'X, then Y'
-    assert hardware_of(FIRST) == 'X'
+    assert hardware_of(LAST) == 'X, Y'
+    assert hardware_of({**FIRST, 'starts': [{**FIRST['starts'][0], 'hardware': 'Z'}]}) == 'Z, X'
 
 
 def test_commands():
     """Another commit than the record's is said, of the first command too; what an older record does not know is not."""
     another = 'another run, started from the weights of the one above'
     assert commands_of(LAST) == [
-        '# at commit old', 'a', '# after 2 epochs', 'b', f'# {another}', 'c', '# resumed, at commit older', 'd',
-        f'# {another}', 'e']
+        '# at commit old', 'a', '# after 2 epochs', 'b', f'# {another}, at a commit that was not recorded', 'c',
+        '# resumed, at commit older', 'd', f'# {another}', 'e']
+
+
+def test_gone_on_in_another_folder():
+    """With --resume FILE: optimizer and epochs went on, which a start from its weights would not be."""
+    run = {'commands': ['f'], 'starts': [{'epoch': 3, 'commit': 'new'}], 'commit': 'new', 'initial': FIRST}
+    assert commands_of(run)[-2:] == ['# after 3 epochs', 'f']

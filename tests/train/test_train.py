@@ -175,6 +175,8 @@ def test_variants(folder, tmp_path, flags, loss_terms):
     (('--crop-padding', '4', '--color-jitter', '0.4'), '--crop-padding: goes with none of'),
     (('--model-kwargs', 'no_such_argument=1'), 'no_such_argument'),
     (('--eval-metric', 'top7', '--cache-dataset'), "--eval-metric: 'top7' is none of loss, top1, top5"),
+    (('--grow-from', 'resnet18_lossattn_conv_nano', '--pretrained'), '--grow-from: goes with none of --pretrained'),
+    (('--gathered', '--torchcompile'), '--gathered: is for the CPU, without --torchcompile'),
     (('--log-wandb', '--workers', '0'), '--log-wandb: not installed'),
 ])
 def test_bad_flags(folder, tmp_path, flags, message, capsys):

@@ -73,8 +73,8 @@ def shape_twin(model: nn.Module) -> Any:
 def own_modules(model: nn.Module) -> None:
     """Give a model modules of its own, of the same parameters and buffers, before it is restructured.
 
-    The user's hooks stay registered in one place, from which the handle that the user has removes them; hooks that
-    such a module gets later are called in both models.
+    The user's hooks stay registered in one place, from which the handle that the user has removes them; hooks of
+    the same kind that such a module gets later are called in both models.
     """
     memo = without_graph(model)
     memo |= {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}

@@ -10,7 +10,7 @@ from .data import input_config, label_names, open_dataset
 from .model import load_trained
 from .options import DataOptions, EvalOptions
 
-__all__ = ['BoxDataset', 'collate_boxes', 'has_boxes', 'open_boxed', 'open_patch_model']
+__all__ = ['BoxDataset', 'box_columns', 'collate_boxes', 'has_boxes', 'open_boxed', 'open_patch_model']
 
 
 class BoxDataset(Dataset):

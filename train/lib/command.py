@@ -124,6 +124,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit where flags do not go together, or a value is out of range."""
     if args.pretrained_backbone and (args.pretrained or args.initial_checkpoint):
         parser.error('--pretrained-backbone: goes with neither --pretrained nor --initial-checkpoint')
+    if args.grow_from and (args.pretrained or args.initial_checkpoint or args.pretrained_backbone):
+        parser.error('--grow-from: goes with none of --pretrained, --initial-checkpoint, --pretrained-backbone')
     if args.pretrained_path and not args.pretrained:
         parser.error('--pretrained-path: is the file of --pretrained, which is not given')
     if (args.mixup or args.cutmix) and args.batch_size % 2:
@@ -140,6 +142,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.winograd and (args.amp or args.torchcompile or (args.device or default_device()) != 'cpu'):
         parser.error('--winograd: is for float32 on the CPU, without --amp (--no-amp, if a recipe has it) and '
                      '--torchcompile')
+    if args.gathered and (args.torchcompile or (args.device or default_device()) != 'cpu'):
+        parser.error('--gathered: is for the CPU, without --torchcompile')
     if args.multi_label and (args.mixup or args.cutmix):
         parser.error('--multi-label: goes with neither --mixup nor --cutmix')
     padded = args.crop_padding is not None

@@ -2,10 +2,10 @@
 
     replaced = use_gathered(model)      # the same parameters, state-dict keys and results, to rounding
 
-PyTorch 2.x's own convolution (oneDNN) is fast for 3×3 filters, but its weight gradient of a 9×9 filter with stride 4
-in bfloat16 reaches a few per cent of the speed of a matrix product. Here the windows of an image are copied into the
-rows of a matrix, (B · H' · W', 9 · 9 · C), and output and both gradients are products with it. In channels-last layout
-the copy moves whole runs of C numbers, and with stride 4 each number goes to at most nine windows.
+PyTorch's own convolution (oneDNN) is fast for 3×3 filters, but slow for a 9×9 filter with stride 4, above all its
+weight gradient in bfloat16 (measured: TRAINING.md, "Speed and memory"). Here the windows of an image are copied into
+the rows of a matrix, (B · H' · W', 9 · 9 · C), and output and both gradients are products with it. In channels-last
+layout the copy moves whole runs of C numbers, and with stride 4 each number goes to at most nine windows.
 """
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +16,9 @@ from torch import nn
 
 __all__ = ['GatheredConv2d', 'gathered_conv2d', 'use_gathered']
 
-MIN_KERNEL = 5  # of smaller filters, oneDNN's convolution is the faster one
-MIN_CHANNELS = 16
+MIN_KERNEL = 5  # 3×3 filters are Winograd's and oneDNN's
+MAX_OVERLAP = 3  # kernel over stride: the matrix holds its square times as many numbers as the image
+MIN_CHANNELS = 16  # numbers that a copy moves at once
 
 
 def windows(x: torch.Tensor, kernel: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
@@ -56,8 +57,9 @@ class GatheredFunction(torch.autograd.Function):
                 for j in range(kernel[1]):  # one position of all windows: no number twice
                     taken[:, :, :, i, j] += shares[:, :, :, i, j]
             grad_x = total.to(x.dtype)
+            del shares, total, taken  # as large as what comes next
         if ctx.needs_input_grad[1]:
-            gathered = windows(x, kernel, ctx.stride).reshape(len(rows), -1)  # again: keeping it takes five times x
+            gathered = windows(x, kernel, ctx.stride).reshape(len(rows), -1)  # again: keeping them takes five times x
             grad_weight = (rows.t() @ gathered).view_as(weight)
         return grad_x, grad_weight, None
 
@@ -86,23 +88,35 @@ def gathered_conv2d(
 
 
 class GatheredConv2d(nn.Conv2d):
-    """``nn.Conv2d`` by ``gathered_conv2d``."""
+    """``nn.Conv2d`` by ``gathered_conv2d`` wherever the input allows it, and the ordinary way elsewhere."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, K, H', W')."""
-        return gathered_conv2d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+        if self.fits(x):
+            return gathered_conv2d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+        return super().forward(x)
+
+    def fits(self, x: torch.Tensor) -> bool:
+        """A batch of images with a window, on the CPU, outside of compilation and export."""
+        if x.device.type != 'cpu' or x.dim() != 4 or not x.numel():
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        sizes: Any = zip(x.shape[-2:], self.padding, self.kernel_size)
+        return all(size + 2 * padding >= kernel for size, padding, kernel in sizes)
 
 
 def suitable(module: nn.Module) -> bool:
-    """Whether it is a plain convolution whose filters are wide, whose windows move on, and that has many channels."""
+    """Whether it is a plain convolution whose filters are wide, whose windows move on, and that has channels enough."""
     return (
-        type(module) is nn.Conv2d and min(module.kernel_size) >= MIN_KERNEL and min(module.stride) > 1
+        type(module) is nn.Conv2d and min(module.kernel_size) >= MIN_KERNEL
+        and all(kernel <= MAX_OVERLAP * stride for kernel, stride in zip(module.kernel_size, module.stride))
         and not isinstance(module.padding, str) and module.padding_mode == 'zeros' and module.dilation == (1, 1)
         and module.groups == 1 and min(module.in_channels, module.out_channels) >= MIN_CHANNELS)
 
 
 def use_gathered(model: nn.Module) -> int:
-    """Make every convolution that gains from it a ``GatheredConv2d``.
+    """Make every convolution that it suits a ``GatheredConv2d``.
 
     Args:
         model: changed in place; parameters, hooks and keys of the state dict stay.

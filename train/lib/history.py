@@ -13,14 +13,18 @@ def runs_of(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def hardware_of(result: dict[str, Any]) -> str:
-    """Every machine of these runs, once."""
-    return ', then '.join(dict.fromkeys(run['hardware'] for run in runs_of(result)))
+    """Every machine of these runs, once. Of older records, which have one only, that on which the run ended."""
+    machines = []
+    for run in runs_of(result):
+        machines += [start['hardware'] for start in run.get('starts', []) if 'hardware' in start]
+        machines.append(run['hardware'])
+    return ', '.join(dict.fromkeys(machines))
 
 
 def commands_of(result: dict[str, Any]) -> list[str]:
     """The commands of all runs; comments say where they go on, and at which commit if not at that of the record.
 
-    Older records know neither after how many epochs nor at which commit a resumed run went on, only where it ended.
+    Of a run that was resumed, older records know the last command's commit only, and no numbers of epochs.
     """
     lines: list[str] = []
     for run in runs_of(result):
@@ -29,12 +33,12 @@ def commands_of(result: dict[str, Any]) -> list[str]:
             last = {'epoch': 0, 'commit': run.get('commit') if i == len(commands) - 1 else None}
             start = run['starts'][i] if 'starts' in run else last
             notes = []
-            if i:
-                notes.append(f'after {start["epoch"]} epochs' if start['epoch'] else 'resumed')
-            elif lines:
-                notes.append('another run, started from the weights of the one above')
-            if start['commit'] and start['commit'] != result['commit']:
-                notes.append(f'at commit {start["commit"]}')
+            if start['epoch']:
+                notes.append(f'after {start["epoch"]} epochs')
+            elif i or lines:
+                notes.append('resumed' if i else 'another run, started from the weights of the one above')
+            if result.get('commit') and start['commit'] != result['commit']:
+                notes.append(f'at commit {start["commit"]}' if start['commit'] else 'at a commit that was not recorded')
             lines += [f'# {", ".join(notes)}'] if notes else []
             lines.append(command)
     return lines
