@@ -69,6 +69,7 @@ class Options:
         in_package: the weights ship in the package.
         dataset, val_split, input_key, target_key: other data than the run's own, as timm names them.
         device: to evaluate on.
+        winograd: evaluate with Winograd convolutions.
         example: image to explain in the card.
         words: for the card.
         model_kwargs: arguments of the model that ships, where it was trained with others.
@@ -83,6 +84,7 @@ class Options:
     input_key: str | None = None
     target_key: str | None = None
     device: str = 'cpu'
+    winograd: bool = False
     example: str | None = None
     words: Words = field(default_factory=Words)
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -133,6 +135,9 @@ def evaluate(model: Any, options: Options, flags: dict[str, Any]) -> dict[str, A
         data_dir=None if options.dataset else flags.get('data_dir'), val_split=options.val_split or flags['val_split'],
         input_key=options.input_key or flags.get('input_key'), target_key=options.target_key or flags.get('target_key'),
         in_chans=getattr(model, 'in_chans', None), batch_size=250, workers=1)
+    if options.winograd:
+        from lib.winograd import use_winograd  # brings torch's compiler
+        use_winograd(model)
     measured = evaluate_dataset(model, data, options.device)
     low, high = wilson_interval(round(measured['top1'] / 100 * measured['images']), int(measured['images']))
     return {key: measured[key] for key in ('loss', 'top1', 'top5', 'images')} | {
@@ -257,6 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--input-key', metavar='KEY')
     parser.add_argument('--target-key', metavar='KEY')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--winograd', action='store_true', help='evaluate faster on the CPU, equal but for rounding')
     parser.add_argument('--example', metavar='IMAGE', help='image to explain in the card')
     parser.add_argument('--dataset-id', metavar='ID', help='id of the training set on the Hub, for the card')
     parser.add_argument('--note', metavar='TEXT', help='what the card should say about the data')
@@ -279,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError('RUN, ARCH.TAG: give both, or --rewrite')
         options = Options(
             args.run, args.name, args.checkpoint, args.in_package, args.dataset, args.val_split, args.input_key,
-            args.target_key, args.device, args.example, Words(args.dataset_id, args.note, args.license),
+            args.target_key, args.device, args.winograd, args.example, Words(args.dataset_id, args.note, args.license),
             args.model_kwargs, shlex.join(['python', 'hub/bundle.py', *(sys.argv[1:] if argv is None else argv)]))
         result = bundle(options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:

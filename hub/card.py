@@ -63,7 +63,13 @@ def training(result: dict[str, Any]) -> dict[str, Any]:
         commands.append(result['shipped']['command'])
     flags, seconds = result['args'], sum(run['seconds'] for run in runs)
     start = ''
-    if ':' in flags['model'] or flags.get('pretrained_path') or flags.get('initial_checkpoint'):
+    if len(runs) > 1:
+        start = 'Each run started from the weights of the one before it.'
+        if 'shipped' in runs[-2]:
+            before = runs[-2]['shipped']
+            start = (f'The last run started from the weights that were here before: {before["top1"]:.2f} %, SHA-256 '
+                     f'`{before["sha256"]}`.')
+    elif ':' in flags['model'] or flags.get('pretrained_path') or flags.get('initial_checkpoint'):
         started = flags.get('pretrained') or flags.get('initial_checkpoint')
         start = 'Started from other weights, see the command.' if started else ''
     elif flags.get('pretrained') and result['model'].startswith('lossattn.'):
@@ -73,7 +79,7 @@ def training(result: dict[str, Any]) -> dict[str, Any]:
     elif flags.get('grow_from'):
         start = f'The first channels of each layer started as `{flags["grow_from"]}`.'
     elif flags.get('pretrained_backbone'):
-        start = f'The backbone started from the weights of `{flags["pretrained_backbone"]}`.'
+        start = f'The backbone started from the weights that `{flags["pretrained_backbone"]}` had at that time.'
     return {
         'epochs': ' + '.join(str(len(run['epochs'])) for run in runs),
         'seed': ', '.join(str(run['seed']) for run in runs),

@@ -167,6 +167,15 @@ def test_weights_are_where_they_are_declared():
         assert file.stat().st_size <= bundle.MAX_BYTES
 
 
+def test_evaluated_by_winograd(run, place, monkeypatch):
+    """--winograd changes the model that is measured, and is in the recorded command."""
+    changed = []
+    monkeypatch.setattr('lib.winograd.use_winograd', changed.append)
+    assert bundle.main([str(run), NAME, '--device', 'cpu', '--winograd']) == 0
+    assert len(changed) == 1
+    assert json.loads((place / NAME / 'result.json').read_text())['shipped']['command'].endswith('--winograd')
+
+
 @pytest.mark.parametrize('name', hub_folder.list_bundles())
 def test_bundles_are_current(name, tmp_path):
     """config.json and card are what ``bundle.py --rewrite`` would write; publish.py takes them."""
@@ -178,6 +187,10 @@ def test_bundles_are_current(name, tmp_path):
     assert (out / 'config.json').read_text() == (folder / 'config.json').read_text()
     hub_folder.write_card(out, name, model)
     assert (out / 'README.md').read_text() == (folder / 'README.md').read_text()
+    before = json.loads((folder / 'result.json').read_text()).get('initial', {}).get('shipped')
+    if before:  # not "started from the weights that ship": those are these
+        text = f'The last run started from the weights that were here before: {before["top1"]:.2f} %, SHA-256 `'
+        assert f'{text}{before["sha256"]}`' in (out / 'README.md').read_text()
 
 
 def test_weights_that_were_trained_on(run, place):

@@ -9,7 +9,11 @@ import timm
 import torch
 
 from timm_lossattn.loading import list_patch_models
+from timm_lossattn.models.pretrained import packaged_file
+from timm_lossattn.report.summary import wilson_interval
 
+DATA = os.environ.get('LOSSATTN_DATA')
+LARGE = 3_000_000  # bytes, of models that do not ship in the package; evaluating one takes a quarter of an hour
 LABEL_COLUMNS = {'cifar10': 'label', 'cifar100': 'fine_label'}
 SHIPPED = [name for name in list_patch_models() if timm.models.is_model_pretrained(name)]
 
@@ -26,24 +30,36 @@ def test_pretrained_offline_and_adapted(name, monkeypatch):
     """Shipped weights load without the network, with other channels and classes, and as features."""
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     model = timm.create_model(name, pretrained=True)
-    assert Path(model.pretrained_cfg['file']).stat().st_size < 3_000_000
+    file = Path(model.pretrained_cfg['file'])
+    assert file.stat().st_size < LARGE or file.parent != packaged_file('').parent
     timm.create_model(name, pretrained=True, in_chans=1, num_classes=5)
     timm.create_model(name, pretrained=True, num_classes=0)
     timm.create_model(name, pretrained=True, features_only=True)
 
 
-@pytest.mark.skipif('LOSSATTN_DATA' not in os.environ, reason='LOSSATTN_DATA is not set: no CIFAR')
+def need(folder):
+    """Skip where LOSSATTN_DATA is not set, or has no such folder."""
+    if DATA is None or not Path(DATA, folder).is_dir():
+        pytest.skip(f'LOSSATTN_DATA is not set, or has no {folder}')
+
+
 @pytest.mark.parametrize('name', [
     f'{name}.{tag}' for name in SHIPPED for tag in LABEL_COLUMNS if timm.models.is_model_pretrained(f'{name}.{tag}')])
 def test_stated_accuracy(name):
-    """All 10,000 test images: the accuracy that MODEL_CARD.md's table states, and complete explanations."""
+    """All 10,000 test images: the accuracy that MODEL_CARD.md's table states, and complete explanations.
+
+    Of large models the first 200 images, if LOSSATTN_SLOW is not set: the stated accuracy lies in their interval.
+    """
+    data = name.split('.')[1]
+    need(data)
     from datasets import load_dataset
     from PIL import Image
-    data = name.split('.')[1]
     result = json.loads((Path(__file__).parents[2] / 'hub' / 'weights' / name / 'result.json').read_text())
     model = timm.create_model(name, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    rows = load_dataset(f'{os.environ["LOSSATTN_DATA"]}/{data}', split='test')
+    rows = load_dataset(f'{DATA}/{data}', split='test')
+    few = result['shipped']['bytes'] > LARGE and 'LOSSATTN_SLOW' not in os.environ
+    rows = rows.select(range(200)) if few else rows
     correct, worst = 0, 0.
     with torch.inference_mode():
         for batch in rows.iter(batch_size=50):
@@ -53,19 +69,23 @@ def test_stated_accuracy(name):
             correct += int((out.logits.argmax(1) == torch.tensor(batch[LABEL_COLUMNS[data]])).sum())
             error = (out.contributions.sum(1) - out.logits).abs() / out.logits.abs().clamp(min=1)
             worst = max(worst, float(error.max()))
-    assert correct / 100 == pytest.approx(result['shipped']['top1'], abs=0.03)  # float32 kernels differ by machine
+    if few:
+        low, high = wilson_interval(correct, len(rows))
+        assert 100 * low <= result['shipped']['top1'] <= 100 * high
+    else:
+        assert correct / 100 == pytest.approx(result['shipped']['top1'], abs=0.03)  # float32 kernels differ by machine
     assert worst <= 1e-5
 
 
-@pytest.mark.skipif('LOSSATTN_DATA' not in os.environ, reason='LOSSATTN_DATA is not set: no Tiny ImageNet')
 def test_stated_accuracy_tiny_imagenet():
     """All 500 validation images of ten classes, read from the official archive's layout: accuracy and completeness."""
+    need('tiny_imagenet_mini')
     from PIL import Image
     name = 'resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini'
     result = json.loads((Path(__file__).parents[2] / 'hub' / 'weights' / name / 'result.json').read_text())
     model = timm.create_model(name, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    root = Path(os.environ['LOSSATTN_DATA']) / 'tiny_imagenet_mini' / 'tiny-imagenet-200'
+    root = Path(DATA) / 'tiny_imagenet_mini' / 'tiny-imagenet-200'
     wnids = sorted((root / 'wnids.txt').read_text().split())
     names = dict(line.split('\t', 1) for line in (root / 'words.txt').read_text().splitlines())
     assert [names[wnid].split(',')[0] for wnid in wnids] == list(model.pretrained_cfg['label_names'])
