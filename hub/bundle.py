@@ -283,6 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.name is None:
             raise ValueError('RUN, ARCH.TAG: give both, or --rewrite')
+        if args.winograd and args.device != 'cpu':
+            raise ValueError(f'--winograd: is for the CPU, not for --device {args.device}')
         options = Options(
             args.run, args.name, args.checkpoint, args.in_package, args.dataset, args.val_split, args.input_key,
             args.target_key, args.device, args.winograd, args.example, Words(args.dataset_id, args.note, args.license),

@@ -56,35 +56,46 @@ def measures(result: dict[str, Any]) -> tuple[dict[str, float], str]:
     return {name: found[name] for name in names}, source
 
 
+def origin(run: dict[str, Any]) -> str:
+    """What the first run started from."""
+    flags = run['args']
+    if ':' in flags['model'] or flags.get('pretrained_path') or flags.get('initial_checkpoint'):
+        started = flags.get('pretrained') or flags.get('initial_checkpoint')
+        return 'Started from other weights, see the command.' if started else ''
+    if flags.get('pretrained') and run['model'].startswith('lossattn.'):
+        return f'Started from the pretrained weights of `{run["model"].removeprefix("lossattn.")}`.'
+    if flags.get('pretrained'):
+        return 'Started from the weights that the package had for this architecture at that time.'
+    if flags.get('grow_from'):
+        return f'The first channels of each layer started as `{flags["grow_from"]}`.'
+    if flags.get('pretrained_backbone'):
+        return f'The backbone started from the weights that `{flags["pretrained_backbone"]}` had at that time.'
+    return ''
+
+
+def went_on(runs: list[dict[str, Any]]) -> str:
+    """What the last run started from, if it is not the first."""
+    if len(runs) == 1:
+        return ''
+    before = runs[-2].get('shipped')
+    if before:
+        return (f'The last run went on from weights with {before["top1"]:.2f} % (`{before["file"]}` of that time, '
+                f'SHA-256 `{before["sha256"]}`).')
+    return 'The last run went on from those of the run before it.'
+
+
 def training(result: dict[str, Any]) -> dict[str, Any]:
     """What the template says about how the weights came about."""
     runs, commands = runs_of(result), commands_of(result)
     if 'shipped' in result:
         commands.append(result['shipped']['command'])
-    flags, seconds = result['args'], sum(run['seconds'] for run in runs)
-    start = ''
-    if len(runs) > 1:
-        start = 'Each run started from the weights of the one before it.'
-        if 'shipped' in runs[-2]:
-            before = runs[-2]['shipped']
-            start = (f'The last run started from the weights that were here before: {before["top1"]:.2f} %, SHA-256 '
-                     f'`{before["sha256"]}`.')
-    elif ':' in flags['model'] or flags.get('pretrained_path') or flags.get('initial_checkpoint'):
-        started = flags.get('pretrained') or flags.get('initial_checkpoint')
-        start = 'Started from other weights, see the command.' if started else ''
-    elif flags.get('pretrained') and result['model'].startswith('lossattn.'):
-        start = f'Started from the pretrained weights of `{result["model"].removeprefix("lossattn.")}`.'
-    elif flags.get('pretrained'):
-        start = 'Started from the weights that the package ships for this architecture.'
-    elif flags.get('grow_from'):
-        start = f'The first channels of each layer started as `{flags["grow_from"]}`.'
-    elif flags.get('pretrained_backbone'):
-        start = f'The backbone started from the weights that `{flags["pretrained_backbone"]}` had at that time.'
+    seconds = sum(run['seconds'] for run in runs)
     return {
         'epochs': ' + '.join(str(len(run['epochs'])) for run in runs),
         'seed': ', '.join(str(run['seed']) for run in runs),
         'time': f'{seconds / 3600:.2f} hours' if seconds >= 3600 else f'{seconds / 60:.1f} minutes',
-        'start': start, 'hardware': hardware_of(result), 'torch': result['versions']['torch'],
+        'start': ' '.join(filter(None, (origin(runs[0]), went_on(runs)))),
+        'hardware': hardware_of(result), 'torch': result['versions']['torch'],
         'timm': result['versions']['timm'], 'commit': result.get('commit') or '',
         'command': '\n'.join(commands),
     }

@@ -111,7 +111,8 @@ def test_real_images(exported):
     assert os.listdir(file.parent) == [file.name]  # no external data, nothing temporary
 
 
-@pytest.mark.skipif('LOSSATTN_DATA' not in os.environ, reason='LOSSATTN_DATA is not set: no CIFAR-10')
+@pytest.mark.skipif(not Path(os.environ.get('LOSSATTN_DATA', '/nonexistent'), 'cifar10').is_dir(),
+                    reason='LOSSATTN_DATA is not set, or has no cifar10')
 def test_cifar10_images(exported):
     """64 real test images."""
     from datasets import load_dataset

@@ -293,6 +293,11 @@ def main(argv: list[str] | None = None) -> int:
         others = [f.name for f in fields(options) if f.name in ignored and getattr(options, f.name) != f.default]
         if others:
             raise ValueError(f'--{others[0].replace("_", "-")}: --capsules measures float32, eager, as it is')
+    unused = [flag for flag in REPLACE if getattr(options, flag)]
+    if unused and (options.device != 'cpu' or options.only == 'memory'):
+        raise ValueError(f'--{unused[0]}: is for the CPU, and for speed')
+    if options.winograd and options.dtype != 'float32':
+        raise ValueError(f'--winograd: is for float32, not for --dtype {options.dtype}')
     name = 'capsule layers' if options.capsules else options.model
     result: dict[str, Any] = {'model': name, 'dtype': options.dtype, 'channels_last': options.channels_last}
     if options.capsules:

@@ -167,13 +167,21 @@ def test_weights_are_where_they_are_declared():
         assert file.stat().st_size <= bundle.MAX_BYTES
 
 
-def test_evaluated_by_winograd(run, place, monkeypatch):
+def test_evaluated_by_winograd(run, place, monkeypatch, capsys):
     """--winograd changes the model that is measured, and is in the recorded command."""
-    changed = []
+    changed, evaluate = [], bundle.evaluate_dataset
+
+    def evaluate_changed(model, *args):
+        assert changed == [model]
+        return evaluate(model, *args)
+
     monkeypatch.setattr('lib.winograd.use_winograd', changed.append)
+    monkeypatch.setattr(bundle, 'evaluate_dataset', evaluate_changed)
     assert bundle.main([str(run), NAME, '--device', 'cpu', '--winograd']) == 0
     assert len(changed) == 1
     assert json.loads((place / NAME / 'result.json').read_text())['shipped']['command'].endswith('--winograd')
+    assert bundle.main([str(run), NAME, '--device', 'cuda', '--winograd']) == 2
+    assert '--winograd: is for the CPU' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', hub_folder.list_bundles())
@@ -189,8 +197,10 @@ def test_bundles_are_current(name, tmp_path):
     assert (out / 'README.md').read_text() == (folder / 'README.md').read_text()
     before = json.loads((folder / 'result.json').read_text()).get('initial', {}).get('shipped')
     if before:  # not "started from the weights that ship": those are these
-        text = f'The last run started from the weights that were here before: {before["top1"]:.2f} %, SHA-256 `'
-        assert f'{text}{before["sha256"]}`' in (out / 'README.md').read_text()
+        text = f'The last run went on from weights with {before["top1"]:.2f} % (`{before["file"]}` of that time, '
+        assert f'{text}SHA-256 `{before["sha256"]}`)' in (out / 'README.md').read_text()
+    if name == f'{NANO}.cifar100':
+        assert f'The backbone started from the weights that `{NANO}` had' in (out / 'README.md').read_text()
 
 
 def test_weights_that_were_trained_on(run, place):

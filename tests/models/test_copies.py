@@ -104,6 +104,25 @@ def test_later_hook_of_a_module_with_a_hook(stock):
     assert seen[4:] == [{}]
 
 
+def test_flags_of_hooks_that_are_not_shared(stock):
+    """A user's pre-hook beside a module's own hook with kwargs, whose handle removes it from the module alone."""
+    class Counting(nn.Sequential):
+        count = 0
+
+        def see(self, module, args, kwargs, output):
+            self.count += 1
+
+    stock.layer4 = Counting(stock.layer4)
+    handle = stock.layer4.register_forward_hook(stock.layer4.see, with_kwargs=True)
+    stock.layer4.register_forward_pre_hook(lambda *args: None)
+    model = loss_attention(stock)
+    own_modules(model)
+    handle.remove()
+    model(X)
+    stock(X)
+    assert (stock.layer4.count, model.layer4.count) == (0, 1)
+
+
 def test_method_of_a_module_as_hook(stock):
     """It belongs to the module, and in a copy to that of the copy."""
     class Counting(nn.Sequential):

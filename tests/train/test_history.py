@@ -3,7 +3,7 @@ from lib.history import commands_of, hardware_of, runs_of
 
 FIRST = {'commands': ['a', 'b'], 'starts': [{'epoch': 0, 'commit': 'old'}, {'epoch': 2, 'commit': 'new'}],
          'commit': 'new', 'hardware': 'X'}
-OLDER = {'commands': ['c', 'd'], 'commit': 'older', 'hardware': 'Y', 'initial': FIRST}  # without starts
+OLDER = {'commands': ['c', 'd'], 'commit': 'older+', 'hardware': 'Y', 'initial': FIRST}  # without starts
 LAST = {'commands': ['e'], 'starts': [{'epoch': 0, 'commit': 'new'}], 'commit': 'new', 'hardware': 'X',
         'initial': OLDER}
 
@@ -11,8 +11,8 @@ LAST = {'commands': ['e'], 'starts': [{'epoch': 0, 'commit': 'new'}], 'commit': 
 def test_runs():
     """From the first to the last; a machine is named once."""
     assert runs_of(LAST) == [FIRST, OLDER, LAST]
-    assert hardware_of(LAST) == 'X, Y'
-    assert hardware_of({**FIRST, 'starts': [{**FIRST['starts'][0], 'hardware': 'Z'}]}) == 'Z, X'
+    assert hardware_of(LAST) == 'X; Y'
+    assert hardware_of({**FIRST, 'starts': [{**FIRST['starts'][0], 'hardware': 'Z'}]}) == 'Z; X'
 
 
 def test_commands():
@@ -20,7 +20,7 @@ def test_commands():
     another = 'another run, started from the weights of the one above'
     assert commands_of(LAST) == [
         '# at commit old', 'a', '# after 2 epochs', 'b', f'# {another}, at a commit that was not recorded', 'c',
-        '# resumed, at commit older', 'd', f'# {another}', 'e']
+        '# resumed, at commit older with changes that were not yet committed', 'd', f'# {another}', 'e']
 
 
 def test_gone_on_in_another_folder():

@@ -15,7 +15,8 @@ from torch.nn.utils.prune import BasePruningMethod
 __all__ = ['own_modules', 'renamed', 'shallow_copy', 'shape_twin', 'without_graph']
 
 CALL_HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
-HOOK_FLAGS = ('_forward_pre_hooks_with_kwargs', '_forward_hooks_with_kwargs', '_forward_hooks_always_called')
+HOOK_FLAGS = (('_forward_pre_hooks', '_forward_pre_hooks_with_kwargs'),
+              ('_forward_hooks', '_forward_hooks_with_kwargs'), ('_forward_hooks', '_forward_hooks_always_called'))
 
 
 def made_by_torch(hook: Any) -> bool:
@@ -81,8 +82,7 @@ def own_modules(model: nn.Module) -> None:
     memo |= {id(hooks): hooks for hooks, users in users_hooks(model) if users and len(users) == len(hooks)}
     for module in model.modules():
         own = vars(module)
-        if any(id(own[name]) in memo for name in CALL_HOOKS):
-            memo |= {id(own[name]): own[name] for name in HOOK_FLAGS}
+        memo |= {id(own[flags]): own[flags] for hooks, flags in HOOK_FLAGS if id(own[hooks]) in memo}
     model._modules = copy.deepcopy(model._modules, memo)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ['GatheredConv2d', 'gathered_conv2d', 'use_gathered']
+__all__ = ['gathered_conv2d', 'use_gathered']
 
 MIN_KERNEL = 5  # 3×3 filters are Winograd's and oneDNN's
 MAX_OVERLAP = 3  # kernel over stride: the matrix holds its square times as many numbers as the image
@@ -88,7 +88,7 @@ def gathered_conv2d(
 
 
 class GatheredConv2d(nn.Conv2d):
-    """``nn.Conv2d`` by ``gathered_conv2d`` wherever the input allows it, and the ordinary way elsewhere."""
+    """What ``use_gathered`` makes of a suitable convolution: gathered if the input allows it, else the ordinary way."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, K, H', W')."""

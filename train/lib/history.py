@@ -18,7 +18,7 @@ def hardware_of(result: dict[str, Any]) -> str:
     for run in runs_of(result):
         machines += [start['hardware'] for start in run.get('starts', []) if 'hardware' in start]
         machines.append(run['hardware'])
-    return ', '.join(dict.fromkeys(machines))
+    return '; '.join(dict.fromkeys(machines))
 
 
 def commands_of(result: dict[str, Any]) -> list[str]:
@@ -30,7 +30,7 @@ def commands_of(result: dict[str, Any]) -> list[str]:
     for run in runs_of(result):
         commands = run['commands']
         for i, command in enumerate(commands):
-            last = {'epoch': 0, 'commit': run.get('commit') if i == len(commands) - 1 else None}
+            last: dict[str, Any] = {'epoch': 0, 'commit': run.get('commit') if i == len(commands) - 1 else None}
             start = run['starts'][i] if 'starts' in run else last
             notes = []
             if start['epoch']:
@@ -38,7 +38,10 @@ def commands_of(result: dict[str, Any]) -> list[str]:
             elif i or lines:
                 notes.append('resumed' if i else 'another run, started from the weights of the one above')
             if result.get('commit') and start['commit'] != result['commit']:
-                notes.append(f'at commit {start["commit"]}' if start['commit'] else 'at a commit that was not recorded')
+                notes.append(
+                    'at a commit that was not recorded' if not start['commit'] else
+                    f'at commit {start["commit"].removesuffix("+")}'
+                    + (' with changes that were not yet committed' if start['commit'].endswith('+') else ''))
             lines += [f'# {", ".join(notes)}'] if notes else []
             lines.append(command)
     return lines
