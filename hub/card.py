@@ -81,7 +81,7 @@ def went_on(runs: list[dict[str, Any]]) -> str:
     if before:
         return (f'The last run went on from weights with {before["top1"]:.2f} % (`{before["file"]}` of that time, '
                 f'SHA-256 `{before["sha256"]}`).')
-    return 'The last run went on from those of the run before it.'
+    return 'The last run went on from the weights of the run before it.'
 
 
 def training(result: dict[str, Any]) -> dict[str, Any]:

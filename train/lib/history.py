@@ -21,6 +21,14 @@ def hardware_of(result: dict[str, Any]) -> str:
     return '; '.join(dict.fromkeys(machines))
 
 
+def place_of(commit: str | None) -> str:
+    """A commit in words; with '+' the checkout had changes."""
+    if commit is None:
+        return 'at a commit that was not recorded'
+    changed = ' with changes that were not yet committed' if commit.endswith('+') else ''
+    return f'at commit {commit.removesuffix("+")}{changed}'
+
+
 def commands_of(result: dict[str, Any]) -> list[str]:
     """The commands of all runs; comments say where they go on, and at which commit if not at that of the record.
 
@@ -38,10 +46,7 @@ def commands_of(result: dict[str, Any]) -> list[str]:
             elif i or lines:
                 notes.append('resumed' if i else 'another run, started from the weights of the one above')
             if result.get('commit') and start['commit'] != result['commit']:
-                notes.append(
-                    'at a commit that was not recorded' if not start['commit'] else
-                    f'at commit {start["commit"].removesuffix("+")}'
-                    + (' with changes that were not yet committed' if start['commit'].endswith('+') else ''))
+                notes.append(place_of(start['commit']))
             lines += [f'# {", ".join(notes)}'] if notes else []
             lines.append(command)
     return lines
