@@ -49,7 +49,8 @@ lint: $(INSTALLED)
 # timm's own test suite, unchanged, on every model of this package, and the tests that compile
 conformance: $(INSTALLED)
 	$(BIN)/python tests/conformance.py
-	LOSSATTN_SLOW=1 $(BIN)/python -m pytest -q tests/train/test_winograd.py tests/hub/test_bundle.py
+	LOSSATTN_SLOW=1 $(BIN)/python -m pytest -q tests/train/test_winograd.py tests/hub/test_bundle.py \
+		tests/models/test_shipped_weights.py --timeout 3600
 
 conformance-quick: $(INSTALLED)
 	$(BIN)/python tests/conformance.py --quick

@@ -71,7 +71,7 @@ def test_new_weights_are_offered(app, monkeypatch, tmp_path):
     ('nope', "timm has no model 'nope'"), ('lossattn.resnet51', 'did you mean lossattn.'),
     ('vit_tiny_patch16_224', 'its class token decides.</p>'),
     ('lossattn.vit_tiny_patch16_224', 'its class token decides.</p>'),
-    ('resnet18_lossattn_conv', 'has no weights yet'), ('local-dir:/etc', 'local-dir:/etc is no name of a model.</p>'),
+    ('resnet18_attn_conv', 'has no weights yet'), ('local-dir:/etc', 'local-dir:/etc is no name of a model.</p>'),
     ('resnet10t.c3_in1k', 'cannot load resnet10t.c3_in1k'), ('hf-hub:a/b', 'cannot load hf-hub:a/b'),
     ('vit_giant_patch14_dinov2', 'has 1,136 million parameters: at most 350')])
 def test_models_that_cannot_be_had(app, monkeypatch, name, what):

@@ -8,9 +8,13 @@ import pytest
 import timm
 import torch
 
+from timm_lossattn.files import sha256_of
 from timm_lossattn.loading import list_patch_models
+from timm_lossattn.models.pretrained import packaged_file
+from timm_lossattn.report.summary import wilson_interval
 
 DATA = os.environ.get('LOSSATTN_DATA')
+LARGE = 3_000_000  # bytes: such models are not in the package, and one takes a quarter of an hour for 10,000 images
 LABEL_COLUMNS = {'cifar10': 'label', 'cifar100': 'fine_label'}
 SHIPPED = [name for name in list_patch_models() if timm.models.is_model_pretrained(name)]
 
@@ -27,7 +31,8 @@ def test_pretrained_offline_and_adapted(name, monkeypatch):
     """Shipped weights load without the network, with other channels and classes, and as features."""
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     model = timm.create_model(name, pretrained=True)
-    assert Path(model.pretrained_cfg['file']).stat().st_size < 3_000_000
+    file = Path(model.pretrained_cfg['file'])
+    assert file.stat().st_size < LARGE or file.parent != packaged_file(name).parent
     timm.create_model(name, pretrained=True, in_chans=1, num_classes=5)
     timm.create_model(name, pretrained=True, num_classes=0)
     timm.create_model(name, pretrained=True, features_only=True)
@@ -42,7 +47,11 @@ def need(folder):
 @pytest.mark.parametrize('name', [
     f'{name}.{tag}' for name in SHIPPED for tag in LABEL_COLUMNS if timm.models.is_model_pretrained(f'{name}.{tag}')])
 def test_stated_accuracy(name):
-    """All 10,000 test images: the accuracy that MODEL_CARD.md's table states, and complete explanations."""
+    """All 10,000 test images: the accuracy that MODEL_CARD.md's table states, and complete explanations.
+
+    Of a large model the first 200, if LOSSATTN_SLOW is not set: the stated accuracy lies in their interval, and the
+    file is the one that it was measured of.
+    """
     data = name.split('.')[1]
     need(data)
     from datasets import load_dataset
@@ -50,7 +59,10 @@ def test_stated_accuracy(name):
     result = json.loads((Path(__file__).parents[2] / 'hub' / 'weights' / name / 'result.json').read_text())
     model = timm.create_model(name, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    assert sha256_of(model.pretrained_cfg['file']) == result['shipped']['sha256']
     rows = load_dataset(f'{DATA}/{data}', split='test')
+    few = result['shipped']['bytes'] > LARGE and 'LOSSATTN_SLOW' not in os.environ
+    rows = rows.select(range(200)) if few else rows
     correct, worst = 0, 0.
     with torch.inference_mode():
         for batch in rows.iter(batch_size=50):
@@ -60,7 +72,11 @@ def test_stated_accuracy(name):
             correct += int((out.logits.argmax(1) == torch.tensor(batch[LABEL_COLUMNS[data]])).sum())
             error = (out.contributions.sum(1) - out.logits).abs() / out.logits.abs().clamp(min=1)
             worst = max(worst, float(error.max()))
-    assert correct / 100 == pytest.approx(result['shipped']['top1'], abs=0.03)  # float32 kernels differ by machine
+    if few:
+        low, high = wilson_interval(correct, len(rows))
+        assert 100 * low <= result['shipped']['top1'] <= 100 * high
+    else:
+        assert correct / 100 == pytest.approx(result['shipped']['top1'], abs=0.03)  # float32 kernels differ by machine
     assert worst <= 1e-5
 
 

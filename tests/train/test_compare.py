@@ -288,7 +288,7 @@ def test_receptive_field(flags, tmp_path, capsys):
 @pytest.mark.parametrize('script', [
     compare_explanations.main, receptive_field.main, lambda argv: figures.main([*argv, '--figure', '4'])])
 def test_errors(script, capsys):
-    assert script(['--model', 'resnet18_lossattn_conv']) == 2
+    assert script(['--model', 'resnet18_attn_conv']) == 2
     assert 'has no weights' in capsys.readouterr().err.strip().splitlines()[-1]
 
 

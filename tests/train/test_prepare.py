@@ -222,7 +222,7 @@ def test_train_and_validate(dataset, tiny_folder, coco_folder, tmp_path, capsys,
 
 @pytest.mark.parametrize(('flags', 'message'), [
     (('--model', 'no_such_model'), 'no_such_model'),
-    (('--model', 'resnet18_lossattn_conv'), 'has no weights'),
+    (('--model', 'resnet18_attn_conv'), 'has no weights'),
     (('--model', 'resnet18_lossattn_conv_nano', '--data-dir', '/no/such/folder'), '/no/such/folder'),
     (('--model', 'resnet18_lossattn_conv_nano', '--checkpoint', 'nothing.pt'), 'no such file: nothing.pt'),
 ])

@@ -165,7 +165,7 @@ def test_variants(folder, tmp_path, flags, loss_terms):
     (('--batch-size', '1000'), '--batch-size: 1000 is more than the 32 training images'),
     (('--resume', 'no_such_file'), '--resume: no such file'),
     (('--resume', 'auto'), '--resume auto: needs the --experiment'),
-    (('--pretrained-backbone', 'resnet18_lossattn_conv'), '--pretrained-backbone'),
+    (('--pretrained-backbone', 'resnet18_attn_conv'), '--pretrained-backbone'),
     (('--pretrained-backbone', 'resnet18_lossattn_conv_nano', '--model', 'vgg11_bn_cifar'), 'no separate backbone'),
     (('--recipe', 'best'), "no recipe 'best'; there are sgd, adam, fast, cpu, finetune, smoke"),
     (('--recipe', 'sgd/mnist'), "no dataset 'mnist'"),
