@@ -97,8 +97,11 @@ def test_matrices_are_those_of_the_paper():
     torch.testing.assert_close(a @ ((g @ h) * (b @ d)), F.conv1d(d[None, None], h[None, None])[0, 0])
 
 
-def test_only_what_gains_is_replaced():
+def test_only_what_gains_is_changed():
+    """Parameters, hooks and keys are the same objects."""
+    calls = []
     suitable = nn.Conv2d(128, 128, 3, padding=1)
+    suitable.register_forward_hook(lambda *args: calls.append(1))
     model = nn.Sequential(
         suitable, nn.Conv2d(128, 128, 3, padding='same', bias=False), nn.Conv2d(3, 128, 3, padding=1),
         nn.Conv2d(128, 128, 3, stride=2, padding=1), nn.Conv2d(128, 128, 3), nn.Conv2d(128, 128, 1),
@@ -110,6 +113,8 @@ def test_only_what_gains_is_replaced():
     assert [type(m) is WinogradConv2d for m in model[:-1]] == [True, True] + 7 * [False]
     assert model[-1][0] is model[0]
     assert not model[0].training
+    model[0](torch.rand(1, 128, 4, 4))
+    assert calls == [1]
     assert all(a is b for a, b in zip(parameters, model.parameters()))
     assert {k: v.data_ptr() for k, v in model.state_dict().items()} == {k: v.data_ptr() for k, v in state.items()}
     assert use_winograd(model) == 0

@@ -1,6 +1,6 @@
 """Wide strided convolutions as a gather and one matrix product: for the 9×9 patch convolution in bfloat16 on CPUs.
 
-    replaced = use_gathered(model)      # the same parameters, state-dict keys and results, to rounding
+    changed = use_gathered(model)       # the same parameters, state-dict keys and results, to rounding
 
 PyTorch's own convolution (oneDNN) is fast for 3×3 filters, but slow for a 9×9 filter with stride 4, above all its
 weight gradient in bfloat16 (measured: TRAINING.md, "Speed and memory"). Here the windows of an image are copied into

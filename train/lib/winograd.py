@@ -1,6 +1,6 @@
 """3×3 convolutions by Winograd's minimal filtering, for training on CPUs: a quarter of the multiplications.
 
-    replaced = use_winograd(model)      # the same parameters, state-dict keys and results, to float32 rounding
+    changed = use_winograd(model)       # the same parameters, state-dict keys and results, to float32 rounding
 
 F(4×4, 3×3) of A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016): a tile of 4×4
 outputs needs 6×6 inputs d and the 3×3 filter g, and
@@ -171,7 +171,7 @@ def winograd_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 class WinogradConv2d(nn.Conv2d):
-    """``nn.Conv2d`` that takes the faster way wherever the input allows it, and the ordinary one elsewhere."""
+    """What ``use_winograd`` makes of a suitable convolution: the faster way if the input allows it, else the ordinary."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, K, H, W)."""
@@ -201,22 +201,15 @@ def suitable(module: nn.Module) -> bool:
 
 
 def use_winograd(model: nn.Module) -> int:
-    """Put a ``WinogradConv2d`` with the same parameters in place of every convolution that gains from it.
+    """Make every convolution that gains from it a ``WinogradConv2d``.
 
     Args:
-        model: changed in place; its state dict keeps its keys. A convolution that is the model itself stays.
+        model: changed in place; parameters, hooks and keys of the state dict stay.
 
     Returns:
-        How many were replaced.
+        How many were changed.
     """
-    replaced: dict[nn.Module, WinogradConv2d] = {}  # one that stands in two places remains one
-    for parent in list(model.modules()):
-        for name, conv in list(parent.named_children()):
-            if conv not in replaced and suitable(conv):
-                assert isinstance(conv, nn.Conv2d)
-                new = WinogradConv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False, device='meta')
-                new.weight, new.bias = conv.weight, conv.bias
-                replaced[conv] = new.train(conv.training)
-            if conv in replaced:
-                setattr(parent, name, replaced[conv])
-    return len(replaced)
+    found = [module for module in model.modules() if suitable(module)]
+    for module in found:
+        module.__class__ = WinogradConv2d
+    return len(found)
