@@ -9,9 +9,9 @@ Takes model_best.pth.tar (EMA weights if it has them) and result.json of the run
 ``pretrained=True`` could not restore, stores convolutions and linear layers as float16 and everything else as float32,
 loads that file again into a fresh model, evaluates it in float32 on the whole validation split of the run, and writes
 hub/weights/ARCH.TAG: model.safetensors, config.json, README.md, example.png, and result.json, which is that of the run
-with the accuracy after conversion under "shipped", the card's words under "card" and, if the run started from another
-run's checkpoint or (--pretrained) from weights of hub/weights, their result.json under "initial". With --in-package the
-weights go into timm_lossattn/weights instead, for small models.
+with the accuracy after conversion, and where it was measured, under "shipped", the card's words under "card" and, if
+the run started from another run's checkpoint or (--pretrained) from weights of hub/weights, their result.json under
+"initial". With --in-package the weights go into timm_lossattn/weights instead, for small models.
 """
 import argparse
 import json
@@ -51,6 +51,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / 'train'))  # for lib, which evaluates
 from lib.evaluate import evaluate_dataset  # noqa: E402
 from lib.options import DataOptions  # noqa: E402
+from lib.record import environment  # noqa: E402
 
 MAX_BYTES = 70_000_000  # of a file in the repository
 MAX_PACKAGE = 15_000_000  # of all weights in the package: the wheel stays under 20 MB
@@ -151,8 +152,9 @@ def beginning(result: dict[str, Any]) -> dict[str, Any] | None:
     """
     args = result['args']
     source, _, where = args['model'].partition(':')
-    start = args.get('initial_checkpoint') or (where if source == 'local-dir' else '')
-    resumed = args.get('resume') or ''
+    start = args.get('initial_checkpoint') or (where if source == 'local-dir' and args.get('pretrained') else '')
+    first: dict[str, Any] = result.get('starts', [{}])[0]  # went on in place since, perhaps
+    resumed = first.get('resume') or args.get('resume') or ''
     if not start and resumed and Path(resumed).parent.resolve() != Path(
             args.get('output', ''), args.get('experiment', '')).resolve():
         start = resumed  # of another run
@@ -225,7 +227,7 @@ def bundle(options: Options) -> dict[str, Any]:
         other.unlink(missing_ok=True)
     result['shipped'] = {
         'file': str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name, 'bytes': len(content),
-        'sha256': sha256_of(file), **metrics, 'command': options.command}
+        'sha256': sha256_of(file), **metrics, 'command': options.command, **environment(options.device)}
     result['card'] = asdict(options.words)
     write_json(folder / RESULT, result)
     describe(options.name, file, options.example)

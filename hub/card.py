@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import model_entrypoint
 
 from timm_lossattn.files import sha256_of
 from timm_lossattn.loading import full_name
@@ -62,10 +63,13 @@ def origin(run: dict[str, Any]) -> str:
     if ':' in flags['model'] or flags.get('pretrained_path') or flags.get('initial_checkpoint'):
         started = flags.get('pretrained') or flags.get('initial_checkpoint')
         return 'Started from other weights, see the command.' if started else ''
-    if flags.get('pretrained') and run['model'].startswith('lossattn.'):
-        return f'Started from the pretrained weights of `{run["model"].removeprefix("lossattn.")}`.'
     if flags.get('pretrained'):
-        return 'Started from the weights that the package had for this architecture at that time.'
+        architecture, _, tag = run['model'].partition('.')
+        ours = model_entrypoint(architecture).__module__.startswith('timm_lossattn.')
+        if ours and architecture != 'lossattn':
+            return 'Started from the weights that the package had for this architecture at that time.'
+        backbone = (flags.get('model_kwargs') or {}).get('backbone') or tag if ours else run['model']
+        return f'Started from the pretrained weights of `{backbone}`.'
     if flags.get('grow_from'):
         return f'The first channels of each layer started as `{flags["grow_from"]}`.'
     if flags.get('pretrained_backbone'):
@@ -86,9 +90,7 @@ def went_on(runs: list[dict[str, Any]]) -> str:
 
 def training(result: dict[str, Any]) -> dict[str, Any]:
     """What the template says about how the weights came about."""
-    runs, commands = runs_of(result), commands_of(result)
-    if 'shipped' in result:
-        commands.append(result['shipped']['command'])
+    runs = runs_of(result)
     seconds = sum(run['seconds'] for run in runs)
     return {
         'epochs': ' + '.join(str(len(run['epochs'])) for run in runs),
@@ -97,7 +99,7 @@ def training(result: dict[str, Any]) -> dict[str, Any]:
         'start': ' '.join(filter(None, (origin(runs[0]), went_on(runs)))),
         'hardware': hardware_of(result), 'torch': result['versions']['torch'],
         'timm': result['versions']['timm'], 'commit': result.get('commit') or '',
-        'command': '\n'.join(commands),
+        'command': '\n'.join(commands_of(result)),
     }
 
 

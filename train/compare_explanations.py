@@ -23,6 +23,7 @@ largest logit, by that logit, and only boxes of that class count, where the data
 a line an image, which an interrupted run goes on with and from which compare.json, compare.md and compare.png are made.
 Intervals are bootstrap over images, or grids, 95 %.
 """
+import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -144,6 +145,16 @@ def measure_grids(
                       'rows': rows}])
 
 
+def measured_where(records: Records, summary: Path) -> dict[str, Any]:
+    """Commit, versions and hardware of each start that measured; of older records what their compare.json says."""
+    starts = [{key: value for key, value in entry.items() if key not in ('kind', 'index')}
+              for entry in records.of('start')]
+    if starts:
+        return {'starts': starts}
+    before = json.loads(summary.read_text()) if summary.is_file() else {}
+    return {key: before[key] for key in records.environment if key in before}
+
+
 def markdown(tables: dict[str, Table], records: Records, scalar: str, command: str) -> str:
     """Two tables for the images and for each kind of grids: means, and what ours is ahead, with intervals."""
     lines = []
@@ -228,15 +239,15 @@ def main(argv: list[str] | None = None) -> int:
     grids = [f'grid {n}' for n in options.grids]
     asked: dict[str, Any] = {
         'model': options.name, 'weights': repr(model.patch_weights), 'weights_sha256': weights_digest(model),
-        'dataset': options.dataset, 'split': options.val_split,
-        **{key: list(value) if isinstance(value, tuple) else value
-           for key, value in config.items() if key in PREPROCESSING},
+        'model_kwargs': options.model_kwargs or None, 'dataset': options.dataset, 'data_dir': options.data_dir,
+        'input_key': options.input_key, 'target_key': options.target_key, 'split': options.val_split,
+        'images_in_split': len(boxed), **{key: value for key, value in config.items() if key in PREPROCESSING},
         'scalar': 'lead' if against_of(options) else 'logit', 'tools': list(tools), 'removal': options.removal,
         'blanks': options.blanks,
         'steps': options.steps, 'single_deletion': options.single_deletion, 'spread': options.spread}
     if 'box_labels' in box_columns(boxed.dataset):
         asked['boxes'] = 'of the target'  # in earlier records of all classes
-    records, command = Records(options.output / 'images.jsonl', asked), command_line(argv)
+    records, command = Records(options.output / 'images.jsonl', asked, environment()), command_line(argv)
     if {*indices} - {entry['index'] for entry in records.of('image')} and any(map(records.of, grids)):
         raise ValueError(f'--images: {records.path} has grids of fewer images; choose another --output')
     measure_images(options, judge, boxed, indices, records)
@@ -245,8 +256,9 @@ def main(argv: list[str] | None = None) -> int:
     tables = {kind: means_and_differences(records.of(kind), OURS) for kind in ('image', *grids)}
     text = markdown(tables, records, asked['scalar'], command)
     replace_file(options.output / 'compare.md', text.encode())
-    write_json(options.output / 'compare.json', {
-        **records.asked, 'command': command, **environment(), 'images': len(records.of('image')),
+    summary = options.output / 'compare.json'
+    write_json(summary, {
+        **records.asked, 'command': command, **measured_where(records, summary), 'images': len(records.of('image')),
         'accuracy': statistics.mean(entry['right'] for entry in records.of('image')),
         **{kind: {row: {m: mean.to_dict() for m, (mean, _) in cells.items() if m != 'ms'}  # a time is a batch's
                   for row, cells in table.items()} for kind, table in tables.items()}})

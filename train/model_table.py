@@ -68,7 +68,7 @@ def weights_table() -> str:
             f'{shipped["bytes"] / 1e6:.2f} MB | {epochs} | {seeds} | '
             f'{seconds / 3600:.2f} | {hardware_of(result)} |')
         commands += ['', f'`{name}`:', '', '```bash']
-        for command in (*commands_of(result), shipped['command']):
+        for command in commands_of(result):
             commands += wrap(command)
         commands.append('```')
     return '\n'.join([*lines, *commands, '', END])

@@ -187,16 +187,21 @@ def run(options: TrainOptions, command: str) -> None:
 
     machine = environment(process.device.type, process.world_size)  # at the start: it is this commit that runs
     history: list[dict[str, Any]] = []
-    commands = [command]
-    starts = [{'epoch': start_epoch, 'commit': machine['commit'], 'hardware': machine['hardware']}]
     result_file = folder / 'result.json'
+    previous: dict[str, Any] = {}
     if in_place and process.rank == 0 and result_file.exists():
         previous = json.loads(result_file.read_text())
         if metric != previous['metric']:
             raise ValueError(f'--eval-metric: the run has chosen its best epoch by {previous["metric"]}, got {metric}')
         history = [entry for entry in previous['epochs'] if entry['epoch'] < start_epoch]
-        commands = [*previous['commands'], command]
-        starts = [*previous['starts'], *starts] if 'starts' in previous else []  # of a run before there were any
+    if in_place and position is not None and 'commands' in position:
+        previous = position  # starts since the last whole epoch as well
+    start: dict[str, Any] = {'epoch': start_epoch, 'commit': machine['commit'], 'hardware': machine['hardware']}
+    if options.resume and not in_place:
+        start['resume'] = options.resume  # of another run
+    record: dict[str, Any] = {'commands': [*previous.get('commands', []), command]}
+    if not previous or 'starts' in previous:  # a run from before there were any stays without
+        record['starts'] = [*previous.get('starts', []), start]  # of each command: its first epoch and where it ran
     history = process.from_first(history)
     if start_epoch >= num_epochs:
         if not in_place:
@@ -227,7 +232,7 @@ def run(options: TrainOptions, command: str) -> None:
             saver = AtomicSaver(
                 model, optimizer, recorded, amp_scaler=scaler, checkpoint_dir=str(folder), recovery_dir=str(folder),
                 max_history=options.checkpoint_hist, decreasing=metric == 'loss', task=task)
-            saver.model_config = model_config(architecture, built, labels, data_config)
+            saver.model_config, saver.record = model_config(architecture, built, labels, data_config), record
             if in_place:
                 mend(saver, Path(options.resume), start_epoch - 1, history[-1]['eval'][metric] if history else None)
             log = stack.enter_context(trackers(options, folder, recorded))
@@ -261,8 +266,7 @@ def run(options: TrainOptions, command: str) -> None:
                 'last': {'epoch': epoch, **eval_metrics},
                 'seconds': round(sum(e['seconds'] for e in history), 1),
                 'seed': options.seed,
-                'commands': commands,
-                **({'starts': starts} if starts else {}),  # of each command: its first epoch and where it ran
+                **record,
                 'args': recorded,
                 'data_config': data_config,
                 'parameters': sum(p.numel() for p in model.parameters()),

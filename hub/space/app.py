@@ -19,6 +19,7 @@ from PIL import Image
 from timm_lossattn import Explanation, explain
 from timm_lossattn.explanation import class_labels, open_image
 from timm_lossattn.explanation.labels import DATA, data_of, known_classes
+from timm_lossattn.explanation.preprocessing import input_config
 from timm_lossattn.hub_access import create_model
 from timm_lossattn.loading import check_name, load_patch_model
 from timm_lossattn.models.lite_weights import LITE_MODELS, lite_file
@@ -29,6 +30,7 @@ MAX_PIXELS = 60_000_000  # 50 megapixels take 0.6 GB of memory, 0.8 with transpa
 MAX_ASPECT = 100  # the shorter side is resized to the model's input, so a line of pixels would grow to gigabytes
 MAX_FILE_SIZE = '100mb'
 MAX_PARAMETERS = 350_000_000  # any visitor may name a model, and four are kept
+MAX_SIDE = 2048  # of an image resized for a model: any visitor may have written its config
 FEW_CLASSES = 12
 QUICK = {'compress_level': 1}  # by default the encoder takes as long as the drawing
 DEFAULT = ''  # in a menu of classes: the predicted class, or its rivals, all others by their softmax
@@ -104,7 +106,12 @@ def load_model(name: str) -> Any:
         if size > MAX_PARAMETERS:
             raise ValueError(
                 f'{name} has {size / 1e6:,.0f} million parameters: at most {MAX_PARAMETERS / 1e6:.0f}, please.')
-        return load_patch_model(name)
+        model = load_patch_model(name)
+        config = input_config(model)
+        side = max(config['input_size'][1:]) / (config['crop_pct'] or 1)
+        if side > MAX_SIDE:
+            raise ValueError(f'{name} wants images of {side:,.0f} pixels: at most {MAX_SIDE:,}, please.')
+        return model
     except ValueError as error:  # what follows the first sentence is for programmers
         sentence = str(error).removeprefix('model: ').split('. ')[0].rstrip('.')
         raise ValueError(f'{sentence}.') from error

@@ -65,14 +65,17 @@ def random_batch(seed, multi_label, B=5, K=3):
 @pytest.mark.parametrize('multi_label', [False, True])
 @pytest.mark.parametrize('seed', range(3))
 def test_patch_localization(seed, multi_label):
-    """Against loops over images and patches; batches and processes (merged states) do not matter."""
+    """Against loops over images and patches; batches and processes (merged states) do not matter.
+
+    Images without box do not count.
+    """
     hits = chosen = inside_count = patches = 0
     whole, parts = PatchLocalization(), [PatchLocalization(), PatchLocalization()]
     for step in range(3):
         selected, p, target, boxes = random_batch(10 * seed + step, multi_label)
         for metric in (whole, parts[step % 2]):
             metric.update(selected, p, target, GRID, boxes)
-        for i in range(len(p)):
+        for i in (i for i in range(len(p)) if len(boxes[i])):
             inside = naive_inside(GRID, boxes[i])
             for m in range(36):
                 if multi_label:
@@ -107,6 +110,14 @@ def test_planted_object():
         assert {name: float(value) for name, value in metric.compute().items()} == {
             'patch_precision': want, 'patch_recall': want, 'patch_f': want,
             'patches_in_object': pytest.approx(100 * 4 / 36)}
+
+
+def test_no_boxes():
+    """Nothing counts, nothing fails."""
+    selected, p, target, _ = random_batch(0, False)
+    metric = PatchLocalization()
+    metric.update(selected, p, target, GRID, [torch.zeros(0, 4)] * 5)
+    assert {float(metric.hits), float(metric.chosen), float(metric.inside), float(metric.patches)} == {0.}
 
 
 def test_box_localization():

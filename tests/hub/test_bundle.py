@@ -216,7 +216,10 @@ def test_weights_that_were_trained_on(run, place):
     assert bundle.beginning(result | {'commands': [*result['commands'], 'python went_on.py']}) == earlier
     for other in ({'pretrained_path': 'file.pth'}, {'model': f'local-dir:{place}'}):
         assert bundle.beginning(result | {'args': result['args'] | other}) is None
-    assert bundle.beginning(result | {'args': result['args'] | {'model': f'local-dir:{run}/hub'}}) == result
+    hub = {'args': result['args'] | {'model': f'local-dir:{run}/hub'}}
+    assert bundle.beginning(result | hub) == result
+    hub['args']['pretrained'] = False  # its architecture alone
+    assert bundle.beginning(result | hub) is None
     assert bundle.beginning(result | {'args': result['args'] | {'pretrained': False}}) is None
     for start in ('initial_checkpoint', 'resume'):  # of a run, or of a file that stands alone
         args = result['args'] | {'output': str(run.parent), 'experiment': 'other', 'pretrained': False}
@@ -224,6 +227,8 @@ def test_weights_that_were_trained_on(run, place):
         for own in (f'{run.parent}/other/last.pth.tar', f'{run.parent}/run/../other/last.pth.tar'):
             own = {'resume': own, 'initial_checkpoint': ''}
             assert bundle.beginning(result | {'args': args | own}) is None
+            starts = [{'resume': f'{run}/last.pth.tar'}, {}]  # of another run, then in place
+            assert bundle.beginning({'args': args | own, 'starts': starts}) == result
         (run.parent / 'alone').mkdir(exist_ok=True)
         assert bundle.beginning({'args': args | {start: f'{run.parent}/alone/weights.safetensors'}}) is None
     assert bundle.beginning(result | {'model': 'lossattn.tf_efficientnet_lite0'}) is None  # the backbone's

@@ -203,6 +203,19 @@ def test_folder_of_timm(tmp_path):
     assert torch.equal(loaded(x), model(x))
 
 
+@pytest.mark.parametrize(('model', 'flags', 'words'), [
+    ('lossattn.resnet18.a1_in1k', {}, 'pretrained weights of `resnet18.a1_in1k`.'),
+    ('lossattn', {'model_kwargs': {'backbone': 'resnet18.a1_in1k'}}, 'pretrained weights of `resnet18.a1_in1k`.'),
+    ('resnet18.a1_in1k', {}, 'pretrained weights of `resnet18.a1_in1k`.'),
+    (NANO, {}, 'weights that the package had for this architecture at that time.'),
+    ('resnet18_cifar', {}, 'weights that the package had for this architecture at that time.')])
+def test_origin(model, flags, words):
+    """Whose weights a run began with."""
+    args = {'model': model, 'pretrained': True, **flags}
+    assert card.origin({'model': model, 'args': args}) == f'Started from the {words}'
+    assert card.origin({'model': model, 'args': args | {'pretrained': False}}) == ''
+
+
 @pytest.mark.parametrize(('num_classes', 'multi_label', 'third'), [
     (2, False, False), (3, False, True), (3, True, False)])
 def test_picture_of_a_card(shipped, tmp_path, num_classes, multi_label, third):

@@ -67,6 +67,15 @@ def test_new_weights_are_offered(app, monkeypatch, tmp_path):
     assert ('blood cells · lossattn.tf_efficientnet_lite0.pbc', names[-2]) in app.model_choices()
 
 
+def test_size_of_the_input(app, monkeypatch):
+    """A config that somebody wrote may ask for any size; an image is not resized to it."""
+    model = load_patch_model(CONV)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'crop_pct': 0.001}
+    monkeypatch.setattr(app, 'load_patch_model', lambda name: model)
+    with pytest.raises(ValueError, match=r'wants images of 32,000 pixels: at most 2,048, please\.$'):
+        app.load_model.__wrapped__(CONV)
+
+
 @pytest.mark.parametrize(('name', 'what'), [
     ('nope', "timm has no model 'nope'"), ('lossattn.resnet51', 'did you mean lossattn.'),
     ('vit_tiny_patch16_224', 'its class token decides.</p>'),

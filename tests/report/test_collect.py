@@ -204,4 +204,6 @@ def test_other_settings_are_refused(work, undisturbed, monkeypatch, capsys):
     assert main(flags(work, '--batch-size', '3')) == 2
     error = ' '.join(capsys.readouterr().err.split())
     assert 'is of another report (batch_size: 2, now 3)' in error
+    assert main(flags(work, '--data-dir', str(work))) == 2  # as many images of another folder would pass
+    assert 'is of another report (data_dir: ' in ' '.join(capsys.readouterr().err.split())
     assert main(flags(work, '--gallery', '3')) == 0  # as other tests expect it

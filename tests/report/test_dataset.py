@@ -246,6 +246,19 @@ def test_boxes_of_other_files(model, folder, tmp_path):
         i for i in range(len(images)) if images.file(i).startswith('bird')]
 
 
+def test_fingerprint(model, folder, tmp_path):
+    """Names of files count, whether timm or torchvision reads the folder; where it lies does not."""
+    def found(where):
+        readers = opened(model, where), opened(model, 'torch/folder', root=str(where))
+        return [images.fingerprint() for images, *_ in readers]
+
+    first = found(folder)
+    moved = folder.rename(tmp_path / 'moved')
+    assert found(moved) == first
+    (moved / 'bird' / '0.png').rename(moved / 'bird' / 'other.png')
+    assert all(a != b for a, b in zip(found(moved), first))
+
+
 @pytest.mark.parametrize('content', ['name,x0\na,1\n', 'file,x0,y0,x1,y1\na,1,2,x,4\n', 'file,x0,y0,x1,y1\na,1,2\n'])
 def test_bad_boxes(tmp_path, content):
     """One error that names the file and the columns."""

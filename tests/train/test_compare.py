@@ -1,5 +1,6 @@
 """train/compare_explanations.py, figures.py, receptive_field.py: files, numbers, known boxes and fields."""
 import json
+import re
 import time
 
 import numpy
@@ -19,6 +20,7 @@ from lib.comparison import Judge, Settings
 from lib.explainers import Answer, Question, create_tools, raw_cam
 from lib.flags import parse
 from lib.image_records import hits_to_text, text_to_hits
+from lib.record import environment
 from timm_lossattn import loss_attention
 from timm_lossattn.evaluation.randomization import learned_modules
 from timm_lossattn.explanation.evidence import direction
@@ -63,19 +65,27 @@ def test_compare(flags, tmp_path, capsys):
     assert table['ours']['complete']['mean'] <= 1e-5
     assert 'complete' not in table['random']
     lines = (tmp_path / 'images.jsonl').read_text().splitlines()
-    assert len(lines) == 1 + 4
+    assert len(lines) == 1 + 1 + 4
     text = (tmp_path / 'compare.md').read_text()
     assert text in capsys.readouterr().out
     assert 'Ours less theirs' in text
     assert (tmp_path / 'compare.png').read_bytes().startswith(b'\x89PNG')
 
     # cut off in the middle of a line, it goes on and comes to the same numbers; another question is another file
-    (tmp_path / 'images.jsonl').write_text('\n'.join(lines[:3]) + '\n' + lines[3][:40])
+    (tmp_path / 'images.jsonl').write_text('\n'.join(lines[:4]) + '\n' + lines[4][:40])
     assert compare_explanations.main(run) == 0
-    again = json.loads((tmp_path / 'compare.json').read_text())['image']
-    assert again['ours'] == table['ours']
+    again = json.loads((tmp_path / 'compare.json').read_text())
+    assert again['image']['ours'] == table['ours']
+    assert len(again['starts']) == 2
+    assert set(again['starts'][0]) == set(environment())
+    (tmp_path / 'images.jsonl').write_text(re.sub('.*"start".*\n', '', (tmp_path / 'images.jsonl').read_text()))
+    (tmp_path / 'compare.json').write_text(json.dumps({'commit': 'of that time'}))
+    assert compare_explanations.main(run) == 0  # a record from before starts were noted: tables are made again
+    assert json.loads((tmp_path / 'compare.json').read_text())['commit'] == 'of that time'
     assert compare_explanations.main([*run, '--scalar', 'logit']) == 2
     assert "was begun with another scalar, 'lead'" in capsys.readouterr().err
+    assert compare_explanations.main([*run, '--data-dir', str(tmp_path)]) == 2
+    assert 'was begun with another data_dir' in capsys.readouterr().err
 
 
 def test_compare_grids(flags, tmp_path, capsys):

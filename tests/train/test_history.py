@@ -23,6 +23,14 @@ def test_commands():
         '# resumed, at commit older with changes that were not yet committed', 'd', f'# {another}', 'e']
 
 
+def test_conversion():
+    """The command that converted and measured has a commit of its own."""
+    run = {'commands': ['a'], 'commit': 'new'}
+    assert commands_of(run | {'shipped': {'command': 'b', 'commit': 'new'}}) == ['a', 'b']
+    assert commands_of(run | {'shipped': {'command': 'b', 'commit': 'newer'}}) == ['a', '# at commit newer', 'b']
+    assert commands_of(run | {'shipped': {'command': 'b'}}) == ['a', '# at a commit that was not recorded', 'b']
+
+
 def test_gone_on_in_another_folder():
     """With --resume FILE: optimizer and epochs went on, which a start from its weights would not be."""
     run = {'commands': ['f'], 'starts': [{'epoch': 3, 'commit': 'new'}], 'commit': 'new', 'initial': FIRST}

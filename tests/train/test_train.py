@@ -176,6 +176,8 @@ def test_variants(folder, tmp_path, flags, loss_terms):
     (('--model-kwargs', 'no_such_argument=1'), 'no_such_argument'),
     (('--eval-metric', 'top7', '--cache-dataset'), "--eval-metric: 'top7' is none of loss, top1, top5"),
     (('--grow-from', 'resnet18_lossattn_conv_nano', '--pretrained'), '--grow-from: goes with none of --pretrained'),
+    (('--blank-cells', '0.3', '--cache-dataset', '--no-aug'), '--blank-cells: needs --cache-dataset, without --no-aug'),
+    (('--blank-cells', '30', '--cache-dataset'), '--blank-cells must lie in'),
     (('--gathered', '--torchcompile'), '--gathered: is for the CPU, without --torchcompile'),
     (('--log-wandb', '--workers', '0'), '--log-wandb: not installed'),
 ])

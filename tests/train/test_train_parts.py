@@ -306,6 +306,7 @@ def test_resumed_within_an_epoch(folder, tmp_path, monkeypatch, flags, save):
     assert train_script.main(command('stopped')) == 0
     assert identical(state(tmp_path / 'stopped'), state(tmp_path / 'undisturbed'))
     results = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('stopped', 'undisturbed')]
+    assert [[len(result[key]) for key in ('commands', 'starts')] for result in results] == [[2, 2], [1, 1]]
     for ours, theirs in zip(*(result['epochs'] for result in results)):
         assert ours['eval'] == theirs['eval']
         assert ours['train']['loss'] == theirs['train']['loss']

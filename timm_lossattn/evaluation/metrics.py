@@ -76,8 +76,8 @@ class PatchLocalization(Metric):
         recall    = |selected ∧ consistent ∧ in object| / |in object|
         F         = their harmonic mean
 
-    Beside them |in object| / |patches|: the precision of a choice that knows neither image nor class. All patches, if
-    they were consistent, would have that precision and a recall of 100 %.
+    Images without box do not count. Beside them |in object| / |patches|: the precision of a choice that knows neither
+    image nor class. All patches, if they were consistent, would have that precision and a recall of 100 %.
 
     Examples:
         >>> metric = PatchLocalization()
@@ -115,9 +115,12 @@ class PatchLocalization(Metric):
                 f'patch_logits of shape {tuple(patch_logits.shape)} need selected ({B}, {M}), patch_boxes ({M}, 4) and '
                 f'{B} targets and boxes, got {tuple(selected.shape)}, {tuple(patch_boxes.shape)}, {len(target)}, '
                 f'{len(boxes)}.')
+        boxed = torch.tensor([len(b) > 0 for b in boxes])
+        if not boxed.any():
+            return
         device = self.hits.device
-        chosen = (selected & label_consistent(patch_logits, target)).to(device)
-        inside = torch.stack([patches_in_boxes(patch_boxes, b) for b in boxes]).to(device)
+        chosen = (selected & label_consistent(patch_logits, target)).to(device)[boxed.to(device)]
+        inside = torch.stack([patches_in_boxes(patch_boxes, b) for b in boxes if len(b)]).to(device)
         self.hits += (chosen & inside).sum()
         self.chosen += chosen.sum()
         self.inside += inside.sum()

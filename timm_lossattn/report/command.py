@@ -94,8 +94,9 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
         'dataset': args.dataset, 'split': images.split, 'labelled': images.labelled, 'boxed': images.boxed,
         'command': f'timm-lossattn {shlex.join(sys.argv[1:])}', 'version': version('timm-lossattn'),
         'settings': {
-            'dataset': args.dataset, 'images': len(images), 'content': images.fingerprint(), 'split': args.split,
-            'columns': [args.input_key, args.target_key], 'labelled': images.labelled, 'labels': labels,
+            'dataset': args.dataset, 'data_dir': args.data_dir, 'images': len(images),
+            'content': images.fingerprint(), 'split': args.split, 'columns': [args.input_key, args.target_key],
+            'labelled': images.labelled, 'labels': labels,
             'boxes': sha256_of(args.boxes) if args.boxes else None,
             'model': name, 'weights': weights_digest(model), 'pool': repr(model.patch_weights),
             'xi': model.patch_weights.xi, 'input_size': [width, height], 'batch_size': args.batch_size}}

@@ -140,8 +140,10 @@ class ReportImages(Dataset):
     def fingerprint(self) -> str:
         """Digest of what a resumed run must find again: the number of images, and where they are files their names."""
         digest = hashlib.sha256(str(len(self)).encode())
-        if hasattr(getattr(self.images, 'reader', None), 'samples'):
-            for name in self.images.reader.filenames():
+        reader = getattr(self.images, 'reader', None)
+        if hasattr(reader, 'samples') or getattr(self.images, 'samples', None):
+            names = reader.filenames() if reader is not None else map(self.file, range(len(self)))
+            for name in names:
                 digest.update(b'\0' + name.encode(errors='surrogateescape'))
         return digest.hexdigest()
 

@@ -160,6 +160,8 @@ def write_page(path: Path, table: ReportTable, images: ReportImages, gallery: in
         confusion=confusion_table(summary, notes['labels']), cards=shown, wrong=summary.labelled - summary.correct,
         label_options=options(shown, 'label'), prediction_options=options(shown, 'prediction'),
         patches=table.grid[0] * table.grid[1], score=SCORE, min_images=MIN_IMAGES, wrong_color=WRONG,
-        settings={'palette': palette, 'rows': rows, 'columns': columns})
+        settings={'palette': palette, 'rows': rows, 'columns': columns,
+                  'labels': {c['id']: c['name'] for c in classes} | {
+                      k: notes['labels'][k] for pair in summary.confusion for k in pair}})
     replace_file(path, html.encode())
     return path

@@ -37,14 +37,16 @@ class AtomicSaver(CheckpointSaver):
 
     Attributes:
         model_config: of ``timm_lossattn.loading.model_config``.
+        record: the run's commands and starts, which result.json gets at the end of an epoch only.
     """
     model_config: dict[str, Any]
+    record: dict[str, Any]
 
     def save_position(self, epoch: int, position: dict[str, Any]) -> None:
         """last.pth.tar within an epoch; it counts as that of the epoch before."""
         temporary = str(Path(self.checkpoint_dir) / 'tmp.pth.tar')
         with written(f'epoch {epoch + 1}, within', self.checkpoint_dir):
-            self._save(temporary, epoch - 1, position=position)
+            self._save(temporary, epoch - 1, position=position | self.record)
         self._replace(temporary, str(Path(self.checkpoint_dir) / 'last.pth.tar'))
 
     def _save(

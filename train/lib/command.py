@@ -21,7 +21,7 @@ RANGES: dict[str, tuple[float, float]] = {
     'batch_size': (1, INFINITY), 'epochs': (1, INFINITY), 'lr': (0, INFINITY), 'grad_accum_steps': (1, INFINITY),
     'checkpoint_hist': (1, INFINITY), 'checkpoint_minutes': (0, INFINITY), 'crop_padding': (0, INFINITY),
     'hflip': (0, 1), 'layer_decay': (0, 1), 'reprob': (0, 1), 'train_size_schedule_spread': (0, INFINITY),
-    'train_size_random_mix': (0, 1), 'workers': (0, INFINITY),
+    'train_size_random_mix': (0, 1), 'workers': (0, INFINITY), 'blank_cells': (0, 1),
 }
 
 

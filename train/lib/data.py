@@ -155,13 +155,13 @@ def create_train_loader(
     """Loader of augmented training batches: timm's, or with ``--cache-dataset`` one that works on whole batches.
 
     Raises:
-        ValueError: fewer images than a batch, or blank cells without the loader that makes them.
+        ValueError: fewer images than a batch, or blank cells without the augmentation that makes them.
     """
     if not isinstance(dataset, IterableDataset) and len(dataset) < options.batch_size * process.world_size:
         raise ValueError(f'--batch-size: {options.batch_size} is more than the {len(dataset)} training images'
                          + (f' / {process.world_size} processes.' if process.distributed else '.'))
-    if options.blank_cells and not options.cache_dataset:
-        raise ValueError('--blank-cells: needs --cache-dataset')
+    if options.blank_cells and (options.no_aug or not options.cache_dataset):
+        raise ValueError('--blank-cells: needs --cache-dataset' + (', without --no-aug' if options.no_aug else ''))
     mixing: dict[str, Any] = dict(
         mixup_alpha=options.mixup, cutmix_alpha=options.cutmix, label_smoothing=options.smoothing,
         num_classes=num_classes)

@@ -30,9 +30,10 @@ def place_of(commit: str | None) -> str:
 
 
 def commands_of(result: dict[str, Any]) -> list[str]:
-    """The commands of all runs; comments say where they go on, and at which commit if not at that of the record.
+    """The commands of all runs and, if they ship, of what converted the last one's weights and measured them.
 
-    Of a run that was resumed, older records know the last command's commit only, and no numbers of epochs.
+    Comments say where they go on, and at which commit if not at that of the record. Of a run that was resumed, older
+    records know the last command's commit only, and no numbers of epochs; nor that of the conversion.
     """
     lines: list[str] = []
     for run in runs_of(result):
@@ -49,4 +50,8 @@ def commands_of(result: dict[str, Any]) -> list[str]:
                 notes.append(place_of(start['commit']))
             lines += [f'# {", ".join(notes)}'] if notes else []
             lines.append(command)
+    if 'shipped' in result:
+        commit = result['shipped'].get('commit')
+        lines += [f'# {place_of(commit)}'] if commit != result.get('commit') else []
+        lines.append(result['shipped']['command'])
     return lines

@@ -1,6 +1,7 @@
 """Measured numbers, one JSON object a line and image, from which every table can be made again.
 
-The first line says what was asked. A run that was interrupted, or wants more images, goes on after the last whole line.
+The first line says what was asked. A run that was interrupted, or wants more images, goes on after the last whole line,
+behind a line that says at which commit and on which machine.
 Of a file that says less than is asked today, as those from before it said which weights, tables can be made again.
 """
 import json
@@ -26,6 +27,7 @@ class Records:
     Args:
         path: of it; read if it exists.
         asked: what was asked, and what the answers depend on; in the file it has to be the same.
+        environment: commit, versions and hardware of what this process adds.
 
     Attributes:
         asked: what the file says of it.
@@ -35,9 +37,11 @@ class Records:
         ValueError: the file is of another measurement.
     """
 
-    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, asked: dict[str, Any], environment: dict[str, Any]) -> None:
+        self.path, self.environment = path, environment
         self.entries: list[dict[str, Any]] = []
+        self.started = False
+        asked = json.loads(json.dumps(asked))  # as it is in the file: tuples are lists
         lines = path.read_text('utf-8').splitlines(keepends=True) if path.is_file() else []
         whole = [line for line in lines if line.endswith('\n')]
         if not whole:
@@ -67,6 +71,9 @@ class Records:
             raise ValueError(f'--output: {self.path} does not say of which {", ".join(self.unknown)} it is; choose '
                              'another folder')
         entries = [rounded(entry) for entry in entries]
+        if not self.started:
+            entries.insert(0, {'kind': 'start', 'index': len(self.of('start')), **self.environment})
+            self.started = True
         with self.path.open('a', encoding='utf-8') as file:
             file.writelines(json.dumps(entry, ensure_ascii=False) + '\n' for entry in entries)
         self.entries += entries

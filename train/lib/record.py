@@ -84,7 +84,7 @@ def command_line(argv: list[str] | None) -> str:
 def environment(device_type: str = 'cpu', world_size: int = 1) -> dict[str, Any]:
     """Commit, versions and hardware, for what is written as JSON."""
     hardware = torch.cuda.get_device_name() if device_type == 'cuda' else \
-        f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
+        f'{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads'
     return {
         'commit': git_commit(),
         'versions': {

@@ -171,7 +171,7 @@ def winograd_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 class WinogradConv2d(nn.Conv2d):
-    """What ``use_winograd`` makes of a suitable convolution: the faster way if the input allows it, else the ordinary."""
+    """What ``use_winograd`` makes of a suitable convolution: the faster way where it can, else the ordinary."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, K, H, W)."""

@@ -65,7 +65,7 @@ function show(wanted) {
     const element = document.getElementById(filters[key]);
     if (!element) continue;
     const choice = wanted[key] === undefined ? '' : wanted[key];
-    if (![...element.options].some(option => option.value === choice)) element.add(new Option(wanted.name || choice, choice));
+    if (![...element.options].some(option => option.value === choice)) element.add(new Option(settings.labels[choice], choice));
     element.value = choice;
   }
   if (outside) outside.checked = false;
