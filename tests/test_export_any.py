@@ -131,6 +131,8 @@ def test_errors(tmp_path, capsys, monkeypatch):
         'lossattn', backbone='deit_tiny_patch16_224', global_pool='avg', embed_dim=24, depth=1, num_heads=2).eval()
     with pytest.raises(ValueError, match=r'dynamic_size: .* does not take images of 448×224 pixels'):
         export_model(model, 'a.pt2', 'torch.export', dynamic_size=True)
+    with pytest.raises(ValueError, match=r'img_size: .* does not take images of 256×256 pixels'):
+        export_model(model, 'a.pt2', 'torch.export', img_size=256)
     assert os.listdir() == ['weights.pth']
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from timm.utils import ParseKwargs
 
 from .evaluation.check import check_model
 from .evaluation.check_all import check_all, read_checks
@@ -83,6 +84,8 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
         raise ValueError(f'--against: {labels[target]} is --target as well; choose another class.')
     question = '' if target is None else f'-{class_slug(target, labels)}'
     question += '' if against is None else f'-vs-{class_slug(against, labels)}'
+    if args.multi_label and args.label is not None:
+        raise ValueError('--label: one class is the true one, which does not go with --multi-label.')
     unknown = [name for name in args.panels.split(',') if name not in PANELS]
     if unknown:
         raise ValueError(f'--panels: no panel {unknown[0]!r}; choose some of {",".join(PANELS)}.')
@@ -120,9 +123,9 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
             print_error(console, error)
             failed += 1
             continue
-        probability, best = explanation.probabilities[0].max(dim=0)
-        line = f'{path.name}: {labels[int(best)]} {percent(float(probability))}'
-        if truth is not None and truth != int(best):
+        best = int(explanation.predicted)  # of two probabilities that round to 1 the larger logit
+        line = f'{path.name}: {labels[best]} {percent(float(explanation.probabilities[0, best]))}'
+        if truth is not None and truth != best:
             line += f', wrong: {labels[truth]}'
         line += f'  ->  {out / stem}.png, .json'
         console.print(Text(line), soft_wrap=True)
@@ -198,8 +201,7 @@ def run_check(args: argparse.Namespace, console: Console) -> int:
         return run_check_all(args, console)
     if args.out:
         raise ValueError('--out belongs to --all; the table of one model is printed.')
-    kwargs = {'global_pool': args.global_pool} if args.global_pool else {}
-    found = check_model(args.model, args.pretrained, receptive_field=args.pretrained, **kwargs)
+    found = check_model(args.model, args.pretrained, receptive_field=args.pretrained, **args.model_kwargs)
     table = Table(title=found.name, title_justify='left', show_header=False)
     rows = {
         'kind': {'A': 'A: the head is affine', 'B': 'B: the head normalises the pooled vector; 1/σ is held',
@@ -227,7 +229,7 @@ def run_check(args: argparse.Namespace, console: Console) -> int:
 
 def run_check_all(args: argparse.Namespace, console: Console) -> int:
     """A line for each model as it is done. Returns 0."""
-    if not args.out or args.pretrained or args.global_pool:
+    if not args.out or args.pretrained or args.model_kwargs:
         raise ValueError('--all needs --out FILE, and takes models as they stand, with random weights.')
     for found, count, total in check_all(args.out):
         console.print(Text(f'{count}/{total} {found.name}: {found.kind}{f", {found.why}" if found.why else ""}'),
@@ -301,7 +303,8 @@ def build_parser() -> argparse.ArgumentParser:
                          'random weights, into --out; what is in it already is not checked again')
     command.add_argument('--out', metavar='FILE', help='for --all: a line of JSON for each model')
     command.add_argument('--pretrained', action='store_true', help='with its weights (default: random ones)')
-    command.add_argument('--global-pool', metavar='NAME', help='pooling of the model, "avg" for one with a class token')
+    command.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+                         help='arguments of the model, global_pool=avg fc_norm=False for one with a class token')
     command.set_defaults(run=run_check)
 
     command = commands.add_parser('list', help='models, parameters, weights')

@@ -142,6 +142,23 @@ def test_label_that_is_no_class(run, capsys):
     """A folder that is no class of the model is said to be none."""
     assert run(CAT, '--label', 'folder') == 1
     assert "--label: no class 'data'" in capsys.readouterr().out
+    assert run(CAT, '--label', 'cat', '--multi-label') == 2
+    assert '--label: one class is the true one, which does not go with --multi-label' in error_line(capsys)
+
+
+def test_classes_of_equal_probability(run, tmp_path, capsys, monkeypatch):
+    """Sigmoids that round to 1: the class of the largest logit is named, as in the picture."""
+    def certain(model, *args, **kwargs):
+        for parameter in model.get_classifier().parameters():
+            parameter.data *= 0
+        model.get_classifier().bias.data += torch.arange(18., 37., 2.)
+        return explain(model, *args, **kwargs)
+
+    monkeypatch.setattr('timm_lossattn.cli.explain', certain)
+    assert run(CAT, '--multi-label') == 0
+    assert f'{CAT.name}: truck > 99.9 %' in capsys.readouterr().out
+    top = json.loads((tmp_path / 'out' / f'{CAT.stem}.json').read_text())['top5']
+    assert [entry['class'] for entry in top] == [9, 8, 7, 6, 5]
 
 
 def test_panels(run, tmp_path, capsys):

@@ -46,6 +46,18 @@ def test_refused_and_with_average_pooling():
     assert check_model('test_vit', global_pool='avg').kind in ('A', 'B')
 
 
+def test_way_out_of_trained_weights():
+    """With what is advised the weights of a model with a class token load, all of them."""
+    stock = timm.create_model('test_vit')
+    with pytest.raises(NoPatchSum, match=r'Create the model with global_pool="avg", fc_norm=False, so that'):
+        loss_attention(stock)
+    model = timm.create_model('lossattn', backbone='test_vit', global_pool='avg', fc_norm=False)
+    model.load_state_dict(stock.state_dict())
+    assert model.patch_kind == 'A'
+    with pytest.raises(RuntimeError, match='fc_norm'):
+        timm.create_model('test_vit', global_pool='avg').load_state_dict(stock.state_dict())
+
+
 @pytest.mark.parametrize('name', ['pit_ti_224', 'deit_tiny_distilled_patch16_224', 'coat_tiny', 'volo_d1_224'])
 def test_refused_without_a_way(name):
     """Of these timm makes no average-pooled head, or one that is no sum either: no advice that leads nowhere."""
@@ -153,7 +165,7 @@ def test_command(capsys):
     assert 'of its weights: --pretrained' in ' '.join(out.split())
     assert main(['check', 'test_vit']) == 1
     assert 'class token decides' in ' '.join(capsys.readouterr().out.split())
-    assert main(['check', 'test_vit', '--global-pool', 'avg']) == 0
+    assert main(['check', 'test_vit', '--model-kwargs', 'global_pool=avg', 'fc_norm=False']) == 0
     capsys.readouterr()
     assert main(['check', 'resnet18_lossattn_conv_nano']) == 2
     assert 'a patch model already, exact by its own head' in capsys.readouterr().err

@@ -180,6 +180,10 @@ def test_replica(name, monkeypatch):
     assert torch.equal(replica(X), model(X))
     for a, b in zip(replica.forward_patches(X), model.forward_patches(X)):
         assert torch.equal(a, b)
+    model.drop_rate = 0.2
+    for use in (replicate(model), replicate(model).forward_patches):
+        with pytest.raises(RuntimeError, match=r'was changed since it was last called; call it once'):
+            use(X)
 
 
 def test_stock_view_has_the_same_modules(stock):

@@ -381,3 +381,16 @@ def test_another_head_on_a_frozen_backbone_in_train_mode():
     assert model.patch_kind == 'A'
     assert model.training
     assert model.eval().forward_patches(torch.randn(1, 3, 64, 64)).logits.shape == (1, 3)
+
+
+def test_dropout_at_test_time():
+    """A model in eval mode whose dropout is left on: its mask is held, the contributions sum to the logits."""
+    torch.manual_seed(0)
+    model = timm.create_model('lossattn', backbone='regnety_002', num_classes=4, drop_rate=0.5).eval()
+    assert model.patch_kind == 'A'
+    torch.nn.init.normal_(model.get_classifier().weight)
+    model.head.drop.train()
+    x = torch.randn(2, 3, 64, 64)
+    out, again = model.forward_patches(x), model.forward_patches(x)
+    assert not torch.equal(out.logits, again.logits)
+    torch.testing.assert_close(out.contributions.sum(1), out.logits)

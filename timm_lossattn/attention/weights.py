@@ -18,7 +18,7 @@ from ..prediction import upcast
 
 __all__ = [
     'AttentionWeights', 'GatedAttentionWeights', 'LossAttentionWeights', 'MeanWeights', 'PatchWeights',
-    'create_weights', 'list_weights', 'normalize', 'register_weights', 'weighted_sum',
+    'create_weights', 'list_weights', 'normalize', 'plain_weights', 'register_weights', 'weighted_sum',
 ]
 
 _WEIGHTS: dict[str, type['PatchWeights']] = {}
@@ -48,6 +48,21 @@ def list_weights() -> tuple[str, ...]:
 def create_weights(name: str, in_features: int, xi: float, device=None, dtype=None) -> 'PatchWeights':
     """Registered patch weights by name, for features of ``in_features`` channels."""
     return _WEIGHTS[name].create(in_features, xi, device=device, dtype=dtype)
+
+
+def plain_weights(pool: str, channels: int, xi: float) -> 'PatchWeights':
+    """Registered patch weights that have no parameters.
+
+    Raises:
+        ValueError: they do not exist, or have parameters.
+    """
+    if pool not in list_weights():
+        raise ValueError(f'pool must be one of {list_weights()}, got {pool!r}.')
+    weights = create_weights(pool, channels, xi)
+    if list(weights.parameters()):
+        raise ValueError(
+            f"pool={pool!r} has parameters to learn, which no stock model holds; 'lossattn' and 'avg' have none.")
+    return weights
 
 
 def normalize(weights: torch.Tensor) -> torch.Tensor:

@@ -132,8 +132,9 @@ class Explanation:
 
         Evidence says who holds the lead, this what would go without one: a patch that says as much as the average loses
         nothing. Exact for the weights and patch logits as they are: weights anew for M − 1 patches are these for ξ = 0,
-        while the threshold ξ/M of Eq. 5b would move a little. Capsule models weigh each capsule by itself, there it is
-        an approximation. It does not sum to the lead. docs/other_tools.md compares it with blanked images.
+        while the threshold ξ/M of Eq. 5b would move a little; of kinds B and C 1/σ or the gates are held as well.
+        Capsule models weigh each capsule by itself, and routing anew: there it is an approximation. It does not sum to
+        the lead. docs/other_tools.md compares it with blanked images.
         """
         return leave_one_out(self.evidence, self.prediction.alpha)
 

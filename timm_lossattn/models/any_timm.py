@@ -15,7 +15,7 @@ import torch.fx
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..attention.weights import PatchWeights, create_weights, list_weights, weighted_sum
+from ..attention.weights import PatchWeights, plain_weights, weighted_sum
 from ..prediction import PatchPrediction, upcast
 from .copies import own_modules, renamed, shallow_copy
 from .held import Record, Replay, frozen_batch_norms
@@ -146,7 +146,7 @@ class LossAttentionMixin(Base):
         alpha = self.patch_weights(h, p)
         if self.patches_differ:
             features = join_patches(pool_patches(alpha, h), self.patch_layout, self.patch_prefix)
-        if self.patch_kind == 'A' and not self.training:
+        if self.patch_kind == 'A' and not self._any_training():
             logits, parts = self.stock_forward_head(features), p
         else:
             logits, parts = self._held_head(features, h, p, own)
@@ -213,17 +213,31 @@ class LossAttentionMixin(Base):
             raise ValueError(self.patch_refusal)
 
     @torch.jit.ignore
+    def _any_training(self) -> bool:
+        """Whether a part of the model draws or counts anew in each call, as a dropout that is left on at test time."""
+        return self.training or (
+            not torch.compiler.is_compiling() and any(module.training for module in self.modules()))
+
+    @torch.jit.ignore
     def _notice_settings(self) -> None:
         """Look anew if the model's own settings were changed by hand, as ``global_pool``.
 
-        To go through all modules, as ``forward_patches`` does, takes 1 to 2 ms: too long for each forward.
+        To go through all modules, as ``forward_patches`` does, takes 1 to 2 ms: too long for each forward. Compiled
+        code looks at nothing: after such a change the model is to be called once before it is compiled.
         """
         if not torch.compiler.is_compiling() and settings(self) != self._structure_then.get('', (None, None))[1]:
             self._look_anew()
 
     @torch.jit.ignore
     def _look_anew(self) -> None:
-        """Find out what the model is now: how its patches are got at, or why there are none, said when it is used."""
+        """Find out what the model is now: how its patches are got at, or why there are none, said when it is used.
+
+        Raises:
+            RuntimeError: in a replica of DataParallel, which has no parameters to look at and is thrown away.
+        """
+        if getattr(self, '_is_replica', False):
+            raise RuntimeError(f'{type(self).__name__} was changed since it was last called; call it once as it is '
+                               'before torch.nn.DataParallel copies it.')
         try:
             self._set_patch_access(analyse(stock_view(self)))
         except ValueError as error:  # timm's models may be without pooling for a while
@@ -322,7 +336,8 @@ def loss_attention(model: Any, pool: str = 'lossattn', xi: float = 0.1) -> Any:
     """A patch model made of a timm model, without training and without new parameters.
 
     The new model has the stock model's parameters and buffers (shared, not copied), its state-dict keys and everything
-    else of timm; it is an instance of the stock model's class. The given model is not changed.
+    else of timm; it is an instance of the stock model's class. The given model is not changed; what changes its modules
+    in place later, as ``reset_classifier`` of some families, changes the new one as well.
 
     Args:
         model: timm model, or a wrapper as torch.compile's, with a classifier and a head that averages all positions;
@@ -380,18 +395,3 @@ def describe(model: Any, pool: str, xi: float) -> None:
     if backbone:
         model.pretrained_cfg = model.default_cfg = {**cfg, 'architecture': 'lossattn', 'tag': backbone}
         model._model_args = {**getattr(model, '_model_args', {}), 'backbone': backbone, 'pool': pool, 'xi': xi}
-
-
-def plain_weights(pool: str, channels: int, xi: float) -> PatchWeights:
-    """Registered patch weights that have no parameters.
-
-    Raises:
-        ValueError: they do not exist, or have parameters.
-    """
-    if pool not in list_weights():
-        raise ValueError(f'pool must be one of {list_weights()}, got {pool!r}.')
-    weights = create_weights(pool, channels, xi)
-    if list(weights.parameters()):
-        raise ValueError(
-            f"pool={pool!r} has parameters to learn, which no stock model holds; 'lossattn' and 'avg' have none.")
-    return weights

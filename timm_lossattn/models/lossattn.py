@@ -2,7 +2,8 @@
 
     timm.create_model('lossattn.resnet50.a1_in1k', pretrained=True)
     timm.create_model('lossattn', backbone='resnet50.a1_in1k', pool='lossattn', xi=0.1, pretrained=True)
-    timm.create_model('lossattn', backbone='vit_small_patch16_224', global_pool='avg', num_classes=10)
+    timm.create_model('lossattn', backbone='vit_small_patch16_224', global_pool='avg', fc_norm=False,
+                      num_classes=10)
 
 Every other argument is the backbone's. What follows the first dot of a name timm takes for the tag of pretrained
 weights, and hands to the entry point: here it is the backbone, with its own tag. The tag may be one of ours:
@@ -24,6 +25,7 @@ from timm.models import (
 )
 from torch import nn
 
+from ..attention.weights import plain_weights
 from ..hub_access import create_model
 from .any_timm import loss_attention
 from .lite_weights import lite_overlay
@@ -184,6 +186,7 @@ def create_lossattn(
         cfg = {**cfg, 'architecture': backbone, 'tag': tag}
     if xi is None:
         xi = trained[1] if trained is not None else DEFAULT_XI
+    plain_weights(pool, 1, xi)  # what is wrong with them is said before a download
     if pretrained:
         refuse_early(backbone, kwargs)
         if cfg is None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -119,17 +120,24 @@ def way_out(model: Any) -> str:
     if not name or not timm.is_model(name):  # made by hand: nothing to try
         return ('If it can be made with global_pool="avg", so that its head averages all positions, do so and train '
                 'the head; else choose a model that averages its positions.')
-    if has_average_head(name):
-        return 'Create the model with global_pool="avg", so that its head averages all positions, and train the head.'
+    norm = 'fc_norm' in signature(type(model).__init__).parameters  # by default a new one takes the trained one's place
+    if has_average_head(name, norm):
+        return (f'Create the model with global_pool="avg"{", fc_norm=False" if norm else ""}, so that its head '
+                'averages all positions, and train the head.')
     return 'It has no head whose logits are a sum over patches: choose a model that averages its positions.'
 
 
 @cache
-def has_average_head(name: str) -> bool:
-    """Whether timm makes an architecture with a head that averages all positions: tried once, without numbers."""
+def has_average_head(name: str, keep_norm: bool) -> bool:
+    """Whether timm makes an architecture with a head that averages all positions: tried once, without numbers.
+
+    Args:
+        name: of it.
+        keep_norm: with its norm before the pooling, where ``global_pool='token'`` has it.
+    """
     try:
         with torch.device('meta'):
-            find_access(timm.create_model(name, global_pool='avg'))
+            find_access(timm.create_model(name, global_pool='avg', **({'fc_norm': False} if keep_norm else {})))
     except Exception:  # a refusal, or whatever a model's code raises for a pooling that it has not
         return False
     return True
