@@ -107,7 +107,7 @@ def export_model(
     if not hasattr(model, 'forward_patches'):
         raise ValueError('model: it has no forward_patches, so it is no patch model.')
     if format == 'torchscript' and isinstance(model, LossAttentionMixin):
-        raise ValueError(f'format: torchscript cannot read {type(model).__name__}, whose class is made at run time; '
+        raise ValueError(f'format: torchscript cannot read {type(model).__name__}, whose patch outputs run as Python; '
                          'take onnx or torch.export.')
     if img_size is not None and img_size < 1:
         raise ValueError(f'img_size must be positive, got {img_size}.')

@@ -40,9 +40,9 @@ def replace_file(path: str | Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def write_json(path: str | Path, value: Any, indent: int = 2) -> None:
+def write_json(path: str | Path, value: Any) -> None:
     """A value as JSON, see ``replace_file``."""
-    replace_file(path, (json.dumps(value, indent=indent) + '\n').encode())
+    replace_file(path, (json.dumps(value, indent=2) + '\n').encode())
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

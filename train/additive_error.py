@@ -4,7 +4,8 @@
     python train/additive_error.py --model resnet18_lossattn_conv_nano --dataset hfds/data/cifar10 --input-key img \\
         --val-split test --images 1000
 
-error: |Σ_m contributions − logits| / max(1, |logit|), over all images and classes: median and largest. agreement: share
+error: |Σ_m contributions − logits| / max(1, |logit|), the logits those of the model's forward, over all images and
+classes: median and largest. agreement: share
 of images with the same top class as in float64. Writes FILE.json and FILE.md.
 """
 import copy
@@ -18,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from lib.boxes import collate_boxes, open_patch_model
+from lib.boxes import collate_boxes, fixed_order, open_patch_model
 from lib.flags import flag, parse, positive_int
 from lib.options import EvalOptions
 from lib.record import command_line, environment
@@ -43,8 +44,7 @@ class ErrorOptions(EvalOptions):
 def measure(model: Any, x: torch.Tensor, dtype: torch.dtype, autocast: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Errors (B, K) and top classes (B,)."""
     with torch.autocast('cpu', autocast) if autocast else nullcontext():
-        out = model.forward_patches(x.to(dtype))
-    logits = out.logits.double()
+        out, logits = model.forward_patches(x.to(dtype)), model(x.to(dtype)).double()
     errors = (out.contributions.double().sum(dim=1) - logits).abs() / logits.abs().clamp(min=1)
     return errors, logits.argmax(dim=1)
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(ErrorOptions, __doc__, argv)
     model, _, boxed, _ = open_patch_model(options)
     models = {name: copy.deepcopy(model).to(dtype) for name, (dtype, _) in PRECISIONS.items()}
-    order = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
+    order = fixed_order(boxed, options.images)
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in PRECISIONS}
     loader: Any = DataLoader(
         Subset(boxed, order), options.batch_size, num_workers=options.workers, collate_fn=collate_boxes)

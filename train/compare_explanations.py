@@ -35,7 +35,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from lib.boxes import box_columns, collate_boxes, open_patch_model
+from lib.boxes import box_columns, collate_boxes, fixed_order, open_patch_model
 from lib.comparison import Judge, Settings, grid_entries
 from lib.explainers import OURS, Question, create_tools
 from lib.flags import flag, parse, positive_int
@@ -111,7 +111,7 @@ def measure_images(options: CompareOptions, judge: Judge, boxed: Any, indices: l
                leave=False)
     for turn, (question, logits, boxes) in enumerate(questions(options, judge.model, boxed, left)):
         found = judge.images(question, boxes, reverse=bool(turn % 2), timed=len(question.index) == options.batch_size)
-        probabilities = logits.sigmoid() if options.multi_label else logits.softmax(dim=1)
+        probabilities = judge.model.patch_weights.probabilities(logits, options.multi_label)
         chosen = probabilities.gather(1, question.target[:, None]).squeeze(1)
         records.add([
             {'kind': 'image', 'index': index, 'target': int(t), 'probability': float(p),
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     judge = Judge(model, tools, Settings(
         options.removal, options.blanks, options.steps, options.single_deletion, options.multi_label,
         options.spread))
-    indices = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
+    indices = fixed_order(boxed, options.images)
     grids = [f'grid {n}' for n in options.grids]
     asked: dict[str, Any] = {
         'model': options.name, 'weights': repr(model.patch_weights), 'weights_sha256': weights_digest(model),

@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError('--multi-label: images have one class each here')
     models = {name: compare(name, options) for name in options.models}
     result = {
-        'command': command_line(argv), **environment('cpu', 1),
+        'command': command_line(argv), **environment(),
         'images': len(models[options.models[0]]['images']['stock']['right']), 'models': models}
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / 'pools.json', result)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lib.boxes import open_patch_model
+from lib.boxes import fixed_order, open_patch_model
 from lib.extras import need
 from lib.flags import flag, parse, positive_int
 from lib.options import EvalOptions
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     need('train', 'torchmetrics')
     model, config, boxed, labels = open_patch_model(options)
     chosen: list = []
-    for index in torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0)).tolist():
+    for index in fixed_order(boxed):
         x, y, boxes, _ = boxed[index]
         explanation = explain(model, x[None], multi_label=options.multi_label)
         k = int(explanation.target)

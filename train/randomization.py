@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lib.boxes import collate_boxes, open_patch_model
+from lib.boxes import collate_boxes, fixed_order, open_patch_model
 from lib.extras import need
 from lib.flags import flag, parse, positive_int
 from lib.options import EvalOptions
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure; errors in what the user gave are one line on stderr and exit code 2."""
     options = parse(RandomizationOptions, __doc__, argv)
     model, _, boxed, _ = open_patch_model(options)
-    order = torch.randperm(len(boxed), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
+    order = fixed_order(boxed, options.images)
     x, *_ = collate_boxes([boxed[i] for i in order])
     with torch.no_grad():
         logits = model(x).float()

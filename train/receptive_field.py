@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from lib.boxes import collate_boxes, open_patch_model
+from lib.boxes import collate_boxes, fixed_order, open_patch_model
 from lib.flags import flag, parse, positive_int
 from lib.options import EvalOptions
 from lib.plots import draw_box, panels, save
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure; errors in what the user gave are one line on stderr and exit code 2."""
     options = parse(FieldOptions, __doc__, argv)
     model, _, dataset, _ = open_patch_model(options)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:options.images].tolist()
+    order = fixed_order(dataset, options.images)
     total: Any = 0.
     loader: Any = DataLoader(
         Subset(dataset, order), options.batch_size, num_workers=options.workers, collate_fn=collate_boxes)

@@ -36,7 +36,6 @@ from lib.data import (
     create_eval_loader,
     create_train_loader,
     input_config,
-    label_names,
     open_dataset,
     warn_of_few_steps,
 )
@@ -50,6 +49,7 @@ from lib.record import command_line, environment, save_hub_folder, trackers, wri
 from lib.script import script
 from timm_lossattn.files import replace_file, write_json
 from timm_lossattn.loading import model_config
+from timm_lossattn.report.dataset import class_names
 
 _logger = logging.getLogger('train')
 
@@ -163,7 +163,7 @@ def run(options: TrainOptions, command: str) -> None:
         options, options.train_split, model.num_classes, True, options.train_num_samples, options.seed)
     eval_set = open_dataset(
         options, options.val_split, model.num_classes, num_samples=options.val_num_samples, seed=options.seed)
-    labels, others = label_names(train_set), label_names(eval_set)
+    labels, others = class_names(train_set) or None, class_names(eval_set)
     if labels and others and labels != others:
         other, label = next(pair for pair in zip(others, labels) if pair[0] != pair[1])
         raise ValueError(f'--val-split: has a class {other!r} where --train-split has {label!r}')
@@ -196,12 +196,12 @@ def run(options: TrainOptions, command: str) -> None:
         history = [entry for entry in previous['epochs'] if entry['epoch'] < start_epoch]
     if in_place and position is not None and 'commands' in position:
         previous = position  # starts since the last whole epoch as well
-    start: dict[str, Any] = {'epoch': start_epoch, 'commit': machine['commit'], 'hardware': machine['hardware']}
+    begun: dict[str, Any] = {'epoch': start_epoch, 'commit': machine['commit'], 'hardware': machine['hardware']}
     if options.resume and not in_place:
-        start['resume'] = options.resume  # of another run
+        begun['resume'] = options.resume  # of another run
     record: dict[str, Any] = {'commands': [*previous.get('commands', []), command]}
     if not previous or 'starts' in previous:  # a run from before there were any stays without
-        record['starts'] = [*previous.get('starts', []), start]  # of each command: its first epoch and where it ran
+        record['starts'] = [*previous.get('starts', []), begun]  # of each command: its first epoch and where it ran
     history = process.from_first(history)
     if start_epoch >= num_epochs:
         if not in_place:

@@ -98,7 +98,6 @@ def test_a_way_of_a_loss_attention_model():
     ({'no_such_argument': 1}, 'TypeError: .*no_such_argument'), ({'pretrained': True}, 'Error: ')])
 def test_errors_are_no_refusal(monkeypatch, args, message):
     """What a model's own code raises, and a download that fails, says nothing about its head."""
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     found = check_model('test_resnet', **args)
     assert found.kind == 'error'
@@ -167,6 +166,9 @@ def test_command(capsys):
     assert 'class token decides' in ' '.join(capsys.readouterr().out.split())
     assert main(['check', 'test_vit', '--model-kwargs', 'global_pool=avg', 'fc_norm=False']) == 0
     capsys.readouterr()
+    assert main(['check', 'lossattn.tf_efficientnet_lite0.pbc', '--pretrained']) == 0  # weights of the package
+    assert re.search(r'\d+ % of the influence on the middle patch comes from its box, half from a square of \d+ pixels',
+                     ' '.join(re.sub('[│┃]', ' ', capsys.readouterr().out).split()))
     assert main(['check', 'resnet18_lossattn_conv_nano']) == 2
     assert 'a patch model already, exact by its own head' in capsys.readouterr().err
     assert main(['check', 'nonsense']) == 2

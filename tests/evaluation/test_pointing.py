@@ -63,7 +63,8 @@ def test_grid_pointing_refuses():
 def test_choose_grids():
     """Distinct classes, each image once, only those that are right, the confident ones first, the same every time."""
     g = torch.Generator().manual_seed(0)
-    label, confidence, right = torch.randint(6, (90,), generator=g), torch.rand(90, generator=g), torch.rand(90) < 0.7
+    label, confidence = torch.randint(6, (90,), generator=g), torch.rand(90, generator=g)
+    right = torch.rand(90, generator=g) < 0.7
     grids = choose_grids(confidence, label, right, 2, 100)
     used = [i for grid in grids for i in grid]
     assert len(grids) > 5

@@ -1,4 +1,4 @@
-"""image_io.py: every kind of file gives 8-bit RGB or a one-line error, and boxes map back to the file's pixels."""
+"""preprocessing.py: every kind of file gives 8-bit RGB or a one-line error, and boxes map back to the file's pixels."""
 import numpy as np
 import pytest
 import timm

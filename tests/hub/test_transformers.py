@@ -21,7 +21,8 @@ NANO, CAPS = 'resnet18_lossattn_conv_nano', 'resnet18_lossattn_caps_nano'
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')  # of other processes
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
 
 
 def save(model, folder, labels=None, **model_args):

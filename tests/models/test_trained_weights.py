@@ -41,7 +41,7 @@ def test_weights_are_in_the_package():
     ids=['timm', 'load_model', 'backbone'])
 def test_loads_and_classifies(create, monkeypatch):
     """Without the network and without the ImageNet weights, by each of its names: held-out cells of three kinds."""
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('timm_lossattn.models.lite_weights.lite_file', lambda name: None)
     model = create()
     assert full_name(model) == NAME

@@ -135,7 +135,7 @@ def test_compare_multi_label(coco_folder, tmp_path):  # noqa: F811
         '--model', MODEL, '--num-classes', '2', '--checkpoint', str(tmp_path / 'model.pt'), '--multi-label',
         '--target-key', 'labels', '--dataset', f'hfds/{tmp_path / "set"}', '--data-dir', str(tmp_path), *SMALL,
         '--images', '3', '--tools', 'random', '--removal', 'patches', '--output', str(tmp_path / 'out')]) == 0
-    first, *images = [json.loads(line) for line in (tmp_path / 'out' / 'images.jsonl').read_text().splitlines()]
+    first, _, *images = [json.loads(line) for line in (tmp_path / 'out' / 'images.jsonl').read_text().splitlines()]
     assert first['scalar'] == 'logit'
     assert first['boxes'] == 'of the target'
     options = compare_explanations.parse(compare_explanations.CompareOptions, '', [

@@ -73,16 +73,14 @@ class Removal(PerImage):
     Args:
         blank: what stands in the place of removed pixels, see ``blank_image``.
         steps: after how many equal shares of the parts the model is asked (and before the first); None: after each.
-        multi_label: the probability is σ(z_t), not the softmax.
         batch_size: images in a forward pass.
     """
     inserting = False
 
     def __init__(
-            self, blank: Blank = 'mean', steps: int | None = None, multi_label: bool = False, batch_size: int = 256,
-            **kwargs: Any) -> None:
+            self, blank: Blank = 'mean', steps: int | None = None, batch_size: int = 256, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.blank, self.steps, self.multi_label, self.batch_size = blank, steps, multi_label, batch_size
+        self.blank, self.steps, self.batch_size = blank, steps, batch_size
 
     @torch.no_grad()
     def measure(
@@ -91,7 +89,7 @@ class Removal(PerImage):
         """Area under the curve.
 
         Args:
-            model: (N, C, H, W) to (N, K) logits.
+            model: (N, C, H, W) to (N, K) probabilities.
             images: (B, C, H, W), normalised.
             order: (B, M), importance of each patch for the target; or (B, H, W) of each pixel.
             target: (B,) classes.
@@ -119,8 +117,7 @@ class Removal(PerImage):
             for part in reach.split(self.batch_size):  # a chunk of changed copies at a time
                 reached = ((2 * rank + 1) * steps <= part[:, None, None]).unsqueeze(1)  # (n, 1, H, W)
                 keep = reached | (rank == units) if self.inserting else ~reached
-                logits = model(torch.where(keep, image, other)).float()
-                curve.append((logits.sigmoid() if self.multi_label else logits.softmax(dim=1))[:, k].cpu())
+                curve.append(model(torch.where(keep, image, other)).float()[:, k].cpu())
             areas.append(torch.trapezoid(torch.cat(curve), dx=1 / steps))
         return torch.stack(areas)
 

@@ -135,9 +135,10 @@ def has_average_head(name: str, keep_norm: bool) -> bool:
         name: of it.
         keep_norm: with its norm before the pooling, where ``global_pool='token'`` has it.
     """
+    options: dict[str, Any] = {'fc_norm': False} if keep_norm else {}
     try:
         with torch.device('meta'):
-            find_access(timm.create_model(name, global_pool='avg', **({'fc_norm': False} if keep_norm else {})))
+            find_access(timm.create_model(name, global_pool='avg', **options))
     except Exception:  # a refusal, or whatever a model's code raises for a pooling that it has not
         return False
     return True

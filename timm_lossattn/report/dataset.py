@@ -142,7 +142,7 @@ class ReportImages(Dataset):
         digest = hashlib.sha256(str(len(self)).encode())
         reader = getattr(self.images, 'reader', None)
         if hasattr(reader, 'samples') or getattr(self.images, 'samples', None):
-            names = reader.filenames() if reader is not None else map(self.file, range(len(self)))
+            names: Any = reader.filenames() if reader is not None else map(self.file, range(len(self)))
             for name in names:
                 digest.update(b'\0' + name.encode(errors='surrogateescape'))
         return digest.hexdigest()

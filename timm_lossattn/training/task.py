@@ -63,7 +63,7 @@ class LossAttentionTask(TrainingTask):
         ValueError: negative gamma_max or rampup_epochs, or updates_per_epoch under 1.
 
     Examples:
-        >>> task = LossAttentionTask(model)
+        >>> task = LossAttentionTask(model, rampup_epochs=0.4 * epochs)
         >>> task.set_epoch(3)                # γ ramps up; without it γ = γ_max
         >>> result = task(images, target)    # {'loss', 'output', 'image_loss', 'patch_loss', 'gamma'}
         >>> result['loss'].backward()

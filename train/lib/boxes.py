@@ -5,12 +5,14 @@ import torch
 from torch.utils.data import Dataset
 
 from timm_lossattn.explanation import Preprocessing, class_labels
+from timm_lossattn.report.dataset import class_names
 
-from .data import input_config, label_names, open_dataset
+from .data import input_config, open_dataset
 from .model import load_trained
 from .options import DataOptions, EvalOptions
 
-__all__ = ['BoxDataset', 'box_columns', 'collate_boxes', 'has_boxes', 'open_boxed', 'open_patch_model']
+__all__ = [
+    'BoxDataset', 'box_columns', 'collate_boxes', 'fixed_order', 'has_boxes', 'open_boxed', 'open_patch_model']
 
 
 class BoxDataset(Dataset):
@@ -80,4 +82,9 @@ def open_patch_model(options: EvalOptions) -> tuple[Any, dict[str, Any], BoxData
     model = load_trained(options, patches=True)
     config = input_config(options, model)
     dataset = open_boxed(options, model.num_classes, config)
-    return model, config, dataset, label_names(dataset.dataset) or class_labels(model, model.num_classes)
+    return model, config, dataset, class_names(dataset.dataset) or class_labels(model, model.num_classes)
+
+
+def fixed_order(dataset: BoxDataset, images: int | None = None) -> list[int]:
+    """Indices of so many images, or all, in a random order that is the same for every script."""
+    return torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:images].tolist()

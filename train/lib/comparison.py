@@ -129,6 +129,10 @@ class Judge:
             forms.append((name + SPREAD, Answer(heat, scores, parts, answer.total)))
         return forms
 
+    def probabilities(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) images to (N, K)."""
+        return self.model.patch_weights.probabilities(self.model(x).float(), self.settings.multi_label)
+
     def measures(
             self, question: Question, answer: Answer, boxes: Sequence[torch.Tensor], patch_boxes: torch.Tensor,
             drops: torch.Tensor | None) -> dict[str, list[Any]]:
@@ -153,8 +157,8 @@ class Judge:
             units = place[0][0].numel()
             for blank in self.settings.blanks:
                 for name, cls in (('deletion', Deletion), ('insertion', Insertion)):
-                    measure: Any = cls(blank, min(self.settings.steps, units), self.settings.multi_label)
-                    found[f'{name}, {unit}, {blank}'] = measure.measure(self.model, question.x, *place).tolist()
+                    measure: Any = cls(blank, min(self.settings.steps, units))
+                    found[f'{name}, {unit}, {blank}'] = measure.measure(self.probabilities, question.x, *place).tolist()
         if drops is not None:
             found['single'] = self.single.measure(answer.heat, drops).tolist()
         if answer.parts is not None and answer.total is not None:

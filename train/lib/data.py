@@ -21,6 +21,7 @@ from torchvision import datasets as torchvision_datasets
 from torchvision.transforms import v2
 
 from timm_lossattn.hub_access import hub_or_cache
+from timm_lossattn.report.dataset import class_names
 
 from .augment import BatchAugment
 from .cached_loader import CachedLoader, cache_images
@@ -29,7 +30,7 @@ from .options import AugmentOptions, DataOptions, TrainOptions
 from .process import Process
 
 __all__ = [
-    'create_eval_loader', 'create_train_loader', 'input_config', 'label_names', 'open_dataset', 'warn_of_few_steps']
+    'create_eval_loader', 'create_train_loader', 'input_config', 'open_dataset', 'warn_of_few_steps']
 
 FEW_STEPS = 8
 _logger = logging.getLogger('train')
@@ -94,7 +95,7 @@ def open_dataset(
         raise ValueError(f'--dataset {data.dataset!r}: {error}{hint}') from error
     if not isinstance(dataset, IterableDataset) and not len(dataset):
         raise ValueError(f'--dataset: no image in split {split!r}')
-    classes = class_to_idx(dataset)
+    classes = class_names(dataset)
     if classes and len(classes) != num_classes:
         raise ValueError(f'--num-classes: the dataset has {len(classes)} classes, the model {num_classes}.')
     dataset.target_transform = target_transform
@@ -102,17 +103,6 @@ def open_dataset(
     # train on its neighbour twice
     dataset._max_retries = int(os.environ.get('TIMM_DATASET_MAX_RETRIES', 1))
     return dataset
-
-
-def class_to_idx(dataset: Any) -> dict[str, int] | None:
-    """Index of each class name, where the dataset knows them."""
-    return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
-
-
-def label_names(dataset: Any) -> list[str] | None:
-    """Class names in the order of their indices, where the dataset knows them."""
-    classes = class_to_idx(dataset)
-    return sorted(classes, key=classes.__getitem__) if classes else None
 
 
 def input_config(data: DataOptions, model: nn.Module) -> dict[str, Any]:

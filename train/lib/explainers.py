@@ -147,8 +147,7 @@ def create_tools(model: Any, against: str | None, ig_steps: int, left_out: bool 
         shared = len(question.v) > len(question.x)  # one pass answers for every class
         evidence = evidence_along(
             e.prediction.contributions.expand(len(question.v), -1, -1), question.v) if shared else e.evidence
-        return Answer(place(evidence, question), evidence, evidence,
-                      lambda: (e.prediction.logits * question.v).sum(dim=1))
+        return Answer(place(evidence, question), evidence, evidence, lambda: explained(question, question.x))
 
     def ours_left_out(question: Question) -> Answer:
         with torch.no_grad():
