@@ -32,7 +32,7 @@ from tqdm import tqdm
 from lib.blood_cells import blood_cells
 from lib.extras import need
 from lib.script import script
-from lib.source import Row, Source, read_boxes
+from lib.source import Row, Source, boxes_by_image
 from timm_lossattn.files import replace_file, replacing, sha256_of, write_json
 
 try:
@@ -114,7 +114,7 @@ def imagenet(path: Path, boxes: Path) -> tuple[Features, dict[str, tuple[Source,
         raise ValueError(f'SOURCE: no such folder: {path}')
     names = ImageNetInfo('imagenet-1k').label_names()
     label = {synset: k for k, synset in enumerate(names)}
-    found = read_boxes(boxes, 'path')
+    found = boxes_by_image(boxes, 'path')
     unknown = sorted({Path(place).parts[0] for place in found} - set(label))
     if unknown:
         raise ValueError(f'--boxes: {boxes} has {unknown[0]}, which is no synset of ImageNet')

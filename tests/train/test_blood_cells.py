@@ -159,7 +159,7 @@ def test_windows_are_everywhere():
 
 
 @pytest.mark.parametrize(('rows', 'message'), [
-    (['a,b', '1,2'], 'is no table with pbc_path, x0, y0, x1, y1'),
+    (['a,b', '1,2'], 'must have the columns pbc_path, x0, y0, x1, y1'),
     (['pbc_path,x0,y0,x1,y1'], 'has no row'),
     (['pbc_path,x0,y0,x1,y1', 'x/basophil/no.jpg,0,0,9,9'], 'has basophil/no.jpg, which is not in'),
     (['pbc_path,x0,y0,x1,y1', 'x/basophil/BA_2.jpg,0,0,9,400'], 'are not inside of an image of 360×363 pixels'),

@@ -124,7 +124,7 @@ def test_imagenet(tmp_path, capsys):
     assert prepare.main(['imagenet', str(folder), str(tmp_path / 'part'), '--boxes', str(table)]) == 0
     assert 'left out: 1 images of' in capsys.readouterr().out
     assert load_dataset(str(tmp_path / 'part'))['validation'].num_rows == 1
-    for content, message in ((rows[0], 'has no row'), ('a,b\n1,2', 'is no table with path, x0, y0, x1, y1'),
+    for content, message in ((rows[0], 'has no row'), ('a,b\n1,2', 'must have the columns path, x0, y0, x1, y1'),
                              ('\n'.join([rows[0], 'x/dog/a.JPEG,0,0,1,1']), 'has dog, which is no synset'),
                              ('\n'.join([rows[0], 'x/n02102040/b.JPEG,0,0,1,1']), 'has none of the 1 images of')):
         table.write_text(content)

@@ -160,8 +160,12 @@ def split_readable(batch: list[Item]) -> tuple[list[Item], torch.Tensor | None, 
     return [replace(i, x=None) for i in good], x, bad
 
 
-def read_boxes(path: str | Path) -> dict[str, list[list[float]]]:
-    """Boxes x0, y0, x1, y1 by file name from a CSV with the columns file, x0, y0, x1, y1.
+def read_boxes(path: str | Path, column: str = 'file') -> dict[str, list[list[float]]]:
+    """Boxes x0, y0, x1, y1 by the path of their image, from a CSV with a heading.
+
+    Args:
+        path: of the CSV, with the columns x0, y0, x1, y1.
+        column: the one with the image's path.
 
     Raises:
         ValueError: no such file, or other columns or no numbers in it.
@@ -170,12 +174,12 @@ def read_boxes(path: str | Path) -> dict[str, list[list[float]]]:
     try:
         with open(path, newline='', encoding='utf-8-sig') as file:
             for row in csv.DictReader(file):
-                found[Path(row['file']).as_posix()].append([float(row[key]) for key in ('x0', 'y0', 'x1', 'y1')])
+                found[Path(row[column]).as_posix()].append([float(row[key]) for key in ('x0', 'y0', 'x1', 'y1')])
     except OSError as error:
         raise ValueError(f'--boxes: {error}') from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f'--boxes: {path} must have the columns file, x0, y0, x1, y1 with numbers: {error!r}') from None
+            f'--boxes: {path} must have the columns {column}, x0, y0, x1, y1 with numbers: {error!r}') from None
     return dict(found)
 
 

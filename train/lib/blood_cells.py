@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image as PillowImage
 from tqdm import tqdm
 
-from .source import Row, Source, read_boxes
+from .source import Row, Source, boxes_by_image
 
 __all__ = ['CLASSES', 'TOP', 'blood_cells', 'random_window']
 
@@ -103,7 +103,7 @@ def blood_cells(path: Path, table: Path) -> tuple[list[str], dict[str, list[Row]
 
     Args:
         path: folder with a sub-folder for each class.
-        table: boxes of white cells, see ``read_boxes``; its column pbc_path says which image.
+        table: boxes of white cells, see ``boxes_by_image``; its column pbc_path says which image.
 
     Raises:
         ValueError: files are missing, unreadable or too many, or boxes that do not fit.
@@ -119,7 +119,7 @@ def blood_cells(path: Path, table: Path) -> tuple[list[str], dict[str, list[Row]
         raise ValueError(f'SOURCE: {source.folder} has no image in {missing[0]}/')
     if len(names) > 1000 and found != CLASSES:  # not somebody's sample of it
         raise ValueError(f'SOURCE: {source.folder} has {found}, the published set {CLASSES}')
-    boxes = read_boxes(table, 'pbc_path')
+    boxes = boxes_by_image(table, 'pbc_path')
     unknown = sorted(set(boxes) - set(names))
     if unknown:
         raise ValueError(f'--boxes: {table} has {unknown[0]}, which is not in {source.folder}')

@@ -1,5 +1,4 @@
 """Where prepare.py reads from: a folder, or a zip without unpacking it, and tables of boxes."""
-import csv
 import hashlib
 import zipfile
 import zlib
@@ -7,7 +6,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-__all__ = ['MD5', 'Row', 'Source', 'read_boxes']
+from timm_lossattn.report.dataset import read_boxes
+
+__all__ = ['MD5', 'Row', 'Source', 'boxes_by_image']
 
 MD5 = {  # of the archives that the publishers serve
     'tiny-imagenet-200.zip': '90528d7ca1a48142e341f4ef8d21d0de',
@@ -66,24 +67,18 @@ class Source:
             raise ValueError(f'{self.path}: {name} is damaged ({error})') from error
 
 
-def read_boxes(table: Path, column: str) -> dict[str, list[list[float]]]:
-    """Boxes (x0, y0, x1, y1 in pixels) of each image of a CSV file, by the last two parts of its path.
+def boxes_by_image(table: Path, column: str) -> dict[str, list[list[float]]]:
+    """Boxes of a CSV by the last two parts of their image's path, its folder and name.
 
     Args:
-        table: with a heading; columns x0, y0, x1, y1, and the path.
-        column: which holds the path.
+        table, column: see ``read_boxes``.
 
     Raises:
         ValueError: it is no such table, or has no row.
     """
     found: dict[str, list[list[float]]] = defaultdict(list)
-    try:
-        with table.open(newline='') as file:
-            for line in csv.DictReader(file):
-                place = '/'.join(Path(line[column]).parts[-2:])
-                found[place].append([float(line[c]) for c in ('x0', 'y0', 'x1', 'y1')])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'--boxes: {table} is no table with {column}, x0, y0, x1, y1 ({error!r})') from error
+    for path, boxes in read_boxes(table, column).items():
+        found['/'.join(Path(path).parts[-2:])] += boxes
     if not found:
         raise ValueError(f'--boxes: {table} has no row')
     return dict(found)
