@@ -21,7 +21,7 @@ from ..explanation.preprocessing import to_rgb
 from ..hub_access import hub_or_cache
 from ..text import one_line
 
-__all__ = ['Item', 'ReportImages', 'match_classes', 'open_images', 'read_boxes', 'split_readable']
+__all__ = ['Item', 'ReportImages', 'class_names', 'match_classes', 'open_images', 'read_boxes', 'split_readable']
 
 STREAMS = ('hfids', 'wds', 'tfds')
 
