@@ -177,14 +177,23 @@ def test_dropout_inside_of_what_is_frozen():
     assert not torch.equal(model.forward_head(features), model.forward_head(features))
 
 
-def test_frozen_model_of_the_paper():
-    """Parameters that weigh patches are learned with the classifier."""
-    model = timm.create_model('resnet18_lossattn_conv_nano', global_pool='gatedattn', num_classes=3)
+@pytest.mark.parametrize(('architecture', 'given'), [
+    ('resnet18_lossattn_conv_nano', {'global_pool': 'gatedattn'}), ('resnet18_lossattn_caps_nano', {}),
+    ('resnet18_routing_caps', {'width_mult': 0.125})])
+def test_frozen_model_of_the_paper(architecture, given):
+    """Its backbone is frozen, to the bit; the layers behind it and the weights of patches learn with the classifier."""
+    model = timm.create_model(architecture, num_classes=3, **given)
+    backbone = copy.deepcopy(model.backbone.state_dict())
     names = freeze_backbone(model)
-    trained = [*model.get_classifier().parameters(), *model.patch_weights.parameters()]
-    own = dict(model.named_parameters())
-    assert {id(own[name]) for name in names} == {id(parameter) for parameter in trained}
-    assert len(names) > 2
+    assert names == [name for name, _ in model.named_parameters() if not name.startswith('backbone.')]
+    task = LossAttentionTask(model, verbose=False)
+    task.train()
+    assert [module.training for module in (model, model.backbone, model.patch_layers)] == [True, False, True]
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.1, weight_decay=0.1)
+    task(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))['loss'].backward()
+    optimizer.step()
+    assert all(torch.equal(value, backbone[key]) for key, value in model.backbone.state_dict().items())
+    assert names == [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     with pytest.raises(ValueError, match='no classifier'):
         freeze_backbone(timm.create_model(BACKBONE, num_classes=0))
 

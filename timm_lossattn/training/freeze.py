@@ -33,7 +33,7 @@ def classifiers(model: Any) -> list[nn.Module]:
 
 
 def freeze_backbone(model: Any) -> list[str]:
-    """Freeze all of a model but its classifier, and what weighs its patches, if that has parameters.
+    """Freeze all of a model but its classifier, what weighs its patches, and the patch layers of this package's models.
 
     The frozen parameters get no gradient. The frozen modules are in eval mode and stay so whatever ``train`` is called
     with, on the model or on what holds it: batch norms keep their statistics, drop path and dropout inside the backbone
@@ -51,9 +51,8 @@ def freeze_backbone(model: Any) -> list[str]:
     heads = classifiers(model)
     if not heads:
         raise ValueError(f'{type(model).__name__} has no classifier to train.')
-    weights = getattr(model, 'patch_weights', None)
-    if isinstance(weights, nn.Module):
-        heads.append(weights)
+    after = (getattr(model, name, None) for name in ('patch_layers', 'patch_weights'))
+    heads += [module for module in after if isinstance(module, nn.Module)]
     trained = {id(parameter) for head in heads for parameter in head.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
