@@ -81,9 +81,9 @@ def test_what_began_where(command, tmp_path, capsys):
     result = json.loads((run / 'result.json').read_text())
     assert [start['epoch'] for start in result['starts']] == [0, 1]
     assert {start['commit'] for start in result['starts']} == {result['commit']}
-    assert commands_of(result) == [result['commands'][0], '# after 1 epochs', result['commands'][1]]
+    assert commands_of(result) == [result['commands'][0], '# after 1 epoch', result['commands'][1]]
     other = {**result, 'starts': [result['starts'][0], {'epoch': 1, 'commit': 'abc'}]}
-    assert commands_of(other)[1] == '# after 1 epochs, at commit abc'
+    assert commands_of(other)[1] == '# after 1 epoch, at commit abc'
     assert commands_of({'commands': ['python a.py']}) == ['python a.py']  # older records
 
     kept = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}

@@ -43,7 +43,7 @@ def commands_of(result: dict[str, Any]) -> list[str]:
             start = run['starts'][i] if 'starts' in run else last
             notes = []
             if start['epoch']:
-                notes.append(f'after {start["epoch"]} epochs')
+                notes.append(f'after {start["epoch"]} epoch' + 's' * (start['epoch'] > 1))
             elif i or lines:
                 notes.append('resumed' if i else 'another run, started from the weights of the one above')
             if result.get('commit') and start['commit'] != result['commit']:
