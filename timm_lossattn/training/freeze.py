@@ -1,4 +1,4 @@
-"""A classifier on a frozen backbone."""
+"""A frozen backbone, and training of what stands behind it."""
 from collections.abc import Callable
 from typing import Any
 
