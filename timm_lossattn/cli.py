@@ -144,7 +144,7 @@ def true_class(label: str, file: Path, labels: Sequence[str]) -> int:
     Raises:
         ValueError: the model has no such class.
     """
-    name = {'folder': file.resolve().parent.name, 'name': file.stem.rpartition('_')[2]}.get(label, label)
+    name = {'folder': file.absolute().parent.name, 'name': file.stem.rpartition('_')[2]}.get(label, label)
     return find_class('--label', name.replace('_', ' ') if name not in labels else name, labels)
 
 

@@ -193,7 +193,7 @@ def load_model(
         check_has_weights(name)
     model_args = {**config.get('model_args', {}), **kwargs}
     if state is not None:
-        if (num_classes := classes_in(state, name)) > 0:
+        if (num_classes := classes_in(state, model_args.get('backbone', name))) > 0:
             model_args.setdefault('num_classes', num_classes)
         overlay = {'label_names': config.get('label_names'), **config.get('data_config', {})}
         if 'num_classes' in model_args:

@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         result |= measure_speed(options)
     if options.only != 'speed' and not options.capsules:
         result |= measure_memory(options)
-    result |= {'command': command_line(argv), **environment(torch.device(options.device).type)}
+    result |= {'command': command_line(argv), **environment(options.device)}
     print_table(name, result)
     if options.json:
         write_json(options.json, result)

@@ -199,7 +199,7 @@ def draw(options: CompareOptions, judge: Judge, boxed: Any, indices: list[int], 
     shown = indices[:options.rows]
     names = [*judge.tools]
     figure, axes = panels(len(shown), 1 + len(names), 2.0 * (1 + len(names)), 2.15 * len(shown) + 0.4)
-    row = 0
+    row, boxed_at_all = 0, False
     for question, _, boxes in questions(options, judge.model, boxed, shown):
         maps = {name: tool(question).heat for name, tool in judge.tools.items()}
         for i in range(len(question.index)):
@@ -214,9 +214,10 @@ def draw(options: CompareOptions, judge: Judge, boxed: Any, indices: list[int], 
                 ax.set(xticks=[], yticks=[])
                 for box in boxes[i]:
                     draw_box(ax, box, ORANGE)
+            boxed_at_all |= len(boxes[i]) > 0
             row += 1
     figure.supxlabel('brown: for the label, purple: against it, each map scaled by itself'
-                     + ('; orange: true box' if any(len(truth) for truth in boxes) else ''), fontsize=9)
+                     + ('; orange: true box' if boxed_at_all else ''), fontsize=9)
     save(figure, options.output / 'compare.png')
 
 
@@ -259,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     summary = options.output / 'compare.json'
     write_json(summary, {
         **records.asked, 'command': command, **measured_where(records, summary), 'images': len(records.of('image')),
-        'accuracy': statistics.mean(entry['right'] for entry in records.of('image')),
+        'accuracy': statistics.mean(float(entry['right']) for entry in records.of('image')),
         **{kind: {row: {m: mean.to_dict() for m, (mean, _) in cells.items() if m != 'ms'}  # a time is a batch's
                   for row, cells in table.items()} for kind, table in tables.items()}})
     draw(options, judge, boxed, indices, config, labels)

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         write_json(options.json, {
             'model': options.model, **options.model_kwargs, 'target_layer': options.target_layer, **result,
-            'command': command_line(argv), **environment(torch.device(options.device).type)})
+            'command': command_line(argv), **environment(options.device)})
     return 0
 
 

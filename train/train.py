@@ -185,7 +185,7 @@ def run(options: TrainOptions, command: str) -> None:
     start_epoch, position = prepare_task(options, process, task, optimizer, scaler)
     scheduler, num_epochs = create_scheduler(options, optimizer, updates)
 
-    machine = environment(process.device.type, process.world_size)  # at the start: it is this commit that runs
+    machine = environment(process.device, process.world_size)  # at the start: it is this commit that runs
     history: list[dict[str, Any]] = []
     result_file = folder / 'result.json'
     previous: dict[str, Any] = {}

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.results_file:
         write_json(options.results_file, {
             'model': options.name, **result, 'command': command_line(argv),
-            **environment(torch.device(options.device).type)})
+            **environment(options.device)})
     return 0
 
 

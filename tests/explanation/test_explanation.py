@@ -148,12 +148,14 @@ def test_json_holds_what_is_compared():
     assert torch.tensor(e.to_dict(0, all_classes=True)['contributions']).shape == (*GRID, 5)
 
 
-def test_logits_that_are_not_finite_are_not_drawn(tmp_path):
+@pytest.mark.parametrize('pool', ['lossattn', 'attn', 'avg'])
+def test_logits_that_are_not_finite_are_not_drawn(tmp_path, pool):
     """Nothing is said of an image with NaN, and nothing written; another one of its batch is explained."""
     x = torch.rand(2, 3, 32, 32)
     x[1, 0, 5, 5] = float('nan')
-    explanation = explain(timm.create_model('resnet18_lossattn_conv_nano').eval(), x)
+    explanation = explain(timm.create_model('resnet18_lossattn_conv_nano', global_pool=pool).eval(), x)
     assert explanation.to_dict(0)['evidence']
+    assert explanation.boxes.isfinite().all()
     for answer in (explanation.figure, explanation.to_dict, explanation.to_json, explanation.answer,
                    explanation.heat_map):
         with pytest.raises(ValueError, match='image 1: its logits or contributions are not finite'):

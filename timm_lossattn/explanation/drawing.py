@@ -189,7 +189,8 @@ def signed(values: Any) -> str:
 def footnotes(explanation: Any, index: int, canvas: Canvas) -> list[tuple[str, str]]:
     """What stands under the panels, each with its colour."""
     labels, logits = explanation.labels, explanation.prediction.logits[index]
-    order = logits.topk(min(4, len(labels))).indices.tolist()[1:]
+    predicted = int(explanation.predicted[index])  # of equal logits topk may name another one first
+    order = [k for k in logits.topk(min(4, len(labels))).indices.tolist() if k != predicted][:3]
     probabilities = explanation.probabilities[index].tolist()
     others = ', '.join(f'{shorten(labels[k], 24)} {percent(probabilities[k])}' for k in order)
     height, width = explanation.input_size

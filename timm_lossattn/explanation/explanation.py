@@ -211,8 +211,9 @@ class Explanation:
 
     @property
     def boxes(self) -> torch.Tensor:
-        """(B, 4) estimated box: the smallest square that contains all selected patches, within the image."""
-        return torch.stack([square_box(self.patch_boxes[s], self.input_size) for s in self.selected])
+        """(B, 4) estimated box: the smallest square with all selected patches (all if none is), within the image."""
+        return torch.stack([
+            square_box(self.patch_boxes[s] if s.any() else self.patch_boxes, self.input_size) for s in self.selected])
 
     def pixel_map(self, values: torch.Tensor) -> torch.Tensor:
         """(B, M) values of patches to (B, H, W) in pixels, see ``patches_to_pixels``."""

@@ -81,9 +81,10 @@ def command_line(argv: list[str] | None) -> str:
     return shlex.join([*launcher, str(name), *sys.argv[1:]])
 
 
-def environment(device_type: str = 'cpu', world_size: int = 1) -> dict[str, Any]:
+def environment(device: torch.device | str = 'cpu', world_size: int = 1) -> dict[str, Any]:
     """Commit, versions and hardware, for what is written as JSON."""
-    hardware = torch.cuda.get_device_name() if device_type == 'cuda' else \
+    device = torch.device(device)
+    hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else \
         f'{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads'
     return {
         'commit': git_commit(),
