@@ -138,7 +138,7 @@ def test_single_deletion():
     x = images.clone().requires_grad_()
     gradient, = torch.autograd.grad((model(x) * v).sum(), x)
     heat = (images * gradient).sum(1)
-    measure = SingleDeletion(n=4)
+    measure = SingleDeletion()
     drops = measure.drops(model, images, v)
     torch.testing.assert_close(drops[0, 5], heat[0, 2:4, 2:4].sum(), rtol=1e-4, atol=1e-5)
     assert measure.measure(heat, drops).tolist() == pytest.approx([1., 1.])

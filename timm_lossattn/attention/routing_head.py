@@ -12,6 +12,9 @@ from .weights import MeanWeights
 __all__ = ['CapsuleVotes', 'DynamicRoutingHead', 'RoutingWeights']
 
 
+CLASS_CAPSULE_DIM = 16  # dimension of v_k, of Sabour et al.; three iterations are theirs as well
+
+
 class RoutingWeights(MeanWeights):
     """α of dynamic routing: a patch's share of the coupling coefficients, of which each capsule hands out one: 1/M."""
     default_loss = 'margin'
@@ -29,19 +32,16 @@ class CapsuleVotes(nn.Module):
         positions: N = C·M primary capsules.
         in_features: D, dimension of a primary capsule.
         num_classes: K.
-        out_features: dimension of a class capsule.
     """
 
-    def __init__(
-            self, positions: int, in_features: int, num_classes: int, out_features: int,
-            device=None, dtype=None) -> None:
+    def __init__(self, positions: int, in_features: int, num_classes: int, device=None, dtype=None) -> None:
         super().__init__()
         self.weight = nn.Parameter(
-            torch.empty(positions, num_classes, out_features, in_features, device=device, dtype=dtype))
+            torch.empty(positions, num_classes, CLASS_CAPSULE_DIM, in_features, device=device, dtype=dtype))
         nn.init.trunc_normal_(self.weight, std=0.1)  # Sabour et al.'s public code
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) to (B, N, K, out_features)."""
+        """(B, N, D) to (B, N, K, 16)."""
         return torch.einsum('bnd,nkod->bnko', u, self.weight)
 
 
@@ -62,13 +62,11 @@ class DynamicRoutingHead(PatchHead):
         grid_size: (H', W'); the weights belong to positions, so the input size is fixed.
         num_classes: K; with 0 the feature map is averaged.
         pool_type: 'routing' or '' to leave the features unpooled (needs num_classes=0).
-        class_capsule_dim: dimension of v_k.
-        iterations: routing iterations.
         drop_rate: dropout on the primary capsules.
         xi: kept for a head that uses it; routing does not.
 
     Raises:
-        ValueError: no such pool_type.
+        ValueError: no such pool_type, or ξ outside of [0, 1]; from the forward pass, another patch grid.
     """
     default_pool = 'routing'
     fixed_grid = True
@@ -80,8 +78,6 @@ class DynamicRoutingHead(PatchHead):
             grid_size: tuple[int, int],
             num_classes: int,
             pool_type: str = 'routing',
-            class_capsule_dim: int = 16,
-            iterations: int = 3,
             drop_rate: float = 0.,
             xi: float = 0.1,
             device=None,
@@ -94,12 +90,12 @@ class DynamicRoutingHead(PatchHead):
         self.grid_size = grid_size
         self.num_features = capsules * capsule_dim
         self.pooled = pool_type != ''
-        self.iterations = iterations
+        self.iterations = 3  # TorchScript reads no constant of the module
         self.drop = nn.Dropout(drop_rate)
         self.attn = RoutingWeights(xi)
         positions = capsules * grid_size[0] * grid_size[1]
         self.fc = CapsuleVotes(
-            positions, capsule_dim, num_classes, class_capsule_dim, device=device, dtype=dtype,
+            positions, capsule_dim, num_classes, device=device, dtype=dtype,
         ) if num_classes > 0 else nn.Identity()
 
     @classmethod

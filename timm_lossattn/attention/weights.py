@@ -21,6 +21,7 @@ __all__ = [
     'create_weights', 'list_weights', 'normalize', 'plain_weights', 'register_weights', 'weighted_sum',
 ]
 
+HIDDEN_FEATURES = 128  # rows of V and U, in both papers
 _WEIGHTS: dict[str, type['PatchWeights']] = {}
 Weights = TypeVar('Weights', bound='PatchWeights')
 
@@ -175,18 +176,16 @@ class AttentionWeights(PatchWeights):
     """Attention of Ilse et al. (their Eq. 8): α_m = softmax_m(wᵀ tanh(V h_m)); V and w have biases, as in their code.
 
     Args:
-        in_features: C.
-        hidden_features: rows of V, 128 in both papers.
+        in_features: C. V has 128 rows, as in both papers.
         xi: patches with a weight over ξ/M count as selected; α itself is not changed.
     """
     description = 'weighted by a learned attention (Ilse et al.)'
 
-    def __init__(
-            self, in_features: int, hidden_features: int = 128, xi: float = 0.1, device=None, dtype=None) -> None:
+    def __init__(self, in_features: int, xi: float = 0.1, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(xi)
-        self.v = nn.Linear(in_features, hidden_features, **dd)
-        self.w = nn.Linear(hidden_features, 1, **dd)
+        self.v = nn.Linear(in_features, HIDDEN_FEATURES, **dd)
+        self.w = nn.Linear(HIDDEN_FEATURES, 1, **dd)
 
     @classmethod
     def create(cls, in_features: int, xi: float, device=None, dtype=None):
@@ -207,10 +206,9 @@ class GatedAttentionWeights(AttentionWeights):
     """Gated attention of Ilse et al. (their Eq. 9): α_m = softmax_m(wᵀ (tanh(V h_m) ⊙ σ(U h_m)))."""
     description = 'weighted by a learned gated attention (Ilse et al.)'
 
-    def __init__(
-            self, in_features: int, hidden_features: int = 128, xi: float = 0.1, device=None, dtype=None) -> None:
-        super().__init__(in_features, hidden_features, xi, device=device, dtype=dtype)
-        self.u = nn.Linear(in_features, hidden_features, device=device, dtype=dtype)
+    def __init__(self, in_features: int, xi: float = 0.1, device=None, dtype=None) -> None:
+        super().__init__(in_features, xi, device=device, dtype=dtype)
+        self.u = nn.Linear(in_features, HIDDEN_FEATURES, device=device, dtype=dtype)
 
     def forward(self, h: torch.Tensor, patch_logits: torch.Tensor) -> torch.Tensor:
         """Patch features h (B, M, C) to α (B, M)."""

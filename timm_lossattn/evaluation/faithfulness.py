@@ -15,6 +15,7 @@ __all__ = ['Completeness', 'Deletion', 'Insertion', 'SingleDeletion', 'blank_ima
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 Blank = Literal['mean', 'blur']
+CELLS = 4  # a side, of single deletion
 
 
 def patch_scores(heat: torch.Tensor, patch_boxes: torch.Tensor) -> torch.Tensor:
@@ -138,36 +139,28 @@ class Insertion(Removal):
 
 
 class SingleDeletion(PerImage):
-    """Rank correlation of a map with what happens when one cell of the image is blanked, over n × n cells.
+    """Rank correlation of a map with what happens when one cell of the image shows the mean colour, over 4 × 4 cells.
 
     Spearman's ρ of the heat in each cell and the drop of the number that the map explains. For a model that was trained
     with blanked cells, on which such images are no surprise, it is the in-domain single-deletion score (IDSDS) of
     R. Hesse et al., "Benchmarking the Attribution Quality of Vision Models", NeurIPS 2024.
-
-    Args:
-        n: cells a side.
-        blank: what stands in the place of a cell, see ``blank_image``.
     """
 
-    def __init__(self, n: int = 4, blank: Blank = 'mean', **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.n, self.blank = n, blank
-
     def cells(self, size: tuple[int, int]) -> torch.Tensor:
-        """(n², H, W) bool: the cells of an image of that size."""
-        rows, columns = (torch.arange(length) * self.n // length for length in size)
-        return (rows[:, None] * self.n + columns) == torch.arange(self.n ** 2).view(-1, 1, 1)
+        """(16, H, W) bool: the cells of an image of that size."""
+        rows, columns = (torch.arange(length) * CELLS // length for length in size)
+        return (rows[:, None] * CELLS + columns) == torch.arange(CELLS ** 2).view(-1, 1, 1)
 
     @torch.no_grad()
     def drops(self, model: Model, images: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Drop of v·z when each cell is blanked: images (B, C, H, W) and directions (B, K) to (B, n²)."""
+        """Drop of v·z when each cell is blanked: images (B, C, H, W) and directions (B, K) to (B, 16)."""
         cells = self.cells((images.shape[-2], images.shape[-1])).to(images.device)
-        blank, explained = blank_image(images, self.blank), (model(images).float() * v).sum(dim=1)
+        blank, explained = blank_image(images, 'mean'), (model(images).float() * v).sum(dim=1)
         left = [(model(torch.where(cell, blank, images)).float() * v).sum(dim=1) for cell in cells]
         return explained[:, None] - torch.stack(left, dim=1)
 
     def measure(self, heat: torch.Tensor, drops: torch.Tensor) -> torch.Tensor:
-        """Heat maps (B, H, W) and ``drops`` (B, n²) to (B,) in [−1, 1]; 0 for a map that is the same in all cells."""
+        """Heat maps (B, H, W) and ``drops`` (B, 16) to (B,) in [−1, 1]; 0 for a map that is the same in all cells."""
         cells = self.cells((heat.shape[1], heat.shape[2])).to(heat.device)
         sums = torch.einsum('bhw,chw->bc', heat.nan_to_num(0.).double(), cells.double())
         return rank_correlation(sums, drops)

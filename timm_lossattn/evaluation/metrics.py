@@ -1,12 +1,13 @@
 """Measures of interpretability and of multi-label accuracy, as torchmetrics (section 5.4 of the paper).
 
 Boxes are x0, y0, x1, y1 in pixels of the model's input, x1 and y1 exclusive; an image has any number of them. All
-measures are shares of counts over the whole set, in percent, and the same for any number of processes.
+measures are over the whole set, in percent, and the same for any number of processes.
 """
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torchvision
 
 try:
     from torchmetrics import Metric
@@ -32,11 +33,7 @@ def box_intersection(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def box_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Intersection over union of boxes (N, 4) and (L, 4): (N, L); 0 where both are empty."""
-    a, b = a.double(), b.double()
-    intersection = box_intersection(a, b)
-    areas = [(x[:, 2:] - x[:, :2]).clamp(min=0).prod(dim=1) for x in (a, b)]
-    union = areas[0][:, None] + areas[1][None] - intersection
-    return torch.where(union > 0, intersection / union, torch.zeros_like(union))
+    return torchvision.ops.box_iou(a.double(), b.double()).nan_to_num(0.)
 
 
 def patches_in_boxes(patch_boxes: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
@@ -140,9 +137,6 @@ class BoxLocalization(Metric):
 
     The paper calls it localisation AP. Top-1 localisation also wants the right class. Images without box do not count.
 
-    Args:
-        threshold: IoU to exceed.
-
     Examples:
         >>> metric = BoxLocalization()
         >>> metric.update(explanation.boxes, boxes, correct=prediction.logits.argmax(1) == target)
@@ -152,9 +146,8 @@ class BoxLocalization(Metric):
     correct_hits: torch.Tensor
     images: torch.Tensor
 
-    def __init__(self, threshold: float = 0.5, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.threshold = threshold
         for name in ('hits', 'correct_hits', 'images'):
             self.add_state(name, default=torch.zeros((), dtype=torch.long), dist_reduce_fx='sum')
 
@@ -174,7 +167,7 @@ class BoxLocalization(Metric):
                              f'{len(boxes)}, {len(correct)}.')
         for one, truth, right in zip(estimated, boxes, correct.tolist()):
             if len(truth):
-                hit = bool((box_iou(one[None].cpu(), truth.cpu()) > self.threshold).any())
+                hit = bool((box_iou(one[None].cpu(), truth.cpu()) > 0.5).any())
                 self.hits += hit
                 self.correct_hits += hit and right
                 self.images += 1

@@ -3,12 +3,7 @@ from typing import Any
 
 import torch
 
-try:
-    from torchmetrics import Metric
-    from torchmetrics.utilities.data import dim_zero_cat
-except ImportError:
-    raise ImportError(
-        "timm_lossattn.evaluation needs torchmetrics: pip install 'timm-lossattn[train]'") from None
+from .metrics import Metric, dim_zero_cat
 
 __all__ = ['PerImage']
 
