@@ -41,7 +41,7 @@ def run_script(
             loss = LossAttentionLoss(plain.criterion, multi_label=plain.multi_label)
             tasks.append(LossAttentionTask(
                 model, loss, gamma_max, 80. if rampup_epochs is None else rampup_epochs, device=plain.device,
-                dtype=plain.dtype, verbose=plain.verbose))
+                dtype=plain.dtype, verbose=plain.verbose, threshold=getattr(plain, 'threshold', 0.5)))
             return tasks[-1]
         return create
 

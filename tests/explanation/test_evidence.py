@@ -40,6 +40,15 @@ def test_evidence_is_exact_and_as_defined(seed, B, M, K, against):
     torch.testing.assert_close(v.sum(dim=1), torch.zeros(B), rtol=0., atol=1e-6)
 
 
+def test_evidence_under_autocast():
+    """Contributions are float32; a matrix product would be rounded there."""
+    contributions, v = torch.randn(2, 9, 5), torch.randn(2, 5)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = evidence_along(contributions, v)
+    assert torch.equal(found, evidence_along(contributions, v))
+    torch.testing.assert_close(found.sum(dim=1), (contributions.sum(dim=1) * v).sum(dim=1))
+
+
 def test_rivals_that_matter():
     """A class that is far behind counts for nothing, however many there are of them; the mean counts them all."""
     logits = torch.tensor([[5., 4., *[-20.] * 98]])

@@ -1,4 +1,5 @@
 """Loss attention in a timm model, published and read again: by timm from a folder and from the Hub, by transformers."""
+import copy
 import os
 import subprocess
 import sys
@@ -67,6 +68,25 @@ def test_folder(trained, tmp_path, create):
         assert (loaded.xi, loaded.patch_kind, loaded.num_classes) == (0.95, BACKBONES[name], 5)
         assert list(loaded.pretrained_cfg['label_names']) == list('abcde')
         assert type(loaded) is type(model)
+
+
+@pytest.mark.parametrize('create', [
+    lambda: timm.create_model('lossattn.test_resnet'), lambda: timm.create_model('resnet18_lossattn_conv_nano'),
+    lambda: loss_attention(timm.create_model('test_resnet'))])
+def test_xi_that_was_set(create, tmp_path):
+    """It is the model's from then on: in its logits, in a copy, with a new classifier, in config.json."""
+    model, x = create().eval(), torch.randn(1, 3, 48, 48)
+    before = model(x)
+    with pytest.raises(ValueError, match=r'xi must lie in \[0, 1\], got 2'):
+        model.xi = 2
+    model.xi = 1
+    assert model.patch_weights.xi == copy.deepcopy(model).xi == 1.
+    assert not torch.equal(model(x), before)
+    model.reset_classifier(5)
+    save(model, tmp_path)
+    loaded = load_model(f'local-dir:{tmp_path}')
+    assert loaded.xi == 1.
+    assert torch.equal(loaded(x), model(x))
 
 
 @torch.no_grad()

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from timm.models import resolve_pretrained_cfg, save_for_hf
 from torch import nn
 
-from timm_lossattn import PatchPrediction, explain, freeze_backbone, load_model, loss_attention
+from timm_lossattn import PatchPrediction, explain, freeze_backbone, loss_attention
 from timm_lossattn.cli import main
 from timm_lossattn.explanation import class_labels, open_image, preprocess
+from timm_lossattn.loading import load_model
 from timm_lossattn.models.any_timm import LossAttentionMixin
 from timm_lossattn.models.lossattn import TRAINED
 
@@ -252,15 +253,6 @@ def test_registry(weights):
         assert model.default_cfg is model.pretrained_cfg
     features = timm.create_model('lossattn', backbone='test_resnet', features_only=True)
     assert type(features) is type(timm.create_model('test_resnet', features_only=True))
-
-
-@pytest.mark.parametrize('name', [{'name': 'lossattn.mobilenetv3_small_050'},
-                                  {'name': 'lossattn', 'backbone': 'mobilenetv3_small_050'}])
-def test_weights_in_a_file_say_how_many_classes(name, tmp_path):
-    """Of either name of the model, whose classifier has another name than that of the default backbone."""
-    stock = timm.create_model('mobilenetv3_small_050', num_classes=3)
-    save_file(stock.state_dict(), tmp_path / 'weights.safetensors')
-    assert load_model(checkpoint=tmp_path / 'weights.safetensors', **name).num_classes == 3
 
 
 @pytest.mark.parametrize('wrapped', [False, True])

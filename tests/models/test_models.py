@@ -276,6 +276,24 @@ def test_attention_hook():
         torch.testing.assert_close(extracted['head.attn'], model.forward_patches(x).alpha)
 
 
+@pytest.mark.parametrize('pool', ['avg', 'attn', 'gatedattn', 'lossattn'])
+def test_classifier_put_in_by_hand(pool):
+    """That is no linear layer: the logits are still the sum of what patches add."""
+    model = timm.create_model('resnet18_lossattn_conv_nano', global_pool=pool).eval()
+    model.head.fc = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(x), model.forward_patches(x).contributions.sum(dim=1))
+
+
+def test_plain_vgg_takes_timm_s_arguments():
+    """Layers in the classifier too, pools that widen; class names are those of weights, and there are none."""
+    model = timm.create_model('vgg11_bn_cifar', width_mult=0.125, act_layer=torch.nn.SiLU, global_pool='catavgmax')
+    assert not any(isinstance(module, torch.nn.ReLU) for module in model.modules())
+    features = model.forward_features(torch.randn(1, 3, 32, 32))
+    assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
+    assert not model.pretrained_cfg['label_names']
+
+
 def test_layer_decay_groups():
     """group_matcher orders stem, stages, patch layers, head."""
     from timm.models import group_parameters

@@ -4,8 +4,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-import timm_lossattn  # noqa: F401  (registers the models)
-from timm_lossattn.models.lossattn import begin_small
+from timm_lossattn import load_model
+from timm_lossattn.models.lossattn import begin_small, refuse_early
 
 
 @pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'caformer_s18', 'levit_128s', 'repvit_m0_9'])
@@ -33,3 +33,19 @@ def test_weights_without_a_classifier(cfg):
     before, model.pretrained_cfg = model.fc.weight.clone(), cfg
     begin_small(model)
     assert torch.equal(model.fc.weight, before)
+
+
+@pytest.mark.parametrize('name', [{'name': 'lossattn.mobilenetv3_small_050'},
+                                  {'name': 'lossattn', 'backbone': 'mobilenetv3_small_050'}])
+def test_weights_in_a_file_say_how_many_classes(name, tmp_path):
+    """Of either name of the model, whose classifier has another name than that of the default backbone."""
+    stock = timm.create_model('mobilenetv3_small_050', num_classes=3)
+    save_file(stock.state_dict(), tmp_path / 'weights.safetensors')
+    assert load_model(checkpoint=tmp_path / 'weights.safetensors', **name).num_classes == 3
+
+
+def test_refused_before_the_download_without_numbers():
+    """The model that shows whether it is refused is on no device, whichever the real one goes to."""
+    before = torch.get_rng_state()
+    refuse_early('test_resnet', {'device': 'cpu'})
+    assert torch.equal(torch.get_rng_state(), before)

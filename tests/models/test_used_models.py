@@ -18,7 +18,7 @@ from timm_lossattn import explain, freeze_backbone, load_model, loss_attention
 from timm_lossattn.explanation import class_labels
 from timm_lossattn.export import export_model
 from timm_lossattn.loading import full_name
-from timm_lossattn.models.any_timm import equal_boxes
+from timm_lossattn.models.probe import equal_boxes
 from timm_lossattn.report.dataset import imagenet_synsets
 
 
@@ -242,3 +242,14 @@ def test_default_device(name):
         assert model.patch_boxes(64, 64).device.type == 'cpu'
         assert explanation.versus(1).heat_map().shape == (64, 64)
         assert explanation.to_dict()
+
+
+@pytest.mark.parametrize('pooled', [2, 3])
+def test_tokens_that_lie_unit_by_unit(pooled):
+    """Hiera's last tokens are in the order of the image only if all of its poolings took place."""
+    model = loss_attention(timm.create_model('hiera_tiny_224', q_pool=pooled))
+    if pooled == 3:
+        assert model.patch_grid(224, 224) == (7, 7)
+    else:
+        with pytest.raises(ValueError, match='does not say how its 196 tokens lie'):
+            model.patch_grid(224, 224)

@@ -12,8 +12,10 @@ import timm
 import torch
 
 import train as train_script
+import validate
+from lib.record import save_hub_folder
 from timm_lossattn import load_model
-from timm_lossattn.explanation import input_config
+from timm_lossattn.explanation import class_labels, input_config
 
 ROOT = Path(__file__).parents[2]
 QUICK = ('--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--val-split', 'val', '--batch-size', '8',
@@ -106,6 +108,8 @@ def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
         assert list(model.pretrained_cfg['label_names']) == ['left', 'right']
         outputs.append(model(x))
     assert torch.equal(*outputs)
+    assert validate.main(['--checkpoint', str(tmp_path / 'x' / 'last.pth.tar'), '--data-dir', str(folder),
+                          '--val-split', 'val', '--workers', '0']) == 0  # one channel, as the model says
 
     # fine-tuned from that folder: the same model again, called by its architecture
     flags = [*QUICK[4:], '--num-classes', '3', '--epochs', '1', '--pretrained', '--model',
@@ -119,6 +123,15 @@ def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
     for model in (load_model(checkpoint=tmp_path / 'y' / 'model_best.pth.tar'),
                   load_model(f'local-dir:{tmp_path / "y" / "hub"}')):
         assert (model.xi, model.backbone_stride, model.global_pool, model.patch_padding) == (0.5, 2, 'attn', 1)
+
+
+def test_classes_without_names(tmp_path):
+    """A run on images whose classes have no names does not keep those of the weights that it began with."""
+    model = timm.create_model('resnet18_lossattn_conv_nano.cifar10', pretrained=True)
+    torch.save({'epoch': 0, 'optimizer': {}, 'state_dict': model.state_dict()}, tmp_path / 'model_best.pth.tar')
+    save_hub_folder(tmp_path / 'hub', model, tmp_path / 'model_best.pth.tar', {}, {}, None)
+    loaded = load_model(f'local-dir:{tmp_path / "hub"}')
+    assert class_labels(loaded, 10)[0] == 'class 0'
 
 
 @pytest.mark.parametrize(('script', 'module', 'extra'), [

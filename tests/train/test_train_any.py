@@ -198,6 +198,16 @@ def test_frozen_model_of_the_paper(architecture, given):
         freeze_backbone(timm.create_model(BACKBONE, num_classes=0))
 
 
+def test_frozen_part_that_goes():
+    """reset_classifier takes the attention pooling of a ViT out; what is left of the backbone stays in eval mode."""
+    model = timm.create_model('test_vit', global_pool='map', num_classes=3)
+    freeze_backbone(model)
+    model.reset_classifier(3, 'avg')
+    model.train()
+    assert model.training
+    assert not model.blocks.training
+
+
 @pytest.mark.parametrize('backbone', [BACKBONE, 'test_convnext', 'mobilenetv3_small_050'])
 @pytest.mark.parametrize('frozen', [False, True])
 def test_compiled_task_in_train_mode(backbone, frozen):
@@ -224,6 +234,7 @@ def test_compiled_task_in_train_mode(backbone, frozen):
     ('--model', 'lossattn', '--model-kwargs', 'backbone=mobilenetv3_small_050', 'xi=0.5', '--freeze-backbone',
      '--clip-grad', '1', '--opt', 'adamw'),
     ('--model', 'resnet18_cifar', '--freeze-backbone'),
+    ('--model', 'lossattn.test_vit', '--model-kwargs', 'global_pool=avg', '--input-size', '3', '32', '32'),
 ])
 def test_variants(folder, tmp_path, flags):
     assert train('--data-dir', folder, '--output', tmp_path, '--experiment', 'x', *flags) == 0

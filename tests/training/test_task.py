@@ -74,6 +74,13 @@ def test_given_loss_is_used():
     assert result['gamma'] == 0.1
 
 
+def test_threshold_of_multi_label_targets():
+    """As of timm's task: the evaluator's, which may be given another one."""
+    task = LossAttentionTask(
+        timm.create_model('resnet18_lossattn_conv_nano'), LossAttentionLoss(multi_label=True), threshold=0.2)
+    assert [task.create_evaluator().threshold, task.create_evaluator(threshold=0.7).threshold] == [0.2, 0.7]
+
+
 def test_model_without_patches():
     """A model of timm without forward_patches: TypeError that names the method and the class."""
     with pytest.raises(TypeError, match=r'forward_patches.*Linear'):
@@ -240,6 +247,25 @@ def test_optimizer_groups_are_those_of_the_model(name, layer_decay):
             'head.fc.weight')]
         assert scales == sorted(set(scales)), 'later layers learn faster'
         assert scales[1] == pytest.approx(scales[0] / 0.75)
+
+
+def test_layer_decay_without_groups_of_the_model():
+    """As timm, which makes groups of its own then."""
+    class Ungrouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pretrained_cfg = {'classifier': 'fc'}
+            self.layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
+            self.fc = nn.Linear(4, 2)
+
+        def forward_patches(self, x):
+            """Unused."""
+
+    model = Ungrouped()
+    expected = settings_by_name(model, layer_decay=0.5)
+    assert expected['layers.0.weight'][0] < expected['fc.weight'][0]
+    trained = LossAttentionTask(model, verbose=False).trainable_module
+    assert settings_by_name(trained, 'model.', layer_decay=0.5) == expected
 
 
 @pytest.mark.parametrize('name', ['resnet18_lossattn_conv_nano', 'lossattn.test_resnet', 'lossattn.test_efficientnet'])

@@ -26,6 +26,13 @@ _WEIGHTS: dict[str, type['PatchWeights']] = {}
 Weights = TypeVar('Weights', bound='PatchWeights')
 
 
+def checked_xi(xi: float) -> float:
+    """ξ as a float; ValueError outside of [0, 1]."""
+    if not 0. <= xi <= 1.:
+        raise ValueError(f'xi must lie in [0, 1], got {xi!r}.')
+    return float(xi)
+
+
 def register_weights(name: str) -> Callable[[type[Weights]], type[Weights]]:
     """Class decorator: make a PatchWeights class available as ``global_pool=name``.
 
@@ -85,7 +92,8 @@ class PatchWeights(nn.Module):
     """Base of all patch weights: from features and patch logits to α, and the meaning of a model's numbers.
 
     Attributes:
-        xi: ξ in [0, 1]; weights under ξ/M count as zero where a subclass says so.
+        xi: ξ in [0, 1]; weights under ξ/M count as zero where a subclass says so. To change it, set the model's ``xi``,
+            which is saved with the model.
         reads_logits: α depends on the patch logits, so that they are computed before the pooling.
         informative: α differs between patches.
         default_loss: what the paper trains such models with: 'loss_attention' (Eqs. 9, 10), 'classification' (the image
@@ -105,9 +113,7 @@ class PatchWeights(nn.Module):
 
     def __init__(self, xi: float = 0.1) -> None:
         super().__init__()
-        if not 0. <= xi <= 1.:
-            raise ValueError(f'xi must lie in [0, 1], got {xi!r}.')
-        self.xi = float(xi)
+        self.xi = checked_xi(xi)
 
     @classmethod
     def create(cls: type[Weights], in_features: int, xi: float, device=None, dtype=None) -> Weights:

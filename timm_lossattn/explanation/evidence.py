@@ -48,7 +48,7 @@ def direction(logits: torch.Tensor, target: torch.Tensor, against: Against = 're
 
 def evidence_along(contributions: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Σ_k v_k c_mk of contributions (B, M, K) and a direction v (B, K): (B, M), whose sum over M is v·z."""
-    return torch.bmm(contributions, v.to(contributions.dtype).unsqueeze(2)).squeeze(2)
+    return (contributions * v.to(contributions.dtype).unsqueeze(1)).sum(dim=2)  # autocast would round a matmul
 
 
 def leave_one_out(evidence: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:

@@ -6,16 +6,17 @@ are the head on Σ_m α_m h_m.
 """
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, lru_cache, wraps
+from functools import cache, wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
+from timm.models._input import update_model_args  # by which timm's own models record such changes
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..attention.weights import PatchWeights, plain_weights, weighted_sum
+from ..attention.weights import PatchWeights, checked_xi, plain_weights, weighted_sum
 from ..prediction import PatchPrediction, upcast
 from .copies import own_modules, renamed, shallow_copy
 from .held import Record, Replay, frozen_batch_norms
@@ -23,6 +24,7 @@ from .probe import (
     PatchAccess,
     access_to,
     analyse,
+    equal_boxes,
     feature_grid,
     is_given,
     join_patches,
@@ -41,16 +43,6 @@ RESTRUCTURING = ('reset_classifier', 'set_input_size', 'prune_intermediate_layer
 def pool_patches(alpha: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """Σ_m α_m h_m of (B, M) and (B, M, C), to (B, C) in the precision of h; summed in float32."""
     return weighted_sum(alpha, upcast(h)).to(h.dtype)
-
-
-@lru_cache(maxsize=64)
-def equal_boxes(rows: int, cols: int, height: int, width: int) -> torch.Tensor:
-    """height × width pixels in rows × cols equal parts, rounded to whole pixels, (rows · cols, 4)."""
-    y, x = ((torch.arange(n + 1, device='cpu') * size / n).round().long()
-            for n, size in ((rows, height), (cols, width)))
-    top, left = torch.meshgrid(y[:-1], x[:-1], indexing='ij')
-    bottom, right = torch.meshgrid(y[1:], x[1:], indexing='ij')
-    return torch.stack((left, top, right, bottom), dim=-1).reshape(-1, 4)
 
 
 class LossAttentionMixin(Base):
@@ -83,8 +75,14 @@ class LossAttentionMixin(Base):
 
     @property
     def xi(self) -> float:
-        """ξ of Eq. 5b."""
+        """ξ of Eq. 5b; may be set, and ``timm.models.save_for_hf`` saves it."""
         return self.patch_weights.xi
+
+    @xi.setter
+    def xi(self, xi: float) -> None:
+        self.patch_weights.xi = checked_xi(xi)
+        if 'backbone' in getattr(self, '_model_args', {}):  # see ``describe``
+            update_model_args(self, xi=self.xi)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
         """Features to image logits (B, K), or with pre_logits to what the classifier reads.

@@ -1,4 +1,5 @@
 """What the entry points of this package share: default_cfgs, layer arguments, and timm's model builder."""
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -65,7 +66,11 @@ def create_patch_classifier(variant: str, pretrained: bool, num_stages: int, **k
         feature_cfg=dict(out_indices=tuple(range(num_stages)), feature_cls='getter'),
         **verified_overlay(variant, pretrained, kwargs),
     )
-    if not pretrained:  # the registered class names are those of weights that are not loaded
-        labels = (kwargs.get('pretrained_cfg_overlay') or {}).get('label_names', ())
-        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'label_names': labels}
+    return model if pretrained else without_labels(model, kwargs)
+
+
+def without_labels(model: Any, kwargs: Mapping[str, Any]) -> Any:
+    """A model without the registered class names, those of weights that are not loaded, or with the names given."""
+    labels = (kwargs.get('pretrained_cfg_overlay') or {}).get('label_names', ())
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'label_names': labels}
     return model

@@ -117,9 +117,10 @@ def refuse_early(backbone: str, kwargs: dict[str, Any]) -> None:
     """
     if kwargs.get('features_only'):
         return
+    given = {'device': 'meta'} if 'device' in kwargs else {}  # which would win over the context
     try:
         with torch.device('meta'):
-            loss_attention(timm.create_model(backbone, **kwargs))
+            loss_attention(timm.create_model(backbone, **kwargs | given))
     except NoPatchSum:
         raise
     except Exception:  # a model that cannot be made without numbers

@@ -4,9 +4,11 @@ from typing import Any, Optional, Union
 
 import torch
 from timm.layers import get_device_dtype
+from timm.models._input import update_model_args  # by which timm's own models record such changes
 from torch import nn
 
 from ..attention import PatchHead
+from ..attention.weights import checked_xi
 from ..prediction import PatchPrediction
 from .backbone import init_convolutions
 from .copies import shape_twin
@@ -116,8 +118,13 @@ class PatchClassifier(nn.Module):
 
     @property
     def xi(self) -> float:
-        """ξ of Eqs. 5b and 6b."""
+        """ξ of Eqs. 5b and 6b; may be set, and ``timm.models.save_for_hf`` saves it."""
         return self.head.attn.xi
+
+    @xi.setter
+    def xi(self, xi: float) -> None:
+        self.head.attn.xi = checked_xi(xi)
+        update_model_args(self, xi=self.xi)
 
     @property
     def patch_stride(self) -> int:

@@ -7,7 +7,7 @@ itself, its mode and the random state are not touched, and it may lie on the met
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -339,6 +339,16 @@ def randomise(model: nn.Module, twin: nn.Module, used: dict[int, torch.Tensor]) 
                 module._buffers[key] = numbers.double() if buffer.is_floating_point() else numbers.to(buffer.dtype)
 
 
+@lru_cache(maxsize=64)
+def equal_boxes(rows: int, cols: int, height: int, width: int) -> torch.Tensor:
+    """height × width pixels in rows × cols equal parts, rounded to whole pixels, (rows · cols, 4)."""
+    y, x = ((torch.arange(n + 1, device='cpu') * size / n).round().long()
+            for n, size in ((rows, height), (cols, width)))
+    top, left = torch.meshgrid(y[:-1], x[:-1], indexing='ij')
+    bottom, right = torch.meshgrid(y[1:], x[1:], indexing='ij')
+    return torch.stack((left, top, right, bottom), dim=-1).reshape(-1, 4)
+
+
 def feature_grid(model: nn.Module, access: PatchAccess, height: int, width: int) -> tuple[int, int]:
     """(H', W') of the patch grid for an input of height × width pixels.
 
@@ -358,6 +368,9 @@ def feature_grid(model: nn.Module, access: PatchAccess, height: int, width: int)
         if access.layout == 'NLC' and hasattr(twin, 'forward_intermediates'):
             with suppress(Exception):  # some models' code reads numbers here
                 last = twin.forward_intermediates(x, indices=1, output_fmt='NCHW', intermediates_only=True)[-1]
+    reroll = getattr(twin, 'reroll', None)
+    if reroll is not None and reroll.schedule[max(reroll.schedule)][0]:  # Hiera whose tokens still lie unit by unit
+        last = None
     if access.layout == 'NLC':
         grid = (last.shape[2], last.shape[3]) if last is not None else (0, 0)
         if grid[0] * grid[1] != shape[1] - access.prefix:

@@ -12,7 +12,7 @@ from timm.models.vgg import ConvMlp
 from torch import nn
 
 from .backbone import StagedBackbone, scale_width, scale_widths
-from .entrypoints import NANO_CAPS, NANO_CONV, create_patch_classifier, patch_model_cfg
+from .entrypoints import NANO_CAPS, NANO_CONV, create_patch_classifier, patch_model_cfg, without_labels
 from .patch_classifier import PatchClassifier
 from .patch_layers import CapsulePatchLayers, PrimaryCapsules
 from .pretrained import verified_overlay, with_published
@@ -88,11 +88,12 @@ class VGGCifar(VGG):
             mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d, **dd, **kwargs)
         # timm's has a 7×7 kernel for 224×224 images: 103 M parameters that nothing here would use
         hidden = scale_width(4096, width_mult)
-        self.pre_logits = ConvMlp(self.num_features, hidden, kernel_size=1, drop_rate=drop_rate, **dd)
-        if hidden != self.head_hidden_size:
+        layers = {key: kwargs[key] for key in ('act_layer', 'conv_layer') if key in kwargs}
+        self.pre_logits = ConvMlp(self.num_features, hidden, kernel_size=1, drop_rate=drop_rate, **layers, **dd)
+        if hidden != self.head.in_features:
             pool = kwargs.get('global_pool', 'avg')
             self.head = ClassifierHead(hidden, self.num_classes, pool_type=pool, drop_rate=drop_rate, **dd)
-            self.head_hidden_size = hidden
+        self.head_hidden_size = self.head.num_features  # of a pool that widens, as catavgmax, more than hidden
         self._initialize_weights()
 
 
@@ -132,10 +133,11 @@ def _create_vgg_cifar(variant: str, depths: tuple[int, ...], pretrained: bool, *
     cfg: list[Any] = []
     for depth, width in zip(depths, WIDTHS):
         cfg += [width] * depth + ['M']
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         VGGCifar, variant, pretrained, model_cfg=cfg,
         feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3, 4, 5)),
         **verified_overlay(variant, pretrained, kwargs))
+    return model if pretrained else without_labels(model, kwargs)
 
 
 @register_model

@@ -16,12 +16,13 @@ class FrozenTrain:
     """
 
     def __init__(self, model: nn.Module, frozen: list[str]) -> None:
-        self.model, self.frozen = model, frozen
+        self.model, self.frozen = model, frozenset(frozen)
 
     def __call__(self, mode: bool = True) -> nn.Module:
         type(self.model).train(self.model, mode)
-        for name in self.frozen if mode else ():
-            self.model.get_submodule(name).eval()
+        for name, module in self.model.named_modules() if mode else ():  # reset_classifier may have taken some out
+            if name in self.frozen:
+                module.eval()
         return self.model
 
 

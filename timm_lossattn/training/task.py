@@ -3,6 +3,7 @@ from typing import Any, Optional
 
 import torch
 from timm.models import group_parameters
+from timm.optim._param_groups import auto_group_layers
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator, TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
@@ -34,7 +35,8 @@ class PatchTrainingModule(nn.Module):
     def group_matcher(self, coarse: bool = False):
         """The model's own, under this module's names."""
         model = unwrap_model(self.model)
-        layer_map = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        layer_map = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True) \
+            if hasattr(model, 'group_matcher') else auto_group_layers(model)  # as timm does
         return lambda name: layer_map[name.replace('_orig_mod.', '').removeprefix('model.')]
 
     def forward(self, x: torch.Tensor) -> PatchPrediction:
@@ -57,6 +59,7 @@ class LossAttentionTask(TrainingTask):
         device: device of the task.
         dtype: dtype of the task.
         verbose: log what the task does.
+        threshold: of the probability, in evaluation with multi-label targets.
 
     Raises:
         TypeError: the model has no ``forward_patches``.
@@ -79,6 +82,7 @@ class LossAttentionTask(TrainingTask):
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
+            threshold: float = 0.5,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         if not hasattr(unwrap_model(model), 'forward_patches'):
@@ -88,6 +92,7 @@ class LossAttentionTask(TrainingTask):
             raise ValueError(f'updates_per_epoch must be at least 1, got {updates_per_epoch}.')
         self.trainable_module: Any = PatchTrainingModule(model)
         self.loss = (loss if loss is not None else LossAttentionLoss()).to(self.device)
+        self.threshold = threshold
         self.gamma_max = gamma_max
         self.rampup_epochs = rampup_epochs
         self.updates_per_epoch = updates_per_epoch
@@ -137,8 +142,9 @@ class LossAttentionTask(TrainingTask):
 
     def create_evaluator(self, **kwargs: Any) -> Any:
         """timm's evaluator for single-label or, if the loss is, for multi-label targets."""
-        evaluator = MultiLabelClassificationEvaluator if self.loss.multi_label else ClassificationEvaluator
-        return evaluator(device=self.device, **kwargs)
+        if self.loss.multi_label:
+            return MultiLabelClassificationEvaluator(device=self.device, **{'threshold': self.threshold, **kwargs})
+        return ClassificationEvaluator(device=self.device, **kwargs)
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> dict[str, Any]:
         """τ, for checkpoints."""

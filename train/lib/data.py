@@ -13,7 +13,7 @@ from timm.data import (
     create_dataset,
     create_loader,
     create_transform,
-    resolve_data_config,
+    resolve_input_data_config,
 )
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -106,17 +106,16 @@ def open_dataset(
 
 
 def input_config(data: DataOptions, model: nn.Module) -> dict[str, Any]:
-    """timm's data config of the model with what the flags change.
+    """timm's data config of the model as it was made, with what the flags change.
 
     For another number of channels than mean and std have, their averages, as timm's loader does.
+
+    Raises:
+        ValueError: the flags want other channels than the model's, or another size than the only one that it takes.
     """
-    config = resolve_data_config(asdict(data), model=model)
-    channels = getattr(model, 'in_chans', data.channels)
-    config['input_size'] = (channels, *config['input_size'][1:])
-    for key in ('mean', 'std'):
-        values = config[key]
-        config[key] = tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
-    return config
+    config: dict[str, Any] = resolve_input_data_config(model, asdict(data))
+    channels = config['input_size'][0]
+    return config | {key: tuple(config[key]) * (channels if len(config[key]) == 1 else 1) for key in ('mean', 'std')}
 
 
 def eval_steps(config: dict[str, Any], **changes: Any) -> v2.Compose:

@@ -6,6 +6,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -129,6 +130,7 @@ def evaluate_dataset(model: Any, data: DataOptions, device: torch.device | str =
     """
     process = Process(torch.device(device))
     config = input_config(data, model)
+    data = replace(data, in_chans=config['input_size'][0])
     dataset = open_dataset(data, data.val_split, model.num_classes, num_samples=data.val_num_samples)
     boxed = hasattr(model, 'forward_patches') and has_boxes(dataset)
     if boxed or data.multi_label:

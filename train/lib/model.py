@@ -16,7 +16,6 @@ from timm_lossattn import freeze_backbone, hub_access
 from timm_lossattn.loading import (
     check_name,
     classes_in,
-    list_patch_models,
     load_model,
     load_patch_model,
     read_checkpoint,
@@ -53,10 +52,11 @@ def model_args(options: TrainOptions) -> dict[str, Any]:
     """What differs from the registered model, but for the numbers of classes and channels."""
     given = {name: getattr(options, name) for name in (
         'xi', 'backbone_stride', 'patch_stride', 'patch_padding', 'width_mult')}
-    if options.input_size and options.model.split('.')[0] in list_patch_models():
-        cfg = timm.get_pretrained_cfg(options.model)
+    name = dict(options.model_kwargs).get('backbone', options.model)
+    if options.input_size and 'img_size' not in options.model_kwargs and timm.is_model(name):
+        cfg = timm.get_pretrained_cfg(name)
         if cfg is not None and cfg.fixed_input_size and list(cfg.input_size) != options.input_size:
-            given['img_size'] = options.input_size[1:]  # dynamic routing has weights for every position
+            given['img_size'] = options.input_size[1:]  # as dynamic routing, which has weights for every position
     return dict(options.model_kwargs) | {name: value for name, value in given.items() if value is not None}
 
 

@@ -134,6 +134,8 @@ def save_hub_folder(
     """
     state = load_checkpoint(checkpoint)
     model.load_state_dict(clean_state_dict(state.get('state_dict_ema') or state['state_dict']))
+    if not labels:  # not those of the weights that the run began with
+        model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key != 'label_names'}
     temporary = folder.with_name('hub.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     model.to(memory_format=torch.contiguous_format)  # safetensors stores no strides
