@@ -46,6 +46,7 @@ from timm_lossattn.files import replace_file, sha256_of, write_json
 from timm_lossattn.loading import read_checkpoint
 from timm_lossattn.models.pretrained import WEIGHTS_NAME, packaged_file
 from timm_lossattn.report.summary import wilson_interval
+from timm_lossattn.text import one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / 'train'))  # for lib, which evaluates
@@ -293,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.model_kwargs, shlex.join(['python', 'hub/bundle.py', *(sys.argv[1:] if argv is None else argv)]))
         result = bundle(options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'error: {one_line(error, 10_000)}', file=sys.stderr)
         return 2
     shipped = result['shipped']
     print(f'{shipped["file"]}: {shipped["bytes"]:,} bytes, '

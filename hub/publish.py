@@ -25,7 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from card import Words
 from folder import FILES, WEIGHTS, bundle_name, check_tag, copy_bundle, list_bundles, make_folder
-from upload import Target, one_line, register, upload
+from upload import Target, hub_message, register, upload
 
 OUTPUT = Path('output') / 'publish'
 
@@ -80,7 +80,7 @@ def check_folder(job: Job) -> None:
     weights = Path(job.source, 'hub').resolve()
     if folder.resolve() in (weights, *weights.parents) or WEIGHTS in (folder.resolve(), *folder.resolve().parents):
         raise ValueError(f'--folder: {folder} is or holds the source and would be emptied; choose another')
-    if folder.exists() and {p.name for p in folder.iterdir()} - set(FILES):
+    if folder.exists() and {p.name for p in folder.iterdir() if p.suffix != '.tmp'} - set(FILES):
         raise ValueError(f'--folder: {folder} holds other files and would be emptied; choose another')
 
 
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if job.target.tag:
                 register(job.folder, job.target, commit)
     except (ValueError, OSError, RuntimeError, ImportError, HTTPError) as error:  # RuntimeError: a file's upload failed
-        print('\n' * sys.stderr.isatty() + f'error: {one_line(error)}', file=sys.stderr)  # below a progress bar
+        print('\n' * sys.stderr.isatty() + f'error: {hub_message(error)}', file=sys.stderr)  # below a progress bar
         return 2
     return 0
 

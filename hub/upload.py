@@ -10,8 +10,9 @@ import timm_lossattn
 from folder import FILES
 from timm_lossattn.files import sha256_of, write_json
 from timm_lossattn.models.pretrained import HUB_WEIGHTS_FILE, WEIGHTS_NAME
+from timm_lossattn.text import one_line
 
-__all__ = ['Target', 'one_line', 'register', 'upload']
+__all__ = ['Target', 'hub_message', 'register', 'upload']
 
 STATUS = {
     401: 'the token is missing or wrong: log in with `hf auth login`, or set HF_TOKEN',
@@ -110,7 +111,7 @@ def register(folder: Path, target: Target, commit: str) -> None:
     print(f'{HUB_WEIGHTS_FILE}: {name} is {target.repo_id}@{commit}')
 
 
-def one_line(error: Exception) -> str:
+def hub_message(error: Exception) -> str:
     """What went wrong, and what to do."""
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError):
         error = error.__cause__
@@ -125,4 +126,4 @@ def one_line(error: Exception) -> str:
     if isinstance(error, HTTPError):
         return (f'the Hub cannot be reached ({type(error).__name__}: {error}); run the same command again, what is '
                 'there is not sent twice')
-    return ' '.join(str(error).split())
+    return one_line(error, 10_000)

@@ -3,7 +3,7 @@ import sys
 
 from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
 
-from timm_lossattn.models.lossattn import create_lossattn
+from timm_lossattn.models.lossattn import lossattn
 
 AVERAGE = {'global_pool': 'avg'}
 BACKBONES = {  # the arguments that the backbone needs to be a sum over patches
@@ -18,7 +18,7 @@ default_cfgs = generate_default_cfgs({f'lossattn_{name}': get_pretrained_cfg(nam
 def register(backbone, arguments):
     """One entry point, as a module's function would be."""
     def entry(pretrained=False, **kwargs):
-        return create_lossattn(pretrained, backbone=backbone, **{**arguments, **kwargs})
+        return lossattn(pretrained, backbone=backbone, **{**arguments, **kwargs})
     entry.__name__ = f'lossattn_{backbone}'
     setattr(sys.modules[__name__], entry.__name__, register_model(entry))
 

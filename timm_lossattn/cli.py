@@ -26,7 +26,7 @@ from .files import unique_stems
 from .loading import full_name, list_patch_models, load_patch_model
 from .report.command import add_report_command, add_xi
 from .script_runner import run_script
-from .text import percent, shorten
+from .text import one_line, percent, shorten
 
 __all__ = ['main']
 
@@ -35,8 +35,7 @@ DEFAULT_MODEL = 'resnet18_lossattn_conv_nano'
 
 def print_error(console: Console, error: Exception) -> None:
     """One line; what stands in brackets is text, not rich's markup."""
-    message = ' '.join(str(error).split()) or type(error).__name__
-    console.print(Text.assemble(('error', 'red'), ' ', message), soft_wrap=True)
+    console.print(Text.assemble(('error', 'red'), ' ', one_line(error, 10_000)), soft_wrap=True)
 
 
 def image_files(given: Sequence[str], console: Console) -> list[Path]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ __all__ = ['replace_file', 'replacing', 'sha256_of', 'unique_stems', 'weights_di
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside it, this process's own, that takes its place at the end of the block.
+    """A temporary file beside it, this thread's own, that takes its place at the end of the block.
 
-    A kill leaves the old file or the new one, an error in the block the old one.
+    A kill leaves the old file or the new one, and perhaps the temporary one (.NAME.….tmp), which nothing reads; an
+    error in the block leaves the old one.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.{get_ident()}.tmp')
     try:
         yield temporary
         os.replace(temporary, path)

@@ -14,6 +14,7 @@ from ..models.lite_weights import lite_overlay
 from ..models.lossattn import TRAINED, refuse_early
 from ..models.probe import NoPatchSum, input_size
 from ..text import one_line
+from ..training.freeze import classifiers
 from .receptive_field import influence, middle_patch, share_in_box, side_for, square_shares
 
 __all__ = ['Check', 'check_model', 'million_parameters', 'smallest_models']
@@ -133,8 +134,7 @@ def create_stock(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     if not stock.num_classes:  # published as a feature extractor
         stock.reset_classifier(1000)
     if not pretrained:  # many heads start at zero, and zeros add up to zero whatever is done with them
-        classifiers = stock.get_classifier()  # distilled models have two
-        for classifier in classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,):
+        for classifier in classifiers(stock):
             for parameter in classifier.parameters():
                 torch.nn.init.normal_(parameter, std=0.1)
     return stock

@@ -16,6 +16,7 @@ from torch import nn
 from torchvision.transforms import CenterCrop, Resize
 
 from ..models.probe import input_size
+from ..text import one_line
 
 __all__ = [
     'PREPROCESSING', 'Preprocessed', 'Preprocessing', 'boxes_to_image', 'boxes_to_input', 'input_config', 'open_image',
@@ -39,8 +40,7 @@ def open_image(path: str | Path) -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f'image: no such file: {path}') from None
     except Exception as error:  # broken files: RuntimeError, NotImplementedError and more
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        raise ValueError(f'image: cannot read {path}: {reason}') from None
+        raise ValueError(f'image: cannot read {path}: {one_line(error)}') from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

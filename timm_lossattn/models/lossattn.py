@@ -140,7 +140,11 @@ def begin_small(model: Any) -> None:
             layer.reset_parameters()
 
 
-def create_lossattn(
+default_cfgs = backbone_cfgs()
+
+
+@register_model
+def lossattn(
         pretrained: bool = False,
         backbone: str | None = None,
         pool: str = 'lossattn',
@@ -149,11 +153,11 @@ def create_lossattn(
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """The backbone as a patch model, or with features_only=True its own feature model.
+    """Loss attention in any timm model, or with features_only=True the backbone's own feature model.
 
     Args:
         pretrained: load the backbone's pretrained weights, from where its own cfg or pretrained_cfg_overlay says.
-        backbone: name of a timm model, with or without tag, or of TRAINED.
+        backbone: name of a timm model, with or without tag, or of TRAINED; by default a ResNet18.
         pool: 'lossattn', 'avg', or other registered patch weights without parameters.
         xi: ξ of Eq. 5b; by default 0.1, or what TRAINED says.
         kwargs: every argument of the backbone. With pretrained and another num_classes than the weights have, the
@@ -199,12 +203,3 @@ def create_lossattn(
     if pretrained and 0 < model.num_classes != model.pretrained_cfg['num_classes']:
         begin_small(model)
     return loss_attention(model, pool, xi)
-
-
-default_cfgs = backbone_cfgs()
-
-
-@register_model
-def lossattn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Loss attention in any timm model, see ``create_lossattn``; without a backbone in a ResNet18."""
-    return create_lossattn(pretrained, **kwargs)

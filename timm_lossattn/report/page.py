@@ -77,8 +77,7 @@ def class_rows(summary: Summary, table: ReportTable) -> list[dict[str, Any]]:
     labels = table.notes['labels']
     order = sorted(np.flatnonzero(summary.predicted), key=lambda k: (-summary.score[k], -summary.predicted[k], k))
     return [{
-        'id': int(k), 'name': labels[k], 'count': int(summary.predicted[k]), 'true': int(summary.true[k]),
-        'hits': summary.confusion.get((int(k), int(k)), 0), 'score': float(summary.score[k]),
+        'id': int(k), 'name': labels[k], 'count': int(summary.predicted[k]), 'score': float(summary.score[k]),
         'share': float(summary.share[k, summary.place[k]]), 'usual': float(summary.usual[k, summary.place[k]]),
         'place': place_name(int(summary.place[k]), table.grid), 'map': encode_map(summary.evidence[k]),
         'flagged': int(k) in summary.flagged,

@@ -13,6 +13,7 @@ import torch
 from timm.utils import CheckpointSaver
 
 from timm_lossattn.loading import MODEL_CONFIG
+from timm_lossattn.text import one_line
 
 __all__ = ['AtomicSaver', 'find_checkpoint', 'load_checkpoint', 'mend', 'save_checkpoint']
 
@@ -91,7 +92,7 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # torch.load raises many kinds on a damaged file
-        raise ValueError(f'{file} is no usable checkpoint: {" ".join(str(error).split())[:200]}') from error
+        raise ValueError(f'{file} is no usable checkpoint: {one_line(error, 200)}') from error
     return checkpoint
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import yaml
 
+from timm_lossattn.text import one_line
+
 from .flags import add_flags, options_from
 from .options import TrainOptions
 
@@ -66,7 +68,7 @@ def config_values(parser: argparse.ArgumentParser, config: str) -> dict[str, Any
     try:
         values = yaml.safe_load(Path(config).read_text('utf-8')) or {}
     except (OSError, yaml.YAMLError) as error:
-        parser.error(f'--config {config}: {" ".join(str(error).split())}')
+        parser.error(f'--config {config}: {one_line(error)}')
     if not isinstance(values, dict):
         parser.error(f'--config {config}: must hold flags and values')
     values = {key.replace('-', '_'): value for key, value in values.items()}

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from huggingface_hub.utils.logging import disable_propagation
 from timm.utils import setup_default_logging
 
-__all__ = ['one_line', 'script']
+__all__ = ['script', 'user_message']
 
 _logger = logging.getLogger('train')
 Main = TypeVar('Main', bound=Callable[..., int])
 
 
-def one_line(error: Exception) -> str:
+def user_message(error: Exception) -> str:
     """What a user's mistake says; of an error in a loader's worker, the last line of its traceback.
 
     Raises:
@@ -47,6 +47,6 @@ def script(main: Main) -> Main:
             return main(argv)
         except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
             _logger.debug('traceback', exc_info=True)
-            print('error: ' + one_line(error), file=sys.stderr)
+            print('error: ' + user_message(error), file=sys.stderr)
             return 2
     return wrapped  # type: ignore[return-value]  # it takes what main takes
