@@ -118,7 +118,7 @@ def print_table(title: str, values: Mapping[str, Any]) -> None:
 
 
 def save_hub_folder(
-        folder: Path, model: torch.nn.Module, checkpoint: Path, model_args: dict[str, Any],
+        folder: Path, model: Any, checkpoint: Path, model_args: dict[str, Any],
         data_config: dict[str, Any], labels: list[str] | None) -> None:
     """The run's best weights (EMA if there is one) as timm stores models on the Hub: safetensors and config.json.
 
