@@ -1,50 +1,44 @@
 #!/usr/bin/env python3
-"""For which timm models is loss attention exact? docs/timm_models.md, a row a family.
+"""For which timm models is loss attention exact? The tables of docs/timm_models.md, by kind and by family.
 
-    python train/survey.py [--output output/survey.jsonl] [--write]
-    python train/survey.py --checks [--write]    # counts train/results/check_all.jsonl
+    timm-lossattn check --all --out train/results/check_all.jsonl    # an hour or two; goes on where it was stopped
+    python train/survey.py [--write]
 
-Checks the smallest model under 100 million parameters of each of timm's modules, with random weights, in processes of
-their own; what is in --output already is not checked again. Models whose class token or attention pooling decides are
-checked a second time with global_pool='avg'. With --checks nothing is checked: what
-``timm-lossattn check --all`` wrote there is counted by kind. --write puts the table into docs/timm_models.md.
+A family is one of timm's modules; its row is the smallest model that was checked. --write puts the tables into
+docs/timm_models.md.
 """
 import argparse
-import json
-import multiprocessing
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import timm
-from tqdm import tqdm
 
-from timm_lossattn.evaluation.check import check_model, smallest_models
+from lib.script import script
 from timm_lossattn.evaluation.check_all import LIMIT_MILLION, models_to_check, read_checks
 from timm_lossattn.files import replace_file
 
 DOCUMENT = Path(__file__).parents[1] / 'docs' / 'timm_models.md'
 CHECKS = Path(__file__).parent / 'results' / 'check_all.jsonl'
-BEGIN, END = '<!-- begin: python train/survey.py --write -->', '<!-- end -->'
-BEGIN_COUNTS = '<!-- begin: python train/survey.py --checks --write -->'
+BEGIN_KINDS, BEGIN_FAMILIES = (
+    f'<!-- begin: python train/survey.py --write, by {what} -->' for what in ('kind', 'family'))
+END = '<!-- end -->'
 KINDS = {
     'A': 'A', 'B': 'B', 'C': 'C', 'D': 'D', 'error': 'not known: an error',
     'large': f'over {LIMIT_MILLION:.0f} million parameters, not checked'}
-SECONDS = 300  # for one model
-LATE = f'not finished in {SECONDS} s'
 
 
-def checked(name: str) -> dict[str, Any]:
-    """The check of a model, and with average pooling if it is refused as it stands."""
-    row = check_model(name, receptive_field=False).to_dict()
-    refused = row['kind'] == 'D'
-    average = check_model(name, receptive_field=False, global_pool='avg').to_dict() if refused else None
-    return {**row, 'with_avg': average}
+def smallest(checks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of ``read_checks`` that of the smallest model of each of timm's modules that have one."""
+    found = {module: [checks[name] for name in timm.list_models(module=module)
+                      if name in checks and checks[name]['kind'] != 'large' and checks[name]['parameters_million']]
+             for module in timm.list_modules()}
+    return {module: min(rows, key=lambda row: row['parameters_million']) for module, rows in found.items() if rows}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The counts and a row for each family."""
+    """The counts and a row for each family, of ``smallest``."""
     kinds = Counter(row['kind'] for row in rows.values())
     rescued = Counter(row['with_avg']['kind'] for row in rows.values() if row['with_avg'])
     counts = ', '.join(f'{kinds[kind]} of kind {kind}' for kind in 'ABCD')
@@ -83,7 +77,7 @@ def counts_by_kind(rows: dict[str, dict[str, Any]]) -> str:
     lines = [text, '', '| kind | models | published checkpoints | why |', '|---|--:|--:|---|']
     for kind, title in KINDS.items():
         names = [name for name, row in rows.items() if row['kind'] == kind]
-        reasons = Counter(rows[name]['why'].partition(' (')[0] for name in names if rows[name]['why'])
+        reasons = Counter(rows[name]['why'] for name in names if rows[name]['why'])
         why = '; '.join(f'{reason} ({number})' for reason, number in reasons.most_common())
         lines.append(f'| {title} | {len(names)} | {sum(checkpoints[name] for name in names)} | {why or "–"} |')
     return '\n'.join(lines)
@@ -95,42 +89,17 @@ def write_section(begin: str, text: str) -> None:
     replace_file(DOCUMENT, f'{before}{begin}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}'.encode())
 
 
+@script
 def main(argv: list[str] | None = None) -> int:
-    """Survey."""
+    """Count; errors in what the user gave are one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output', type=Path, default=Path('output/survey.jsonl'), metavar='FILE')
-    parser.add_argument('--write', action='store_true', help='the table into docs/timm_models.md')
-    parser.add_argument('--checks', action='store_true', help='count what is in train/results/check_all.jsonl')
+    parser.add_argument('--write', action='store_true', help='the tables into docs/timm_models.md')
     args = parser.parse_args(argv)
-    if args.checks:
-        text = counts_by_kind(read_checks(CHECKS))
-        print(text)
+    checks = read_checks(CHECKS)
+    for begin, text in ((BEGIN_KINDS, counts_by_kind(checks)), (BEGIN_FAMILIES, table(smallest(checks)))):
+        print(f'{text}\n')
         if args.write:
-            write_section(BEGIN_COUNTS, text)
-        return 0
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    rows = {}
-    if args.output.is_file():
-        whole = [line for line in args.output.read_text().splitlines(keepends=True) if line.endswith('\n')]
-        replace_file(args.output, ''.join(whole).encode())  # a kill may have left half a line
-        rows = {row['module']: row for row in map(json.loads, whole)}
-    todo = {module: name for module, name in smallest_models().items() if module not in rows}
-    context = multiprocessing.get_context('fork')
-    with args.output.open('a') as file:
-        for module, name in tqdm(todo.items(), dynamic_ncols=True):
-            with context.Pool(1) as pool:
-                try:
-                    row = pool.apply_async(checked, (name,)).get(SECONDS)
-                except multiprocessing.TimeoutError:
-                    row = {'name': name, 'kind': 'error', 'reason': LATE, 'with_avg': None}
-            rows[module] = {'module': module, **row}
-            if row['reason'] != LATE:  # another day it may be
-                file.write(json.dumps(rows[module]) + '\n')
-                file.flush()
-    text = table(rows)
-    print(text)
-    if args.write:
-        write_section(BEGIN, text)
+            write_section(begin, text)
     return 0
 
 

@@ -187,6 +187,7 @@ def test_all_is_resumable(tmp_path, capsys, monkeypatch):
     alone = check_model('test_resnet', receptive_field=False).to_dict()
     assert {**rows['test_resnet'], 'seconds': 0} == {**alone, 'seconds': 0}
     assert rows['resnet18']['additive_error'] is None
+    assert [(rows[n]['with_avg'] or {}).get('kind') for n in names] == ['B', None, None]
 
     lines = file.read_text().splitlines()
     file.write_text('\n'.join([lines[0], lines[1], lines[2][:20]]))

@@ -1,7 +1,5 @@
-"""survey.py: models and checkpoints counted by kind."""
+"""survey.py: models and checkpoints counted by kind, and the smallest model of each family."""
 import json
-import multiprocessing
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,10 +14,12 @@ def checks(tmp_path, monkeypatch):
     """The file of checks has four models."""
     exact = {'layout': 'NCHW', 'grid': '7×7', 'strict': True}
     found = [
-        Check('resnet18', kind='A', additive_error=2e-7, stock_error=0., **exact),
-        Check('resnet34', kind='A', additive_error=4e-7, stock_error=1e-8, **exact),
-        Check('vit_tiny_patch16_224', kind='D', why='its class token decides'),
-        Check('volo_d1_224', kind='D', why='its head does not take single patches (IndexError: max())'),
+        Check('resnet18', kind='A', parameters_million=12., additive_error=2e-7, stock_error=0., **exact),
+        Check('resnet34', kind='A', parameters_million=11., additive_error=4e-7, stock_error=1e-8, **exact),
+        Check('vit_tiny_patch16_224', kind='D', parameters_million=5.7, why='its class token decides',
+              reason='X: the logits are no sum over patches: its class token decides. Y.',
+              with_avg=Check('vit_tiny_patch16_224', kind='B', **exact).to_dict()),
+        Check('volo_d1_224', kind='D', parameters_million=26., why='its head does not take single patches'),
     ]
     file = tmp_path / 'checks.jsonl'
     file.write_text(''.join(f'{json.dumps(check.to_dict())}\n' for check in found))
@@ -32,68 +32,49 @@ def published(*names):
 
 def test_counts(checks, capsys):
     """Against timm's own lists of a model's weights; an unfinished file says how much is missing."""
-    assert survey.main(['--checks']) == 0
+    assert survey.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f'| A | 2 | {published("resnet18", "resnet34")} | – |' in lines
     assert '| B | 0 | 0 | – |' in lines
     tokens = published('vit_tiny_patch16_224', 'volo_d1_224')
-    assert (f'| D | 2 | {tokens} | its class token decides (1); its head does not take single patches (1) |') in lines
+    assert f'| D | 2 | {tokens} | its class token decides (1); its head does not take single patches (1) |' in lines
     assert published('resnet18') > 1
     assert f', {len(models_to_check()) - 4} are still to be checked.' in lines[0]
     assert 'additive error is 4e-07' in lines[0]
     assert 'stock logits 1e-08; 0 have another' in lines[0]
 
 
-def test_interrupted(tmp_path, monkeypatch, capsys):
-    """Half a line is checked again, what took too long as well; the rest is kept."""
-    names = {'resnet': 'test_resnet', 'vision_transformer': 'test_vit', 'slow': 'test_convnext'}
-    checked = []
-
-    class Pool:
-        def __init__(self, processes):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def apply_async(self, function, args):
-            self.name, = args
-            return self
-
-        def get(self, timeout):
-            checked.append(self.name)
-            if self.name == names['slow']:
-                raise multiprocessing.TimeoutError
-            return {**Check(self.name, kind='A').to_dict(), 'with_avg': None}
-
-    monkeypatch.setattr(survey, 'smallest_models', lambda: names)
-    monkeypatch.setattr(survey.multiprocessing, 'get_context', lambda method: SimpleNamespace(Pool=Pool))
-    file = tmp_path / 'survey.jsonl'
-    assert survey.main(['--output', str(file)]) == 0
-    assert f'not finished in {survey.SECONDS} s' in capsys.readouterr().out
-    kept = file.read_text()
-    assert [json.loads(line)['module'] for line in kept.splitlines()] == ['resnet', 'vision_transformer']
-    file.write_text(kept[:-20])
-    assert survey.main(['--output', str(file)]) == 0
-    assert checked == ['test_resnet', 'test_vit', 'test_convnext', 'test_vit', 'test_convnext']
-    assert file.read_text() == kept
+def test_families(checks, capsys):
+    """The smallest model that was checked of each of timm's modules; of a refused one also with average pooling."""
+    assert survey.main([]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split(' | ')[0][2:]: line for line in out.split('| family |')[1].splitlines() if line.startswith('| ')}
+    assert set(rows) == {'resnet', 'vision_transformer', 'volo'}
+    assert '`resnet34` | A | NCHW | 7×7 | 4e-07 | 1e-08 | – |' in rows['resnet']
+    assert '`vit_tiny_patch16_224` | D → B | ' in rows['vision_transformer']
+    assert 'its class token decides; with `global_pool="avg"` |' in rows['vision_transformer']
+    assert '`volo_d1_224` | D | ' in rows['volo']
+    assert '3 families' in out
+    assert '1 of kind A, 0 of kind B, 0 of kind C, 2 of kind D. ' in out
+    assert 'Of kind D, with `global_pool="avg"`: 0 of kind A, 1 of kind B, 0 of kind C.' in out
 
 
 def test_write_leaves_the_rest_of_the_document(checks, tmp_path, monkeypatch):
-    """Only what stands between its own marks changes, and a second time nothing."""
+    """Only what stands between its marks changes, and a second time nothing."""
     document = tmp_path / 'timm_models.md'
     before = survey.DOCUMENT.read_text()
     document.write_text(before)
     monkeypatch.setattr(survey, 'DOCUMENT', document)
-    survey.main(['--checks', '--write'])
+    assert survey.main(['--write']) == 0
     after = document.read_text()
-    for text in (before, after):
-        assert text.count(survey.BEGIN_COUNTS) == text.count(survey.BEGIN) == 1
-    assert after.split(survey.BEGIN_COUNTS)[0] == before.split(survey.BEGIN_COUNTS)[0]
-    assert after.split(survey.BEGIN)[1] == before.split(survey.BEGIN)[1]
+
+    def around(text):
+        """What stands before, between and behind the two tables."""
+        first, rest = text.split(survey.BEGIN_KINDS)
+        between, last = rest.split(survey.END, 1)[1].split(survey.BEGIN_FAMILIES)
+        return first, between, last.split(survey.END, 1)[1]
+    assert around(after) == around(before)
     assert '| A | 2 |' in after
-    survey.main(['--checks', '--write'])
+    assert '3 families' in after
+    assert survey.main(['--write']) == 0
     assert document.read_text() == after

@@ -17,7 +17,7 @@ from ..text import one_line
 from ..training.freeze import classifiers
 from .receptive_field import influence, middle_patch, share_in_box, side_for, square_shares
 
-__all__ = ['Check', 'check_model', 'million_parameters', 'smallest_models']
+__all__ = ['Check', 'check_model', 'million_parameters']
 
 OURS = (*MODULES, 'lossattn')
 
@@ -44,6 +44,7 @@ class Check:
         side_half: side in pixels of the smallest square around that patch that holds half of it.
         side_90: of the one that holds 90 %.
         seconds: that the check took.
+        with_avg: what ``check_all`` found with ``global_pool='avg'``, of a model that is refused as it stands.
     """
     name: str
     family: str = ''
@@ -60,6 +61,7 @@ class Check:
     side_half: int | None = None
     side_90: int | None = None
     seconds: float = 0.
+    with_avg: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -69,20 +71,6 @@ class Check:
 def million_parameters(name: str) -> float:
     """Parameters of a timm model, which is built without numbers."""
     return sum(p.numel() for p in timm.create_model(name, device='meta').parameters()) / 1e6
-
-
-def smallest_models(limit_million: float = 100.) -> dict[str, str]:
-    """timm's module -> its smallest model, of all modules that have one under the limit of parameters."""
-    found: dict[str, tuple[float, str]] = {}
-    for module in timm.list_modules():
-        for name in timm.list_models(module=module) if module not in OURS else ():
-            try:
-                size = million_parameters(name)
-            except Exception:  # a model that does not build without numbers is not the smallest of its module
-                continue
-            if size <= limit_million and size < found.get(module, (limit_million + 1., ''))[0]:
-                found[module] = size, name
-    return {module: name for module, (_, name) in sorted(found.items())}
 
 
 @torch.no_grad()

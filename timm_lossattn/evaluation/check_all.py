@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,14 @@ def check_all(file: str | Path, names: Sequence[str] | None = None, limit_millio
 
 
 def check_small(name: str, limit_million: float) -> Check:
-    """``check_model``, unless the model has more parameters than the limit."""
+    """``check_model``, unless the model has more parameters than the limit; a refused one with average pooling too."""
     try:
         size = million_parameters(name)
     except Exception:  # the check will say it
         size = 0.
     if size > limit_million:
         return Check(name, parameters_million=size, kind='large')
-    return check_model(name, receptive_field=False)
+    found = check_model(name, receptive_field=False)
+    if found.kind != 'D':
+        return found
+    return replace(found, with_avg=check_model(name, receptive_field=False, global_pool='avg').to_dict())
