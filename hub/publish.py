@@ -80,7 +80,8 @@ def check_folder(job: Job) -> None:
     weights = Path(job.source, 'hub').resolve()
     if folder.resolve() in (weights, *weights.parents) or WEIGHTS in (folder.resolve(), *folder.resolve().parents):
         raise ValueError(f'--folder: {folder} is or holds the source and would be emptied; choose another')
-    if folder.exists() and {p.name for p in folder.iterdir() if p.suffix != '.tmp'} - set(FILES):
+    ours = {p.name for p in folder.glob('.*.tmp') for name in FILES if p.name.startswith(f'.{name}.')}  # of a kill
+    if folder.exists() and {p.name for p in folder.iterdir()} - {*FILES, *ours}:
         raise ValueError(f'--folder: {folder} holds other files and would be emptied; choose another')
 
 

@@ -1,5 +1,6 @@
 """The command line: ``timm-lossattn explain``, ``report``, ``check``, ``export``, ``list`` and ``run``."""
 import argparse
+import os
 import re
 import sys
 from collections import Counter
@@ -143,7 +144,7 @@ def true_class(label: str, file: Path, labels: Sequence[str]) -> int:
     Raises:
         ValueError: the model has no such class.
     """
-    name = {'folder': file.absolute().parent.name, 'name': file.stem.rpartition('_')[2]}.get(label, label)
+    name = {'folder': Path(os.path.abspath(file)).parent.name, 'name': file.stem.rpartition('_')[2]}.get(label, label)
     return find_class('--label', name.replace('_', ' ') if name not in labels else name, labels)
 
 

@@ -176,6 +176,7 @@ def test_replica(name, monkeypatch):
     """It is not looked at anew, which would be at every step, and without parameters."""
     model = loss_attention(timm.create_model(name, num_classes=5).eval())
     monkeypatch.setattr('timm_lossattn.models.any_timm.analyse', None)
+    model.xi = 0.5
     replica = replicate(model)
     assert torch.equal(replica(X), model(X))
     for a, b in zip(replica.forward_patches(X), model.forward_patches(X)):

@@ -11,8 +11,7 @@ from .weights import MeanWeights
 
 __all__ = ['CapsuleVotes', 'DynamicRoutingHead', 'RoutingWeights']
 
-
-CLASS_CAPSULE_DIM = 16  # dimension of v_k, of Sabour et al.; three iterations are theirs as well
+CLASS_CAPSULE_DIM = 16  # dimension of v_k, of Sabour et al.
 
 
 class RoutingWeights(MeanWeights):
@@ -90,7 +89,7 @@ class DynamicRoutingHead(PatchHead):
         self.grid_size = grid_size
         self.num_features = capsules * capsule_dim
         self.pooled = pool_type != ''
-        self.iterations = 3  # TorchScript reads no constant of the module
+        self.iterations = 3  # of Sabour et al.; here because TorchScript reads no Python global
         self.drop = nn.Dropout(drop_rate)
         self.attn = RoutingWeights(xi)
         positions = capsules * grid_size[0] * grid_size[1]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
-from timm.models._input import update_model_args  # by which timm's own models record such changes
 from timm.utils import unwrap_model
 from torch import nn
 
@@ -70,6 +69,8 @@ class LossAttentionMixin(Base):
         patch_weights: PatchWeights
         patches_differ: bool
         stock_class: type[nn.Module]
+        _model_args: dict[str, Any]
+        _structure_then: dict[str, Any]
         stock_forward_head: Any
     __jit_unused_properties__ = ('xi',)
 
@@ -81,8 +82,10 @@ class LossAttentionMixin(Base):
     @xi.setter
     def xi(self, xi: float) -> None:
         self.patch_weights.xi = checked_xi(xi)
+        self._structure_then = {  # which is no reason to look anew
+            **self._structure_then, 'patch_weights': structure(self.patch_weights)['']}
         if 'backbone' in getattr(self, '_model_args', {}):  # see ``describe``
-            update_model_args(self, xi=self.xi)
+            self._model_args = {**self._model_args, 'xi': self.xi}
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
         """Features to image logits (B, K), or with pre_logits to what the classifier reads.

@@ -111,11 +111,16 @@ def input_config(data: DataOptions, model: nn.Module) -> dict[str, Any]:
     For another number of channels than mean and std have, their averages, as timm's loader does.
 
     Raises:
-        ValueError: the flags want other channels than the model's, or another size than the only one that it takes.
+        ValueError: the flags want another size than the only one that the model takes.
     """
-    config: dict[str, Any] = resolve_input_data_config(model, asdict(data))
-    channels = config['input_size'][0]
-    return config | {key: tuple(config[key]) * (channels if len(config[key]) == 1 else 1) for key in ('mean', 'std')}
+    given, channels = asdict(data), getattr(model, 'in_chans', data.channels)
+    given['in_chans'] = channels  # wins over that of --input-size, which a recipe may have
+    if data.input_size:
+        given['input_size'] = [channels, *data.input_size[1:]]
+    for key in ('mean', 'std'):
+        if given[key] and len(given[key]) not in (1, channels):
+            given[key] = [sum(given[key]) / len(given[key])]
+    return resolve_input_data_config(model, given)
 
 
 def eval_steps(config: dict[str, Any], **changes: Any) -> v2.Compose:
