@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     """Reproduce; errors are one line on stderr and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     own, train_flags = (argv[:argv.index('--')], argv[argv.index('--') + 1:]) if '--' in argv else (argv, [])
-    known = yaml.safe_load((HERE / 'paper_tables.yaml').read_text())
+    known = yaml.safe_load((HERE / 'paper_tables.yaml').read_text('utf-8'))
     tables, figures = ({str(key): value for key, value in known[kind].items()} for kind in ('tables', 'figures'))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
