@@ -23,6 +23,10 @@ class RoutingWeights(MeanWeights):
         """The logits themselves: lengths of class capsules, which stand for the probability that the class is there."""
         return logits
 
+    def independent_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """What has these lengths as its sigmoid."""
+        return torch.logit(upcast(logits), eps=1e-6)
+
 
 class CapsuleVotes(nn.Module):
     """Sabour et al., Eq. 2: prediction vectors û_{k|i} = W_ik u_i, a weight of its own for every capsule and position.

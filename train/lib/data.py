@@ -64,7 +64,7 @@ def open_dataset(
         kwargs: for timm's create_dataset.
 
     Raises:
-        ValueError: no such folder, or another number of classes than the model's.
+        ValueError: no such folder, another number of classes than the model's, or channels that no image has.
     """
     from_hub = data.dataset.startswith(('hfds/', 'hfids/')) and not Path(data.dataset.partition('/')[2]).exists()
     if data.data_dir and not Path(data.data_dir).exists() and not data.dataset_download:
@@ -74,12 +74,14 @@ def open_dataset(
     if data.dataset.startswith(('hfds/', 'hfids/')):
         need('train', 'datasets')
     target_transform = MultiLabelTarget(num_classes) if data.multi_label else CheckedTarget(num_classes)
-    if data.dataset.lower() == 'torch/svhn':
-        return torchvision_datasets.SVHN(
-            data.data_dir or '.', split=split, download=data.dataset_download, target_transform=target_transform)
+    if data.channels not in (1, 3):
+        raise ValueError(f'--in-chans: images are read in grey, 1, or colours, 3, got {data.channels}')
     keys: dict[str, Any] = {
         key: value for key, value in (('input_key', data.input_key), ('target_key', data.target_key)) if value}
     try:
+        if data.dataset.lower() == 'torch/svhn':
+            return torchvision_datasets.SVHN(
+                data.data_dir or '.', split=split, download=data.dataset_download, target_transform=target_transform)
         with hub_or_cache() if from_hub else nullcontext():
             dataset: Any = create_dataset(
                 data.dataset, root=data.data_dir, split=split, is_training=is_training, download=data.dataset_download,
