@@ -16,6 +16,7 @@ into timm_lossattn/hub_weights.json, from where ``pretrained=True`` takes them.
 import argparse
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from card import Words
-from folder import FILES, WEIGHTS, bundle_name, check_tag, copy_bundle, list_bundles, make_folder
+from folder import CARD, FILES, WEIGHTS, bundle_name, check_tag, copy_bundle, list_bundles, make_folder
 from upload import Target, hub_message, register, upload
 
 OUTPUT = Path('output') / 'publish'
@@ -49,16 +50,25 @@ class Job:
 
 
 def prepare(job: Job) -> None:
-    """Fill the job's folder with everything that goes up, written anew.
+    """Fill the job's folder with everything that goes up, written anew; if that fails it stays as it was.
 
     Raises:
         ValueError: files are missing, the weights do not fit, or the example is unreadable.
     """
-    shutil.rmtree(job.folder, ignore_errors=True)
-    job.folder.mkdir(parents=True)
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=job.folder.parent) as scratch:
+        filled = Path(scratch, job.folder.name)
+        filled.mkdir()
+        fill(filled, job)
+        shutil.rmtree(job.folder, ignore_errors=True)
+        filled.rename(job.folder)
+
+
+def fill(folder: Path, job: Job) -> None:
+    """``prepare`` in an empty folder."""
     tag, name = job.target.tag, bundle_name(job.source)
     if name is None:
-        model = make_folder(job.source, job.folder, job.target.repo_id, job.words, job.example)
+        model = make_folder(job.source, folder, job.target.repo_id, job.words, job.example)
         if tag:
             check_tag(model, tag)
         return
@@ -67,7 +77,7 @@ def prepare(job: Job) -> None:
                          'result.json and run `python hub/bundle.py --rewrite`')
     if tag and tag != name.split('.', 1)[1]:
         raise ValueError(f'--tag: {name} has the tag {name.split(".", 1)[1]}, not {tag}')
-    copy_bundle(name, job.folder)
+    copy_bundle(name, folder)
 
 
 def check_folder(job: Job) -> None:
@@ -80,7 +90,8 @@ def check_folder(job: Job) -> None:
     weights = Path(job.source, 'hub').resolve()
     if folder.resolve() in (weights, *weights.parents) or WEIGHTS in (folder.resolve(), *folder.resolve().parents):
         raise ValueError(f'--folder: {folder} is or holds the source and would be emptied; choose another')
-    if folder.exists() and {p.name for p in folder.iterdir() if p.suffix != '.tmp'} - set(FILES):
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if there and (there - set(FILES) or CARD not in there):  # without a card it is another's: a run's hub/, say
         raise ValueError(f'--folder: {folder} holds other files and would be emptied; choose another')
 
 

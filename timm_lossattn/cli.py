@@ -1,16 +1,18 @@
 """The command line: ``timm-lossattn explain``, ``report``, ``check``, ``export``, ``list`` and ``run``."""
 import argparse
+import json
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,12 +23,13 @@ from .evaluation.check_all import check_all, read_checks
 from .explanation import class_labels, explain
 from .explanation.drawing import PANELS
 from .explanation.labels import find_class
+from .explanation.preprocessing import image_endings
 from .export import FORMATS, OUTPUTS, check_target, export_model
 from .files import unique_stems
 from .loading import full_name, list_patch_models, load_patch_model
 from .report.command import add_report_command, add_xi
 from .script_runner import run_script
-from .text import one_line, percent, shorten
+from .text import one_line, percent, printable, shorten
 
 __all__ = ['main']
 
@@ -45,7 +48,7 @@ def image_files(given: Sequence[str], console: Console) -> list[Path]:
         ValueError: a folder without images.
     """
     paths: list[Path] = []
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings = image_endings()
     for path in map(Path, given):
         if not path.is_dir():
             paths.append(path)
@@ -104,6 +107,9 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
     taken = {p.resolve() for p in paths} & {(out / f'{s}{end}').resolve() for s in stems for end in ('.png', '.json')}
     if taken:
         raise ValueError(f'--out: {out} would overwrite an input, {min(taken)}; choose another folder.')
+    foreign = [name for name in map(partial(not_ours, out), stems) if name]
+    if foreign:
+        raise ValueError(f'--out: {out / foreign[0]} is there and no explanation; choose another folder.')
     for path, stem in zip(paths, stems):
         try:
             truth = None if args.label is None else true_class(args.label, path, labels)
@@ -113,8 +119,8 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
                                  'another class, or give the --target that it should be.')
             if against is not None:
                 explanation = explanation.versus(against)
-            explanation.save(out, [stem], [f'{path.name} · {title}'], args.all_classes,
-                             args.panels.split(','), args.stacked, image=str(path), model=model_name,
+            explanation.save(out, [stem], [f'{printable(path.name)} · {title}'], args.all_classes,
+                             args.panels.split(','), args.stacked, image=printable(str(path)), model=model_name,
                              architecture=architecture, checkpoint=args.checkpoint,
                              xi=model.patch_weights.xi if model.patch_weights.informative else None,
                              version=version('timm-lossattn'))
@@ -123,7 +129,7 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
             failed += 1
             continue
         best = int(explanation.predicted)  # of two probabilities that round to 1 the larger logit
-        line = f'{path.name}: {labels[best]} {percent(float(explanation.probabilities[0, best]))}'
+        line = f'{printable(path.name)}: {labels[best]} {percent(float(explanation.probabilities[0, best]))}'
         if truth is not None and truth != best:
             line += f', wrong: {labels[truth]}'
         line += f'  ->  {out / stem}.png, .json'
@@ -133,8 +139,19 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
         hint = explanation.unlike_training()
         if hint and not hinted:
             hinted = True
-            console.print(Text(f'hint: {path.name}: {hint}'), soft_wrap=True)
+            console.print(Text(f'hint: {printable(path.name)}: {hint}'), soft_wrap=True)
     return 1 if failed else 0
+
+
+def not_ours(out: Path, stem: str) -> str | None:
+    """A file that an explanation of this stem would replace and that is none; None if there is no such file."""
+    there = [f'{stem}{end}' for end in ('.json', '.png') if (out / f'{stem}{end}').exists()]
+    try:
+        if not there or {'patch_grid', 'evidence'} <= {*json.loads((out / f'{stem}.json').read_text('utf-8'))}:
+            return None
+    except (OSError, ValueError, TypeError):  # no numbers beside the picture, or no numbers
+        pass
+    return there[0]
 
 
 def true_class(label: str, file: Path, labels: Sequence[str]) -> int:
@@ -143,7 +160,7 @@ def true_class(label: str, file: Path, labels: Sequence[str]) -> int:
     Raises:
         ValueError: the model has no such class.
     """
-    name = {'folder': file.absolute().parent.name, 'name': file.stem.rpartition('_')[2]}.get(label, label)
+    name = {'folder': Path(os.path.abspath(file)).parent.name, 'name': file.stem.rpartition('_')[2]}.get(label, label)
     return find_class('--label', name.replace('_', ' ') if name not in labels else name, labels)
 
 
@@ -325,6 +342,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Errors in what the user gave are one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # not all encodings have ξ, and help texts and names of files do
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     args = build_parser().parse_args(argv)
     if args.command == 'run':  # what goes wrong in another's script is shown as it is
         return args.run(args, Console())

@@ -23,7 +23,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     error in the block leaves the old one.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.{get_ident()}.tmp')
+    name = os.fsencode(path.name)[:200].decode(errors='ignore')  # a name has at most 255 bytes
+    temporary = path.with_name(f'.{name}.{os.getpid()}.{get_ident()}.tmp')
     try:
         yield temporary
         os.replace(temporary, path)

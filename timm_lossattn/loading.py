@@ -96,7 +96,9 @@ def read_checkpoint(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
             if Path(file).suffix != '.safetensors':
                 content = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
                 if isinstance(content, dict):
-                    config = content.get(MODEL_CONFIG) or timm_config(content)
+                    own: Any = content.get(MODEL_CONFIG)  # other projects call something else so
+                    ours = isinstance(own, dict) and isinstance(own.get('architecture'), str)
+                    config = own if ours else timm_config(content)
             return timm.models.load_state_dict(str(file)), config
     except Exception as error:  # a broken file raises whatever its reader raises
         raise ValueError(f'checkpoint: cannot read {file}: {one_line(error)}') from error

@@ -1,13 +1,18 @@
 """Text that fits into one line: of errors, of titles, and probabilities."""
 import re
 
-__all__ = ['one_line', 'percent', 'shorten']
+__all__ = ['one_line', 'percent', 'printable', 'shorten']
 
 
 def shorten(text: str, length: int) -> str:
     """At most length characters, with an ellipsis in the middle."""
     half = (length - 1) // 2
     return text if len(text) <= length else f'{text[:length - 1 - half]}…{text[len(text) - half:]}'
+
+
+def printable(name: str) -> str:
+    """The name of a file that may be no UTF-8, which Python keeps in characters that nothing can print."""
+    return name.encode(errors='surrogateescape').decode(errors='replace')
 
 
 def percent(probability: float) -> str:

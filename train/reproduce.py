@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +151,14 @@ def first_error(calls: Iterable[Callable[[], Any]]) -> ValueError | None:
     return failure
 
 
+def seeds(job: Job, runs: int, options: RunOptions) -> range:
+    """Those that may be finished: all that are asked for, and those of other calls, one after the other."""
+    count = max(runs, 4)
+    while is_finished(job.folder(count, options)):
+        count += 1
+    return range(count)
+
+
 def fill(cells: Iterable[Cells], runs: int, options: RunOptions) -> ValueError | None:
     """Take the numbers of all runs that are finished; the first error."""
     def take(cell: Cell, seed: int, epoch: str) -> None:
@@ -161,15 +168,14 @@ def fill(cells: Iterable[Cells], runs: int, options: RunOptions) -> ValueError |
 
     return first_error(
         partial(take, cell, seed, epoch) for some in cells for cell in all_cells(some) if cell.job is not None
-        for epoch in ('last', 'best')[:1 + bool(cell.chosen)] for seed in range(max(runs, 4)))
+        for epoch in ('last', 'best')[:1 + bool(cell.chosen)] for seed in seeds(cell.job, runs, options))
 
 
 def finished(cells: Iterable[Cells], runs: int, options: RunOptions) -> list[dict[str, Any]]:
     """What is on record of each finished run behind some cells: command, seconds, machine and measures."""
     records = []
     jobs = dict.fromkeys(cell.job for some in cells for cell in all_cells(some) if cell.job is not None)
-    for job, seed in product(jobs, range(max(runs, 4))):
-        folder = job.folder(seed, options)
+    for folder in [job.folder(seed, options) for job in jobs for seed in seeds(job, runs, options)]:
         if is_finished(folder):
             result = json.loads((folder / 'result.json').read_text())
             record = {key: value for key, value in result.items() if key not in ('args', 'epochs', 'data_config')}
@@ -277,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     """Reproduce; errors are one line on stderr and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     own, train_flags = (argv[:argv.index('--')], argv[argv.index('--') + 1:]) if '--' in argv else (argv, [])
-    known = yaml.safe_load((HERE / 'paper_tables.yaml').read_text())
+    known = yaml.safe_load((HERE / 'paper_tables.yaml').read_text('utf-8'))
     tables, figures = ({str(key): value for key, value in known[kind].items()} for kind in ('tables', 'figures'))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)

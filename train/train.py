@@ -50,6 +50,7 @@ from lib.script import script
 from timm_lossattn.files import replace_file, write_json
 from timm_lossattn.loading import model_config
 from timm_lossattn.report.dataset import class_names
+from timm_lossattn.text import one_line
 
 _logger = logging.getLogger('train')
 
@@ -110,12 +111,19 @@ def prepare_task(
         if position is not None and len(position['ranks']) != process.world_size:
             raise ValueError(f'--resume: {options.resume} is from within an epoch of {len(position["ranks"])} '
                              f'processes, there are {process.world_size}.')
-        for name in ('batch_size', 'grad_accum_steps') if position is not None else ():
+        for name in ('batch_size', 'grad_accum_steps', 'seed', 'train_split') if position is not None else ():
             if checkpoint['args'][name] != getattr(options, name):
                 raise ValueError(f'--{name.replace("_", "-")}: {options.resume} is from within an epoch with '
                                  f'{checkpoint["args"][name]}, got {getattr(options, name)}.')
         given = [{key: value for key, value in group.items() if key not in STATE} for group in optimizer.param_groups]
-        start_epoch = resume_task_checkpoint(task, options.resume, optimizer=optimizer, loss_scaler=scaler) or 0
+        trained = checkpoint['args']['opt'] if isinstance(checkpoint.get('args'), dict) else options.opt
+        if trained != options.opt:
+            raise ValueError(f'--opt: {options.resume} is of a run with {trained}, got {options.opt}')
+        try:
+            start_epoch = resume_task_checkpoint(task, options.resume, optimizer=optimizer, loss_scaler=scaler) or 0
+        except RuntimeError as error:
+            raise ValueError(f'--resume: {options.resume}, of {checkpoint.get("arch")}, does not fit --model '
+                             f'{options.model}: {one_line(error)}') from error
         for group, own in zip(optimizer.param_groups, given):
             group |= {**own, 'initial_lr': own['lr']}
     if options.model_ema:
@@ -211,8 +219,8 @@ def run(options: TrainOptions, command: str) -> None:
         for entry in history:  # the whole way, because a plateau schedule depends on it
             scheduler.step(entry['epoch'] + 1, entry['eval'][metric])
         scheduler.step_update(start_epoch * updates)
-        if start_epoch and not history:
-            scheduler.step(start_epoch)
+        for epoch in range(1, start_epoch + 1) if not history else ():  # plateau's warm-up goes step by step
+            scheduler.step(epoch)
         if position is not None:
             done = position['ranks'][0]['batches'] // options.grad_accum_steps
             scheduler.step_update(start_epoch * updates + done)

@@ -1,6 +1,8 @@
 """cli.py in-process: images of every kind in, files out, and those that fail among them."""
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,46 @@ def test_equal_stems(run, tmp_path):
     documents = [json.loads((tmp_path / 'out' / n).read_text()) for n in written(tmp_path) if n.endswith('.json')]
     assert sorted(d['image'] for d in documents) == sorted(str(tmp_path / name) for name in sources)
     assert len(written(tmp_path)) == 2 * len(sources)
+
+
+def test_foreign_files_are_kept(run, tmp_path, capsys):
+    """A picture or numbers of the same name that are no explanation are not replaced; older explanations are."""
+    for name in ('cat.jpg', 'cat.png'):
+        Image.open(CAT).save(tmp_path / name)
+    out = tmp_path / 'out'
+    assert run(tmp_path / 'cat.jpg') == 0
+    assert run(tmp_path / 'cat.jpg') == 0
+    for foreign, content in (('cat.json', b'[1]'), ('cat.json', b'{"shapes": []}'), ('cat.png', b'a mask')):
+        for file in out.iterdir():
+            file.unlink()
+        (out / foreign).write_bytes(content)
+        capsys.readouterr()
+        assert run(tmp_path / 'cat.jpg') == 2
+        assert f'--out: {out / foreign} is there and no explanation' in error_line(capsys)
+        assert [(file.name, file.read_bytes()) for file in out.iterdir()] == [(foreign, content)]
+
+
+def test_names_of_files(run, tmp_path, capsys):
+    """That are no UTF-8, or so long that the file's own limit is near; one that is a line of pixels is one error."""
+    names = [b'caf\xe9.png'.decode(errors='surrogateescape'), '図' * 80 + '.png']
+    for name in names:
+        Image.open(CAT).save(tmp_path / name)
+    Image.new('RGB', (1_000_000, 1)).save(tmp_path / 'line.png')
+    assert run(*(tmp_path / name for name in names), tmp_path / 'line.png') == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(written(tmp_path)) == 4
+    assert lines[0].startswith('caf\ufffd.png: ')
+    assert 'error image: 1000000×1 pixels are too long and thin for the model' in lines[-1]
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
+def test_terminals_without_greek(encoding):
+    """Letters that the encoding lacks are written as escapes."""
+    for command in (['explain', '--help'], ['list']):
+        done = subprocess.run([sys.executable, '-m', 'timm_lossattn.cli', *command], capture_output=True,
+                              encoding=encoding, env=dict(os.environ, PYTHONIOENCODING=encoding))
+        assert (done.returncode, done.stderr) == (0, '')
+        assert 'resnet18_lossattn_conv' in done.stdout or r'\u03be' in done.stdout
 
 
 def test_unique_stems():

@@ -229,3 +229,15 @@ def test_checkpoint_arguments(tmp_path):
     assert numbers['patch_grid'] == [2, 2]
     assert numbers['labels'] == ['a', 'b', 'c']
     assert numbers['logits'] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize('own', [{'dim': 96}, 'vit', ['a', 'b']])
+def test_checkpoints_of_other_projects(tmp_path, own):
+    """What they call model_config says nothing of the model; timm's own words beside it do."""
+    file = tmp_path / 'other.pth'
+    torch.save({MODEL_CONFIG: own, 'state_dict': {}}, file)
+    with pytest.raises(ValueError, match="does not say of which of timm's models it is"):
+        load_model(checkpoint=file)
+    state = timm.create_model('test_resnet', num_classes=3).state_dict()
+    torch.save({MODEL_CONFIG: own, 'state_dict': state, 'arch': 'test_resnet'}, file)
+    assert load_model(checkpoint=file).num_classes == 3

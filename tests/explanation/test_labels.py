@@ -17,6 +17,19 @@ NANO = 'resnet18_lossattn_conv_nano'
 PBC = 'lossattn.tf_efficientnet_lite0.pbc'
 
 
+def test_labels_are_different_text():
+    """Whatever the weights call their classes; so that the model can be explained."""
+    model = timm.create_model(NANO, num_classes=3, pretrained_cfg_overlay={'num_classes': 3}).eval()
+    for names, expected in ((['crane', 'crane', 'crane (1)'], ['crane (0)', 'crane (1) (1)', 'crane (1) (2)']),
+                            ([0, 1, 2], ['0', '1', '2'])):
+        model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names}
+        assert class_labels(model, 3) == expected
+        explanation = explain(model, torch.randn(1, 3, 32, 32))
+        assert explanation.labels == expected
+        assert explanation.figure()
+    assert explain(model, torch.randn(1, 3, 32, 32), labels=[7, 8, 9]).labels == ['7', '8', '9']
+
+
 def test_class_labels():
     """Names are those of weights that were loaded; other classes, or weights of one's own, have numbers."""
     model = timm.create_model(NANO, pretrained=True)

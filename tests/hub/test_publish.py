@@ -179,6 +179,14 @@ def test_errors(shipped, tmp_path, capsys, monkeypatch):
     (tmp_path / 'full' / 'thesis.tex').write_text('')
     expect(capsys, 'holds other files', shipped, '--repo-id', 'me/x', '--dry-run', '--folder', tmp_path / 'full')
     assert (tmp_path / 'full' / 'thesis.tex').exists()
+    save_for_hf(timm.create_model(NANO), str(tmp_path / 'mine'), safe_serialization=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'mine').iterdir()}
+    expect(capsys, 'holds other files', shipped, '--repo-id', 'me/x', '--dry-run', '--folder', tmp_path / 'mine')
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'mine').iterdir()} == before
+    shutil.copytree(shipped, tmp_path / 'older')
+    flags = ('--repo-id', 'me/x', '--dry-run', '--folder', tmp_path / 'older')
+    expect(capsys, 'is no folder', tmp_path / 'nothing', *flags)
+    assert (tmp_path / 'older' / 'model.safetensors').exists()
     monkeypatch.setattr(hub_folder, 'MAX_BYTES', 1000)
     expect(capsys, 'the Hub takes 1,000', shipped, *flags)
 

@@ -89,6 +89,18 @@ def test_pruned_after_reset_classifier(stock):
     assert torch.equal(stock(X), before)
 
 
+def test_hook_that_changes_the_head(stock):
+    """Activations are clipped, as ReAct does: the head is not affine any more, and the sum is exact all the same."""
+    stock.eval().global_pool.register_forward_hook(lambda module, args, output: output.clamp(max=0.5))
+    for pool in ('avg', 'lossattn'):
+        model = loss_attention(stock, pool=pool)
+        assert model.patch_kind == 'A'
+        prediction = model.forward_patches(X)
+        torch.testing.assert_close(prediction.contributions.sum(dim=1), model(X))
+        torch.testing.assert_close(prediction.logits, model(X))
+        assert not torch.allclose(model(X), loss_attention(timm.create_model('resnet18', num_classes=5), pool=pool)(X))
+
+
 def test_later_hook_of_a_module_with_a_hook(stock):
     """The two models share its hooks, and how they are called; the first handle still removes what it stands for."""
     seen = []
@@ -176,6 +188,7 @@ def test_replica(name, monkeypatch):
     """It is not looked at anew, which would be at every step, and without parameters."""
     model = loss_attention(timm.create_model(name, num_classes=5).eval())
     monkeypatch.setattr('timm_lossattn.models.any_timm.analyse', None)
+    model.xi = 0.5
     replica = replicate(model)
     assert torch.equal(replica(X), model(X))
     for a, b in zip(replica.forward_patches(X), model.forward_patches(X)):

@@ -275,7 +275,9 @@ def test_classifier_put_in_by_hand(pool):
     model = timm.create_model('resnet18_lossattn_conv_nano', global_pool=pool).eval()
     model.head.fc = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(model(x), model.forward_patches(x).contributions.sum(dim=1))
+    expected = model.forward_patches(x).contributions.sum(dim=1)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(torch.jit.script(model)(x), expected)
 
 
 def test_plain_vgg_takes_timm_s_arguments():

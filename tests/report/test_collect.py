@@ -159,6 +159,20 @@ def test_killed_before_the_shards_went(work, undisturbed, tmp_path, monkeypatch)
     assert sorted(os.listdir('out')) == ['index.html', 'report.parquet']
 
 
+def test_table_of_another_process(work, undisturbed, tmp_path, monkeypatch, caplog):
+    """Two that were started with the same command: the one that waits takes the table of the one that ended."""
+    shutil.copytree(undisturbed, tmp_path / 'out')
+    table = (tmp_path / 'out' / 'report.parquet').rename(tmp_path / 'table')
+    monkeypatch.setattr(collecting, 'explain_shards', lambda *args: None)
+    monkeypatch.setattr(collecting, 'PATIENCE', -1.)
+    monkeypatch.setattr(collecting.time, 'sleep', lambda seconds: table.rename(tmp_path / 'out' / 'report.parquet'))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['timm-lossattn', *flags(work)])
+    assert main(flags(work)) == 0
+    assert 'RANK is 0 and WORLD_SIZE 1' in caplog.text
+    assert (tmp_path / 'out' / 'report.parquet').read_bytes() == (undisturbed / 'report.parquet').read_bytes()
+
+
 def test_two_processes(work, undisturbed):
     """torchrun: each computes its shards, the first merges; the same bytes as from one."""
     process = start(work, work / 'two', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')

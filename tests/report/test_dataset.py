@@ -1,4 +1,5 @@
 """report/dataset.py: folders, tar files, hfds/ and torch/ data sets, with labels and boxes and without."""
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def test_classes_by_name(model, folder):
     (['n02', 'n01'], ['tench', 'shark'], ['n01', 'n02'], [1, 0], False),
     (['x', 'y'], ['class 0', 'class 1'], [], [0, 1], False),
     (['automobile', 'plane'], ['car', 'plane'], [], [0, 1], True),
+    (['A', 'a'], ['A', 'a'], [], [0, 1], False),
+    (['a-b', 'a_b'], ['a_b', 'a-b'], [], [1, 0], False),
 ])
 def test_match_classes(names, labels, synsets, expected, noted):
     """By name, by WordNet id, or in their order, and then it is said unless the model has no names."""
@@ -71,6 +74,33 @@ def test_match_classes(names, labels, synsets, expected, noted):
     assert classes == expected
     assert bool(note) == noted
     assert not noted or "'automobile' is the model's 'car'" in note
+
+
+def test_order_that_cannot_be():
+    """A name that the model has for another class says that they are not in the same order."""
+    with pytest.raises(ValueError, match="'bird' is the model's class 1; rename them"):
+        match_classes(['bird', 'plane'], ['airplane', 'bird'])
+
+
+def test_split_of_a_folder(model, folder):
+    """Without the split that was asked for, or with others alone, nothing is measured; classes may be called train."""
+    for name in ('train', 'test'):
+        shutil.copytree(folder, folder.parent / 'splits' / name)
+    splits = folder.parent / 'splits'
+    assert len(opened(model, splits, split='test')[0]) == 6
+    for split in (None, 'validation', 'tset'):
+        with pytest.raises(ValueError, match=rf'splits has no folder {split or "validation"}, but test, train'):
+            opened(model, splits, split=split)
+    (folder / 'bird').rename(folder / 'train')
+    assert len(opened(model, folder, labelled=False)[0]) == 6
+
+
+def test_images_of_other_kinds(model, folder):
+    """All that Pillow opens, as explain takes them."""
+    for k, name in enumerate(('c.webp', 'd.TIF', 'e.bmp')):
+        picture(k).save(folder / 'bird' / name, format={'c.webp': 'WEBP', 'd.TIF': 'TIFF', 'e.bmp': 'BMP'}[name])
+    (folder / 'bird' / 'notes.txt').write_text('no image')
+    assert len(opened(model, folder)[0]) == 9
 
 
 def test_unlabelled_folder(model, tmp_path):

@@ -32,8 +32,8 @@ def test_half_a_line_is_dropped(tmp_path):
     """A kill may leave one; what follows is a line of its own again."""
     file = tmp_path / 'images.jsonl'
     Records(file, ASKED, HERE).add([entry(0, 1., 2.)])
-    with file.open('a', encoding='utf-8') as lines:
-        lines.write('{"kind": "image", "ind')
+    with file.open('ab') as lines:
+        lines.write('{"kind": "image", "index": 5, "rows": {"α'.encode()[:-1])  # within a letter
     Records(file, ASKED, HERE).add([entry(1, 1., 2.)])
     assert [json.loads(line).get('index') for line in file.read_text().splitlines()] == [None, 0, 0, 1, 1]
 

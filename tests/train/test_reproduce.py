@@ -1,4 +1,4 @@
-"""train/reproduce.py: the paper's numbers, one real run, and what is not run; train/benchmark.py."""
+"""train/reproduce.py: the paper's numbers, one real run, and what is not run."""
 import json
 import os
 from pathlib import Path
@@ -7,7 +7,6 @@ import pytest
 import timm
 import yaml
 
-import benchmark
 import reproduce
 import timm_lossattn  # noqa: F401  (registers the models)
 from lib import paper, paper_report
@@ -375,6 +374,16 @@ def test_records_and_hours_of_runs(tmp_path):
     assert [json.loads(line) for line in lines] == [slow, quick]
 
 
+def test_seeds_of_other_calls(tmp_path):
+    """--runs 0 counts all that are finished, however many were asked for then."""
+    job, options = paper.Job('resnet18_lossattn_conv', 'cifar10', 'sgd'), paper.RunOptions(str(tmp_path))
+    assert reproduce.seeds(job, 0, options) == range(4)
+    for seed in range(6):
+        (job.folder(seed, options) / 'hub').mkdir(parents=True)
+    assert reproduce.seeds(job, 0, options) == range(6)
+    assert reproduce.seeds(job, 8, options) == range(8)
+
+
 def test_failed_run_is_reported(tmp_path, capfd):
     """The table is written all the same; exit code 2."""
     assert reproduce.main(['--figure', '7', '--rows', 'ResNet18, ξ = 1', '--runs', '1', '--output', str(tmp_path), '--',
@@ -383,29 +392,3 @@ def test_failed_run_is_reported(tmp_path, capfd):
     assert (tmp_path / 'figure7.md').read_text().count('not run') == 28 * 10
     assert reproduce.main(['--table', '2', '--rows', 'nothing', '--output', str(tmp_path)]) == 2
     assert 'no cell matches' in capfd.readouterr().err
-
-
-def test_benchmark(tmp_path, capsys):
-    """Every number is there, positive where it is an amount."""
-    file = tmp_path / 'benchmark.json'
-    assert benchmark.main(['--model', 'resnet18_lossattn_conv_nano', '--batch-size', '2', '--device', 'cpu',
-                           '--channels-last', '--gathered', '--matmul-size', '128', '--repeats', '1', '--json',
-                           str(file)]) == 0
-    result = json.loads(file.read_text())
-    assert result['parameters_million'] == pytest.approx(0.51, abs=0.01)
-    assert result['gathered_convolutions'] == 1
-    assert result['gmacs'] == pytest.approx(0.19, abs=0.01)
-    for name in ('forward_images_per_second', 'train_images_per_second', 'matmul_gflops', 'peak_memory_mib',
-                 'forward_fraction_of_matmul', 'train_fraction_of_matmul', 'gathered_forward_speedup',
-                 'gathered_explain_speedup', 'gathered_train_speedup'):
-        assert result[name] > 0
-    assert {'patch_outputs_cost', 'explain_cost', 'task_cost', 'loss_cost', 'peak_memory_checkpointing_mib', 'command',
-            'hardware'} <= set(result)
-    assert benchmark.main(['--model', 'no_such_model']) == 2
-    for flags, message in ((['--gathered', '--only', 'memory'], '--gathered: is for the CPU, and for speed'),
-                           (['--winograd', '--dtype', 'bfloat16'], '--winograd: is for float32')):
-        capsys.readouterr()
-        assert benchmark.main([*flags, '--device', 'cpu']) == 2
-        assert message in capsys.readouterr().err
-    assert benchmark.main(['--capsules', '--dtype', 'bfloat16', '--device', 'cpu']) == 2  # it would not have been so
-    assert '--dtype: --capsules measures' in capsys.readouterr().err

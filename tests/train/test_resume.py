@@ -114,7 +114,7 @@ def test_recorded_launcher(monkeypatch, world, local, launcher):
     assert record.command_line(None) == 'python train/train.py --lr 0.1'
 
 
-@pytest.mark.parametrize('flags', [('--batch-size', '8'), ('--grad-accum-steps', '2')])
+@pytest.mark.parametrize('flags', [('--batch-size', '8'), ('--grad-accum-steps', '2'), ('--seed', '1')])
 def test_other_batches_within_an_epoch(command, monkeypatch, capsys, flags):
     """A position within an epoch counts batches: of another size they would be other images."""
     save = checkpoint.AtomicSaver.save_position
@@ -130,6 +130,37 @@ def test_other_batches_within_an_epoch(command, monkeypatch, capsys, flags):
     assert train.main([*command, *flags]) == 2
     assert f'{flags[0]}: ' in capsys.readouterr().err
     assert train.main(command) == 0
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    (('--opt', 'adamw'), '--opt: '), (('--model', 'resnet18_cifar'), 'of resnet18_lossattn_conv_nano, does not fit')])
+def test_another_optimizer_or_model(command, capsys, flags, message):
+    """Is one line."""
+    assert train.main([*command, '--epochs', '1']) == 0
+    capsys.readouterr()
+    assert train.main([*command, *flags]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith('error: --')
+    assert message in error
+
+
+def test_without_the_patch_term_from_then_on(command, tmp_path):
+    """The loss terms of the first epoch are not in the second; the run has its curves and its folder all the same."""
+    assert train.main([*command, '--epochs', '1']) == 0
+    assert train.main([*command, '--no-patch-loss']) == 0
+    assert (tmp_path / 'run' / 'hub' / 'config.json').is_file()
+
+
+@pytest.mark.parametrize(('begun', 'experiment'), [(0, 'run'), (2, 'other')])
+def test_warm_up_of_plateau(command, tmp_path, begun, experiment):
+    """A part of an epoch, or longer ago than another run's end: the learning rate is --lr afterwards."""
+    flags = ['--sched', 'plateau', '--lr', '0.04', '--warmup-lr', '1e-5', '--warmup-epochs', '0.3']
+    if begun:
+        assert train.main([*command, '--epochs', '2', '--sched', 'none']) == 0
+        command = [*command, '--resume', str(tmp_path / 'run' / 'last.pth.tar'), '--experiment', experiment]
+    assert train.main([*command, *flags, '--epochs', str(begun + 2)]) == 0
+    last = json.loads((tmp_path / experiment / 'result.json').read_text())['epochs'][-1]
+    assert last['lr'] == pytest.approx(0.04)
 
 
 def test_full_disk_within_an_epoch(command, monkeypatch, capsys):

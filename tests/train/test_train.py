@@ -192,6 +192,7 @@ def test_variants(folder, tmp_path, flags, loss_terms):
     (('--blank-cells', '0.3', '--cache-dataset', '--no-aug'), '--blank-cells: needs --cache-dataset, without --no-aug'),
     (('--blank-cells', '30', '--cache-dataset'), '--blank-cells must lie in'),
     (('--gathered', '--torchcompile'), '--gathered: is for the CPU, without --torchcompile'),
+    (('--in-chans', '4'), '--in-chans: images are read in grey, 1, or colours, 3, got 4'),
     (('--log-wandb', '--workers', '0'), '--log-wandb: not installed'),
 ])
 def test_bad_flags(folder, tmp_path, flags, message, capsys):

@@ -234,7 +234,7 @@ def test_compiled_task_in_train_mode(backbone, frozen):
     ('--model', 'lossattn', '--model-kwargs', 'backbone=mobilenetv3_small_050', 'xi=0.5', '--freeze-backbone',
      '--clip-grad', '1', '--opt', 'adamw'),
     ('--model', 'resnet18_cifar', '--freeze-backbone'),
-    ('--model', 'lossattn.test_vit', '--model-kwargs', 'global_pool=avg', '--input-size', '3', '32', '32'),
+    ('--model', 'lossattn.vit_tiny_patch16_224', '--model-kwargs', 'global_pool=avg', '--input-size', '3', '32', '32'),
 ])
 def test_variants(folder, tmp_path, flags):
     assert train('--data-dir', folder, '--output', tmp_path, '--experiment', 'x', *flags) == 0

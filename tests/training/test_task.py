@@ -79,6 +79,8 @@ def test_threshold_of_multi_label_targets():
     task = LossAttentionTask(
         timm.create_model('resnet18_lossattn_conv_nano'), LossAttentionLoss(multi_label=True), threshold=0.2)
     assert [task.create_evaluator().threshold, task.create_evaluator(threshold=0.7).threshold] == [0.2, 0.7]
+    with pytest.raises(ValueError, match='threshold must lie between 0 and 1, got 5'):
+        LossAttentionTask(timm.create_model('resnet18_lossattn_conv_nano'), threshold=5)
 
 
 def test_model_without_patches():

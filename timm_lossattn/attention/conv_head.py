@@ -70,8 +70,8 @@ class ConvPatchHead(PatchHead):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Feature map (B, C, H', W') to image logits (B, K)."""
-        if not self.reads_logits and (torch.jit.is_scripting() or isinstance(self.fc, (nn.Linear, nn.Identity))):
-            return self.fc(self.pool(x))  # the same as below but for rounding, as long as the classifier is affine
+        if not torch.jit.is_scripting() and not self.reads_logits and isinstance(self.fc, (nn.Linear, nn.Identity)):
+            return self.fc(self.pool(x))  # the same as below but for rounding, because the classifier is affine
         h = self.patches(x)
         p = self.fc(h)  # (B, M, K)
         return weighted_sum(self.attn(h, p), upcast(p)).to(p.dtype)
@@ -85,7 +85,7 @@ class ConvPatchHead(PatchHead):
         return PatchPrediction(contributions.sum(dim=1).to(p.dtype), p, alpha, contributions)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
-        """Feature map (B, C, H', W') to Σ_m α_m h_m (B, C): ``fc`` of it gives the image logits. Unpooled: x itself."""
+        """Feature map (B, C, H', W') to Σ_m α_m h_m (B, C): an affine ``fc`` of it is the logits. Unpooled: x."""
         if not self.pooled:
             return x
         h = self.patches(x)

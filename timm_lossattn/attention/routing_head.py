@@ -11,8 +11,7 @@ from .weights import MeanWeights
 
 __all__ = ['CapsuleVotes', 'DynamicRoutingHead', 'RoutingWeights']
 
-
-CLASS_CAPSULE_DIM = 16  # dimension of v_k, of Sabour et al.; three iterations are theirs as well
+CLASS_CAPSULE_DIM = 16  # dimension of v_k, of Sabour et al.
 
 
 class RoutingWeights(MeanWeights):
@@ -23,6 +22,10 @@ class RoutingWeights(MeanWeights):
     def probabilities(self, logits: torch.Tensor, multi_label: bool = False) -> torch.Tensor:
         """The logits themselves: lengths of class capsules, which stand for the probability that the class is there."""
         return logits
+
+    def independent_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """What has these lengths as its sigmoid."""
+        return torch.logit(upcast(logits), eps=1e-6)
 
 
 class CapsuleVotes(nn.Module):
@@ -90,7 +93,7 @@ class DynamicRoutingHead(PatchHead):
         self.grid_size = grid_size
         self.num_features = capsules * capsule_dim
         self.pooled = pool_type != ''
-        self.iterations = 3  # TorchScript reads no constant of the module
+        self.iterations = 3  # of Sabour et al.; here because TorchScript reads no Python global
         self.drop = nn.Dropout(drop_rate)
         self.attn = RoutingWeights(xi)
         positions = capsules * grid_size[0] * grid_size[1]

@@ -132,6 +132,10 @@ class PatchWeights(nn.Module):
         """Image logits (B, K) to probabilities (B, K): softmax, or for independent classes or a single one sigmoid."""
         return logits.sigmoid() if multi_label or logits.shape[1] == 1 else logits.softmax(dim=1)
 
+    def independent_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Image logits (B, K) to those whose sigmoid is the probability of each class, for multi-label measures."""
+        return logits
+
     def extra_repr(self) -> str:
         return f'xi={self.xi}'
 

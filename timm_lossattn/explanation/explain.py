@@ -82,7 +82,7 @@ def explain(
 
     logits = prediction.logits
     names = class_labels(model, K) if labels is None else (
-        by_index(labels, K) if isinstance(labels, dict) else list(labels))
+        by_index(labels, K) if isinstance(labels, dict) else [str(label) for label in labels])
     strange = isinstance(labels, (str, set, frozenset)) or (
         isinstance(labels, dict) and not {str(k) for k in labels} <= {str(k) for k in range(K)})
     if len(names) != K or len(set(names)) != K or strange:

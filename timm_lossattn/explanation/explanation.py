@@ -17,7 +17,7 @@ import torch
 
 from ..files import replace_file, unique_stems
 from ..prediction import PatchPrediction
-from ..text import percent
+from ..text import percent, printable
 from .drawing import PANELS, draw_explanation
 from .evidence import AGAINST, Against, direction, evidence_along, leave_one_out
 from .geometry import interpolate, patches_to_pixels, spread_over_neighbours, square_box
@@ -287,7 +287,8 @@ class Explanation:
             ValueError: the logits of this image are not finite.
         """
         self._require_finite(index)
-        return draw_explanation(self, index, self.source(index).name if title is None else title, panels, stacked)
+        title = printable(self.source(index).name) if title is None else title
+        return draw_explanation(self, index, title, panels, stacked)
 
     def to_dict(self, index: int = 0, all_classes: bool = False) -> dict[str, Any]:
         """The numbers of one explanation: maps as lists over patch rows and columns, boxes in pixels of the image.

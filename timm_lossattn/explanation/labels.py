@@ -50,15 +50,18 @@ def class_labels(model: Any, num_classes: int) -> list[str]:
     if labels is None and cfg.get('num_classes') == num_classes and imagenet:
         subset = infer_imagenet_subset(cfg)
         labels = imagenet_labels(subset) if subset else ()
-    labels = labels or ()
-    count = Counter(labels)
-    return [label if count[label] == 1 else f'{label} ({k})' for k, label in enumerate(labels)] if (
-        len(labels) == num_classes) else numbered(num_classes)
+    labels = [str(label) for label in labels or ()]
+    if len(labels) != num_classes:
+        return numbered(num_classes)
+    while len({*labels}) < num_classes:
+        count = Counter(labels)
+        labels = [label if count[label] == 1 else f'{label} ({k})' for k, label in enumerate(labels)]
+    return labels
 
 
 def by_index(names: dict[Any, str], num_classes: int) -> list[str]:
     """Names from a dictionary, which timm takes too; its keys are the classes, in JSON as text."""
-    return [names.get(k, names.get(str(k), f'class {k}')) for k in range(num_classes)]
+    return [str(names.get(k, names.get(str(k), f'class {k}'))) for k in range(num_classes)]
 
 
 def numbered(num_classes: int) -> list[str]:

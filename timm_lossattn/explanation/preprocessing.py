@@ -19,11 +19,12 @@ from ..models.probe import input_size
 from ..text import one_line
 
 __all__ = [
-    'PREPROCESSING', 'Preprocessed', 'Preprocessing', 'boxes_to_image', 'boxes_to_input', 'input_config', 'open_image',
-    'preprocess', 'to_rgb',
+    'PREPROCESSING', 'Preprocessed', 'Preprocessing', 'boxes_to_image', 'boxes_to_input', 'image_endings',
+    'input_config', 'open_image', 'preprocess', 'to_rgb',
 ]
 
 PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')  # of timm's data config
+MAX_RESIZED = 100_000_000  # pixels; the shorter side becomes the input's, so a line of pixels would grow to gigabytes
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -41,6 +42,11 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f'image: no such file: {path}') from None
     except Exception as error:  # broken files: RuntimeError, NotImplementedError and more
         raise ValueError(f'image: cannot read {path}: {one_line(error)}') from None
+
+
+def image_endings() -> set[str]:
+    """Endings of the files that Pillow can open: '.png', '.jpg', ..."""
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -139,14 +145,22 @@ class Preprocessing:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.channels = config['input_size'][0]
+        self.channels, height, width = config['input_size']
+        self.pixels = height * width
         if self.channels not in (1, 3):
             raise ValueError(f'model must have 1 or 3 input channels, got {self.channels}.')
         self.steps: list[Any] = create_transform(
             **{key: config[key] for key in PREPROCESSING if config.get(key) is not None}, is_training=False).transforms
 
     def __call__(self, image: Image.Image) -> Preprocessed:
-        """RGB image to Preprocessed; for one channel it is made grey."""
+        """RGB image to Preprocessed; for one channel it is made grey.
+
+        Raises:
+            ValueError: the image is so long and thin that it would have more than MAX_RESIZED pixels.
+        """
+        if self.pixels * max(image.size) > MAX_RESIZED * min(image.size):
+            raise ValueError(f'image: {image.width}×{image.height} pixels are too long and thin for the model: resized '
+                             f'there would be more than {MAX_RESIZED // 1_000_000} megapixels.')
         x: Any = image.convert('L') if self.channels == 1 else image
         size, offset = image.size, (0., 0.)  # of the whole image at the input's scale; of the input's corner in it
         for step in self.steps:

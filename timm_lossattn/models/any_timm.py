@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
-from timm.models._input import update_model_args  # by which timm's own models record such changes
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..attention.weights import PatchWeights, checked_xi, plain_weights, weighted_sum
 from ..prediction import PatchPrediction, upcast
-from .copies import own_modules, renamed, shallow_copy
+from .copies import own_modules, renamed, shallow_copy, users_hooks
 from .held import Record, Replay, frozen_batch_norms
 from .probe import (
     PatchAccess,
@@ -70,6 +69,8 @@ class LossAttentionMixin(Base):
         patch_weights: PatchWeights
         patches_differ: bool
         stock_class: type[nn.Module]
+        _model_args: dict[str, Any]
+        _structure_then: dict[str, Any]
         stock_forward_head: Any
     __jit_unused_properties__ = ('xi',)
 
@@ -81,8 +82,10 @@ class LossAttentionMixin(Base):
     @xi.setter
     def xi(self, xi: float) -> None:
         self.patch_weights.xi = checked_xi(xi)
+        self._structure_then = {  # which is no reason to look anew
+            **self._structure_then, 'patch_weights': structure(self.patch_weights)['']}
         if 'backbone' in getattr(self, '_model_args', {}):  # see ``describe``
-            update_model_args(self, xi=self.xi)
+            self._model_args = {**self._model_args, 'xi': self.xi}
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
         """Features to image logits (B, K), or with pre_logits to what the classifier reads.
@@ -144,7 +147,7 @@ class LossAttentionMixin(Base):
         alpha = self.patch_weights(h, p)
         if self.patches_differ:
             features = join_patches(pool_patches(alpha, h), self.patch_layout, self.patch_prefix)
-        if self.patch_kind == 'A' and not self._any_training():
+        if self.patch_kind == 'A' and not self._head_may_differ():
             logits, parts = self.stock_forward_head(features), p
         else:
             logits, parts = self._held_head(features, h, p, own)
@@ -211,10 +214,10 @@ class LossAttentionMixin(Base):
             raise ValueError(self.patch_refusal)
 
     @torch.jit.ignore
-    def _any_training(self) -> bool:
-        """Whether a part of the model draws or counts anew in each call, as a dropout that is left on at test time."""
-        return self.training or (
-            not torch.compiler.is_compiling() and any(module.training for module in self.modules()))
+    def _head_may_differ(self) -> bool:
+        """Whether a part of it draws anew in each call, as a dropout left on at test time, or has hooks of the user."""
+        return self.training or (not torch.compiler.is_compiling() and (
+            any(module.training for module in self.modules()) or any(users for _, users in users_hooks(self))))
 
     @torch.jit.ignore
     def _notice_settings(self) -> None:

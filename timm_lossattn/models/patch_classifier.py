@@ -4,7 +4,6 @@ from typing import Any, Optional, Union
 
 import torch
 from timm.layers import get_device_dtype
-from timm.models._input import update_model_args  # by which timm's own models record such changes
 from torch import nn
 
 from ..attention import PatchHead
@@ -124,7 +123,7 @@ class PatchClassifier(nn.Module):
     @xi.setter
     def xi(self, xi: float) -> None:
         self.head.attn.xi = checked_xi(xi)
-        update_model_args(self, xi=self.xi)
+        self._model_args = {**getattr(self, '_model_args', {}), 'xi': self.xi}  # what timm saves of a model
 
     @property
     def patch_stride(self) -> int:
@@ -163,7 +162,7 @@ class PatchClassifier(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """θ; except for routing, ``θ(forward_head(x, pre_logits=True))`` is the image logits."""
+        """θ; if it is affine, not for routing, ``θ(forward_head(x, pre_logits=True))`` is the image logits."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:

@@ -4,6 +4,7 @@ Any number of processes share the shards; each is written whole or not at all, a
 Batches begin anew with every shard, so that a resumed run and several processes compute the same numbers as one
 undisturbed run. At most one shard is in memory.
 """
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ __all__ = ['TABLE', 'Run', 'collect', 'positive_share']
 
 TABLE = 'report.parquet'
 BATCHES = 16  # a shard
+PATIENCE = 30.  # seconds after which the first process says what it waits for
+_logger = logging.getLogger('timm_lossattn')
 
 
 def positive_share(explanation: Explanation, boxes: list[torch.Tensor]) -> list[float | None]:
@@ -156,7 +159,15 @@ def collect(
     explain_shards(model, images, run, mine, advance)
     if run.rank:
         return None
+    patience: float | None = time.monotonic() + PATIENCE
     while not all(shard.exists() for shard in shards):  # no collective call: those give up after some minutes
+        if table.exists():  # by another process with the same command
+            run.check(table)
+            return table
+        if patience is not None and time.monotonic() > patience:
+            patience = None
+            _logger.warning(f'waiting for {sum(not shard.exists() for shard in shards)} of {len(shards)} shards, of '
+                            f'other processes: RANK is {run.rank} and WORLD_SIZE {run.world_size}')
         time.sleep(0.2)
     for shard in shards:
         run.check(shard)

@@ -44,7 +44,7 @@ def add_report_command(commands: Any) -> None:
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     add_xi(command)
     command.add_argument('--out', default='report', metavar='DIR', help='default: report')
-    command.add_argument('--split', default='validation', metavar='NAME', help='default: validation')
+    command.add_argument('--split', metavar='NAME', help='default: validation; of a folder without it all images')
     command.add_argument('--data-dir', metavar='DIR', help='where a torch/ data set lies')
     command.add_argument('--input-key', metavar='COLUMN', help='column of the images of an hfds/ data set (image)')
     command.add_argument('--target-key', metavar='COLUMN', help='column of its labels (label)')
@@ -95,7 +95,8 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
         'command': f'timm-lossattn {shlex.join(sys.argv[1:])}', 'version': version('timm-lossattn'),
         'settings': {
             'dataset': args.dataset, 'data_dir': args.data_dir, 'images': len(images),
-            'content': images.fingerprint(), 'split': args.split, 'columns': [args.input_key, args.target_key],
+            'content': images.fingerprint(), 'split': args.split or 'validation',
+            'columns': [args.input_key, args.target_key],
             'labelled': images.labelled, 'labels': labels,
             'boxes': sha256_of(args.boxes) if args.boxes else None,
             'model': name, 'weights': weights_digest(model), 'pool': repr(model.patch_weights),

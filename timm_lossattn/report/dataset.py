@@ -17,13 +17,14 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..explanation import Preprocessed, Preprocessing
 from ..explanation.labels import numbered
-from ..explanation.preprocessing import to_rgb
+from ..explanation.preprocessing import image_endings, to_rgb
 from ..hub_access import hub_or_cache
-from ..text import one_line
+from ..text import one_line, printable, shorten
 
 __all__ = ['Item', 'ReportImages', 'class_names', 'match_classes', 'open_images', 'read_boxes', 'split_readable']
 
 STREAMS = ('hfids', 'wds', 'tfds')
+SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test', 'testing'}  # no classes
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ReportImages(Dataset):
                 str(Path(samples[index][0]).relative_to(self.images.root)) if samples else None)
         except TypeError:  # a row without image
             return None
-        return name and name.encode(errors='surrogateescape').decode(errors='replace')  # bytes that are no UTF-8
+        return name and printable(name)
 
     def label(self, target: Any) -> int | None:
         """A target of the data set as a class of the model; None for a negative one, which says that it is not known.
@@ -204,7 +205,8 @@ def check_box_names(images: ReportImages, path: str | Path) -> str:
 def match_classes(names: Sequence[str], labels: Sequence[str], synsets: Sequence[str] = ()) -> tuple[list[int], str]:
     """Class of the model for each class of the data set, and a note if they were matched by place and not by name.
 
-    Names are compared without case, and with '_' and '-' as spaces. A data set may have fewer classes than the model.
+    Names are compared as they are, and then without case and with '_' and '-' as spaces. A data set may have fewer
+    classes than the model.
 
     Args:
         names: classes of the data set.
@@ -212,15 +214,25 @@ def match_classes(names: Sequence[str], labels: Sequence[str], synsets: Sequence
         synsets: of an ImageNet model's classes, for data sets whose folders are called so.
 
     Raises:
-        ValueError: neither the names are the model's nor is their number.
+        ValueError: neither the names are the model's nor are their number and order.
     """
     def plain(name: str) -> str:
         return re.sub(r'[\s_-]+', ' ', name).strip().casefold()
+    def exact(name: str) -> str:
+        return name
     for known in (labels, synsets):
-        places = {plain(name): k for k, name in enumerate(known)}
-        if all(plain(name) in places for name in names):
-            return [places[plain(name)] for name in names], ''
+        for form in (exact, plain):
+            places = {form(name): k for k, name in enumerate(known)}
+            if all(form(name) in places for name in names) and len(places) == len(known) and len(
+                    {form(name) for name in names}) == len(names):  # letters: A is not a
+                return [places[form(name)] for name in names], ''
     if len(names) == len(labels):
+        places = {plain(name): k for k, name in enumerate(labels)}
+        elsewhere = next((name for k, name in enumerate(names) if places.get(plain(name), k) != k), None)
+        if elsewhere is not None:
+            raise ValueError(
+                f"DATASET: not all of its classes have the model's names, and their order is another: {elsewhere!r} "
+                f"is the model's class {places[plain(elsewhere)]}; rename them, or without labels: --no-labels")
         different = next((a, b) for a, b in zip(names, labels) if plain(a) != plain(b))
         unnamed = list(labels) == numbered(len(labels))
         note = '' if unnamed else (
@@ -252,7 +264,7 @@ def class_names(images: Any) -> list[str]:
 
 
 def open_images(
-        name: str, model: Any, labels: Sequence[str], preprocessing: Preprocessing, split: str = 'validation',
+        name: str, model: Any, labels: Sequence[str], preprocessing: Preprocessing, split: str | None = None,
         root: str | None = None, input_key: str | None = None, target_key: str | None = None, labelled: bool = True,
         boxes: str | None = None) -> tuple[ReportImages, list[str], str]:
     """A data set by timm's name, or a folder of images, with or without one sub-folder for each class.
@@ -262,7 +274,7 @@ def open_images(
         model: its classes are those of the labels.
         labels: names of its classes.
         preprocessing: of the model.
-        split: of the data set; of a folder the sub-folder of that name, if it has one.
+        split: of the data set; of a folder the sub-folder of that name. By default validation, if a folder has one.
         root: where a torch/ data set lies; cache of an hfds/ one.
         input_key, target_key: columns of an hfds/ data set, 'image' and 'label' unless they are given.
         labelled: look at the labels; without, or where there are none, the report has predictions alone.
@@ -272,7 +284,7 @@ def open_images(
         The images, names of the model's classes (the data set's if the model has none) and a note or ''.
 
     Raises:
-        ValueError: no such data set, a stream, or classes that are not the model's.
+        ValueError: no such data set or split, a stream, or classes that are not the model's.
         ImportError: an hfds/ data set without the package datasets.
     """
     kind = name.partition('/')[0].lower()
@@ -282,22 +294,31 @@ def open_images(
     from_hub = kind == 'hfds' and not Path(name.partition('/')[2]).exists()
     if not remote and not Path(name).exists():
         raise ValueError(f'DATASET: no such folder: {name}; or give hfds/NAME or torch/NAME')
+    folder = not remote and Path(name).is_dir()
+    if folder:
+        input_key = input_key or ';'.join(sorted(image_endings()))  # by itself timm takes .png and .jpg alone
     keys = {key: value for key, value in (('input_key', input_key), ('target_key', target_key)) if value}
+    wanted = split or 'validation'
 
     def create(**more: Any) -> Any:
         try:
             with hub_or_cache() if from_hub else nullcontext():
                 return create_dataset(
-                    name if remote else '', root=root if remote else name, split=split, **{**keys, **more})
+                    name if remote else '', root=root if remote else name, split=wanted, **{**keys, **more})
         except ImportError as error:
             raise ImportError(f"{error.name} is not installed: pip install 'timm-lossattn[report]'") from None
         except Exception as error:  # unknown names, splits and columns, no network: many kinds
             hint = '; where the Hub is out of reach, hfds/FOLDER takes a copy on disk' if from_hub else ''
-            raise ValueError(f'DATASET: cannot open {name!r}, split {split!r}: {one_line(error)}{hint}') from error
+            raise ValueError(f'DATASET: cannot open {name!r}, split {wanted!r}: {one_line(error)}{hint}') from error
 
     images = create()
     if isinstance(images, IterableDataset) or not len(images):
-        raise ValueError(f'DATASET: no image in {name}, split {split!r}')
+        raise ValueError(f'DATASET: no image in {name}, split {wanted!r}')
+    if folder and Path(images.reader.root) == Path(name):  # there is no such sub-folder: all images
+        inside = sorted(path.name for path in Path(name).iterdir() if path.is_dir())
+        if split is not None or (inside and {*inside} <= SPLITS):
+            raise ValueError(f'--split: {name} has no folder {wanted}' + (
+                f', but {shorten(", ".join(inside), 100)}' if inside else ''))
     by_name = read_boxes(boxes) if boxes else None
     boxed = by_name is not None
     columns = getattr(getattr(getattr(images, 'reader', None), 'dataset', None), 'features', None)
@@ -320,8 +341,8 @@ def open_images(
             shown = names
     if not remote:
         root = str(images.reader.root)
-        split = '' if Path(root) == Path(name) else Path(root).name
-    report_images = ReportImages(images, preprocessing, len(labels), classes, labelled, by_name, boxed, split)
+        wanted = '' if Path(root) == Path(name) else Path(root).name
+    report_images = ReportImages(images, preprocessing, len(labels), classes, labelled, by_name, boxed, wanted)
     if boxes and not from_hub:
         note = '; '.join(filter(None, [note, check_box_names(report_images, boxes)]))
     return report_images, shown, note

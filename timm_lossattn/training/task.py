@@ -3,7 +3,7 @@ from typing import Any, Optional
 
 import torch
 from timm.models import group_parameters
-from timm.optim._param_groups import auto_group_layers
+from timm.optim import auto_group_layers
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator, TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
@@ -63,7 +63,7 @@ class LossAttentionTask(TrainingTask):
 
     Raises:
         TypeError: the model has no ``forward_patches``.
-        ValueError: negative gamma_max or rampup_epochs, or updates_per_epoch under 1.
+        ValueError: negative gamma_max or rampup_epochs, updates_per_epoch under 1, or threshold outside of (0, 1).
 
     Examples:
         >>> task = LossAttentionTask(model, rampup_epochs=0.4 * epochs)
@@ -90,6 +90,8 @@ class LossAttentionTask(TrainingTask):
         gamma_rampup(0., gamma_max, rampup_epochs)  # checks the arguments
         if updates_per_epoch is not None and updates_per_epoch < 1:
             raise ValueError(f'updates_per_epoch must be at least 1, got {updates_per_epoch}.')
+        if not 0. < threshold < 1.:
+            raise ValueError(f'threshold must lie between 0 and 1, got {threshold}.')
         self.trainable_module: Any = PatchTrainingModule(model)
         self.loss = (loss if loss is not None else LossAttentionLoss()).to(self.device)
         self.threshold = threshold

@@ -1,6 +1,7 @@
 """From options to task, optimizer, schedule and precision, through timm's factories."""
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from timm.utils import NativeScaler
 from torch import nn
 
 from timm_lossattn import LossAttentionLoss, LossAttentionTask, MarginLoss
+from timm_lossattn.prediction import upcast
 from timm_lossattn.training.loss import summed_bce
 
 from .options import TrainOptions
@@ -28,6 +30,23 @@ _logger = logging.getLogger('train')
 def default_loss(model: nn.Module) -> str:
     """What the paper trains such a model with, see ``PatchWeights.default_loss``."""
     return getattr(getattr(model, 'patch_weights', None), 'default_loss', 'classification')
+
+
+class Float32Loss(nn.Module):
+    """A criterion of logits in float32 whatever autocast says: on the CPU log_softmax would stay in bfloat16.
+
+    Args:
+        criterion: (logits, target) -> scalar.
+    """
+
+    def __init__(self, criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K) and what the criterion takes as a target, to its scalar."""
+        with torch.autocast(device_type=logits.device.type, enabled=False):
+            return self.criterion(upcast(logits), target)
 
 
 def create_task(options: TrainOptions, model: Any, updates_per_epoch: int, device: torch.device) -> TrainingTask:
@@ -54,7 +73,7 @@ def create_task(options: TrainOptions, model: Any, updates_per_epoch: int, devic
     if kind == 'margin':
         criterion = MarginLoss()
     task = MultiLabelClassificationTask if options.multi_label else ClassificationTask
-    return task(model, criterion, device=device)
+    return task(model, Float32Loss(criterion), device=device)
 
 
 def resolve_lr(options: TrainOptions, world_size: int) -> TrainOptions:
@@ -89,6 +108,8 @@ def create_scheduler(
             optimizer, rampup_t=options.warmup_epochs, milestones=options.decay_milestones,
             decay_rate=options.decay_rate, beta2_after_rampup=options.beta2_after_warmup,
             updates_per_epoch=updates_per_epoch), options.epochs
+    if options.sched == 'plateau':  # timm's would stay at a part of the learning rate
+        options = replace(options, warmup_epochs=math.ceil(options.warmup_epochs))
     return create_scheduler_v2(
         optimizer, **scheduler_kwargs(options, decreasing_metric=options.eval_metric == 'loss'),
         updates_per_epoch=updates_per_epoch)

@@ -64,7 +64,7 @@ def open_dataset(
         kwargs: for timm's create_dataset.
 
     Raises:
-        ValueError: no such folder, or another number of classes than the model's.
+        ValueError: no such folder, another number of classes than the model's, or channels that no image has.
     """
     from_hub = data.dataset.startswith(('hfds/', 'hfids/')) and not Path(data.dataset.partition('/')[2]).exists()
     if data.data_dir and not Path(data.data_dir).exists() and not data.dataset_download:
@@ -74,12 +74,14 @@ def open_dataset(
     if data.dataset.startswith(('hfds/', 'hfids/')):
         need('train', 'datasets')
     target_transform = MultiLabelTarget(num_classes) if data.multi_label else CheckedTarget(num_classes)
-    if data.dataset.lower() == 'torch/svhn':
-        return torchvision_datasets.SVHN(
-            data.data_dir or '.', split=split, download=data.dataset_download, target_transform=target_transform)
+    if data.channels not in (1, 3):
+        raise ValueError(f'--in-chans: images are read in grey, 1, or colours, 3, got {data.channels}')
     keys: dict[str, Any] = {
         key: value for key, value in (('input_key', data.input_key), ('target_key', data.target_key)) if value}
     try:
+        if data.dataset.lower() == 'torch/svhn':
+            return torchvision_datasets.SVHN(
+                data.data_dir or '.', split=split, download=data.dataset_download, target_transform=target_transform)
         with hub_or_cache() if from_hub else nullcontext():
             dataset: Any = create_dataset(
                 data.dataset, root=data.data_dir, split=split, is_training=is_training, download=data.dataset_download,
@@ -111,11 +113,16 @@ def input_config(data: DataOptions, model: nn.Module) -> dict[str, Any]:
     For another number of channels than mean and std have, their averages, as timm's loader does.
 
     Raises:
-        ValueError: the flags want other channels than the model's, or another size than the only one that it takes.
+        ValueError: the flags want another size than the only one that the model takes.
     """
-    config: dict[str, Any] = resolve_input_data_config(model, asdict(data))
-    channels = config['input_size'][0]
-    return config | {key: tuple(config[key]) * (channels if len(config[key]) == 1 else 1) for key in ('mean', 'std')}
+    given, channels = asdict(data), getattr(model, 'in_chans', data.channels)
+    given['in_chans'] = channels  # wins over that of --input-size, which a recipe may have
+    if data.input_size:
+        given['input_size'] = [channels, *data.input_size[1:]]
+    for key in ('mean', 'std'):
+        if given[key] and len(given[key]) not in (1, channels):
+            given[key] = [sum(given[key]) / len(given[key])]
+    return resolve_input_data_config(model, given)
 
 
 def eval_steps(config: dict[str, Any], **changes: Any) -> v2.Compose:

@@ -90,7 +90,7 @@ def train_one_epoch(
             images += len(x)
             for name, value in result.items():
                 if name != 'output':
-                    value = value.detach() if torch.is_tensor(value) else value
+                    value = value.detach().float() if torch.is_tensor(value) else value  # a half would not add up
                     sums[name] = sums.get(name, 0.) + value * len(x)
             bar.update()
             if (i + 1) % LOG_INTERVAL == 0 or i + 1 == batches:

@@ -11,7 +11,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask, evaluation_sample_limit
+from timm.task import (
+    ClassificationTask,
+    MultiLabelClassificationEvaluator,
+    MultiLabelClassificationTask,
+    TrainingTask,
+    evaluation_sample_limit,
+)
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -89,13 +95,16 @@ def evaluate(
         precisions: mean average precisions to measure besides, by their names: torchmetrics of logits and targets.
     """
     model.eval()
+    independent = isinstance(evaluator, MultiLabelClassificationEvaluator)
+    weights = getattr(model, 'patch_weights', None) if independent else None
     for x, y, *found in loader:
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with autocast():
             logits = model(x) if boxes is None else boxes.update(x, y, found[0])
-        evaluator.update(logits.to(evaluator.device), y.to(evaluator.device))
+        scores = logits if weights is None else weights.independent_logits(logits)
+        evaluator.update(scores.to(evaluator.device), y.to(evaluator.device))
         for metric in precisions.values():
             metric.update(logits.cpu(), y.cpu())  # explanations are on the CPU, wherever the model is
     result = dict(evaluator.compute(distributed=distributed))

@@ -42,8 +42,8 @@ class Records:
         self.entries: list[dict[str, Any]] = []
         self.started = False
         asked = json.loads(json.dumps(asked))  # as it is in the file: tuples are lists
-        lines = path.read_text('utf-8').splitlines(keepends=True) if path.is_file() else []
-        whole = [line for line in lines if line.endswith('\n')]
+        *lines, rest = path.read_bytes().split(b'\n') if path.is_file() else [b'']
+        whole = [line.decode() + '\n' for line in lines]
         if not whole:
             whole = [json.dumps({'kind': 'asked', **asked}, ensure_ascii=False) + '\n']
         found = json.loads(whole[0])
@@ -57,7 +57,7 @@ class Records:
         for entry in map(json.loads, whole[1:]):
             first.setdefault((entry['kind'], entry['index']), entry)
         self.entries = list(first.values())
-        if lines != whole:
+        if rest or not lines:  # half a line, or nothing yet
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, ''.join(whole).encode())
 

@@ -53,7 +53,8 @@ def model_args(options: TrainOptions) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in (
         'xi', 'backbone_stride', 'patch_stride', 'patch_padding', 'width_mult')}
     name = dict(options.model_kwargs).get('backbone', options.model)
-    if options.input_size and 'img_size' not in options.model_kwargs and timm.is_model(name):
+    if options.input_size and timm.is_model(name) and not {'img_size', 'dynamic_img_size', 'strict_img_size'} & {
+            *options.model_kwargs}:
         cfg = timm.get_pretrained_cfg(name)
         if cfg is not None and cfg.fixed_input_size and list(cfg.input_size) != options.input_size:
             given['img_size'] = options.input_size[1:]  # as dynamic routing, which has weights for every position

@@ -74,8 +74,8 @@ class ModelOptions:
         None, 'start as this narrower model with its pretrained weights: further channels begin without influence',
         metavar='MODEL')
     freeze_backbone: bool = flag(
-        False, 'train the classifier only, and the patch layers of models of this package; the backbone stays as it '
-               'is, batch statistics too')
+        False, 'train what stands behind the backbone: the classifier, of models of this package also patch layers and '
+               'attention; the backbone stays as it is, batch statistics too')
     initial_checkpoint: str = flag('', 'start from the weights in this file', metavar='FILE')
     resume: str = flag('', 'continue the run that wrote this checkpoint; "auto": the newest good one of --experiment',
                        metavar='FILE')

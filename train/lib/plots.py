@@ -1,5 +1,6 @@
 """Pictures: curves of runs, heat maps over images, boxes."""
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,14 @@ def draw_runs(path: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
         x = [entry['epoch'] + 1 for entry in epochs]
         marker = 'o' if len(x) < 40 else ''
         values = [entry['eval'][metric] for entry in epochs]
-        unit = '' if metric == 'loss' else ' (%)'
         left.plot(x, values, color=color, marker=marker, ms=3, label=name)
-        left.set(xlabel='epoch', ylabel=f'eval {metric}{unit}')
+        left.set(xlabel='epoch', ylabel=', '.join(dict.fromkeys(
+            f'eval {run["metric"]}{"" if run["metric"] == "loss" else " (%)"}' for run in runs.values())))
         if len(runs) == 1:
             best = (min if metric == 'loss' else max)(range(len(x)), key=values.__getitem__)
             left.set(title=f'best: {values[best]:.2f} in epoch {x[best]}')
-            terms = {f'train {term}': [entry['train'][term] for entry in epochs]
-                     for term in ('loss', 'image_loss', 'patch_loss') if term in epochs[0]['train']}
+            terms = {f'train {term}': [entry['train'].get(term, math.nan) for entry in epochs]  # --no-patch-loss since
+                     for term in ('loss', 'image_loss', 'patch_loss') if any(term in e['train'] for e in epochs)}
             for term, losses in (terms | {'eval loss': [entry['eval']['loss'] for entry in epochs]}).items():
                 right.plot(x, losses, marker=marker, ms=3, label=term)
             right.set(xlabel='epoch', ylabel='loss')

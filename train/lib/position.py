@@ -33,6 +33,11 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state['cuda'], device)
 
 
+def is_finite(model: Any) -> bool:
+    """Whether all parameters are numbers."""
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
 class Recovery:
     """Writes last.pth.tar every so many minutes, with the position in the epoch.
 
@@ -81,8 +86,9 @@ class Recovery:
         self.states = [*self.states[-1:], random_state(self.process.device)]
         if updates is None or (self.process.distributed and updates % INTERVAL):
             return
-        if not self.process.from_first(time.monotonic() - self.saved >= 60 * self.minutes):
-            return
+        due = time.monotonic() - self.saved >= 60 * self.minutes
+        if not self.process.from_first(due and (self.saver is None or is_finite(self.saver.model))):
+            return  # of weights that are not finite the last good ones stay, to go on from with a lower --lr
         own = {'batches': batches, 'images': images, 'random': self.states, 'seconds': seconds,
                'sums': {name: value.cpu() if torch.is_tensor(value) else value for name, value in sums.items()}}
         ranks = [own]

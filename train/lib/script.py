@@ -23,6 +23,8 @@ def user_message(error: Exception) -> str:
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, RuntimeError):
+        if 'would receive no data' in str(error):  # timm's words for a stream of few files
+            return '--workers: ' + ' '.join(lines[-1].partition('Error: ')[2].split() or lines[-1].split())
         if 'consecutive samples' not in str(error):  # timm's words for an unreadable image
             raise error
         return ('--dataset: unreadable image (named in the warning above; set TIMM_DATASET_MAX_RETRIES to skip such '
