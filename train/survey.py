@@ -96,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--write', action='store_true', help='the tables into docs/timm_models.md')
     args = parser.parse_args(argv)
     checks = read_checks(CHECKS)
+    if not checks:
+        raise ValueError(f'there is no {CHECKS}: timm-lossattn check --all --out {CHECKS}')
     for begin, text in ((BEGIN_KINDS, counts_by_kind(checks)), (BEGIN_FAMILIES, table(smallest(checks)))):
         print(f'{text}\n')
         if args.write:

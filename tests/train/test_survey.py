@@ -59,6 +59,14 @@ def test_families(checks, capsys):
     assert 'Of kind D, with `global_pool="avg"`: 0 of kind A, 1 of kind B, 0 of kind C.' in out
 
 
+def test_no_checks(tmp_path, monkeypatch, capsys):
+    """Nothing is written."""
+    monkeypatch.setattr(survey, 'CHECKS', tmp_path / 'none.jsonl')
+    monkeypatch.setattr(survey, 'DOCUMENT', None)
+    assert survey.main(['--write']) == 2
+    assert 'there is no' in capsys.readouterr().err
+
+
 def test_write_leaves_the_rest_of_the_document(checks, tmp_path, monkeypatch):
     """Only what stands between its marks changes, and a second time nothing."""
     document = tmp_path / 'timm_models.md'

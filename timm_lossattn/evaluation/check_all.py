@@ -48,7 +48,8 @@ def check_all(file: str | Path, names: Sequence[str] | None = None, limit_millio
     """Check models with random weights, see ``check_model``, and append each result to a file as soon as it is there.
 
     Args:
-        file: lines of JSON, one a model; models that are in it already are not checked again.
+        file: lines of JSON, one a model; models that are in it already are not checked again, unless they were
+            refused and older lines do not say what average pooling makes of them.
         names: of timm models; by default all of them.
         limit_million: models with more parameters are named there with kind 'large', and not checked.
 
@@ -61,7 +62,7 @@ def check_all(file: str | Path, names: Sequence[str] | None = None, limit_millio
         OSError: it cannot be written.
     """
     file, names = Path(file), models_to_check() if names is None else names
-    done = read_checks(file)
+    done = {name: row for name, row in read_checks(file).items() if row['kind'] != 'D' or row['with_avg']}
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, ''.join(f'{json.dumps(row)}\n' for row in done.values()).encode())
     methods = multiprocessing.get_all_start_methods()
