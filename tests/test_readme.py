@@ -196,7 +196,7 @@ def test_numbers_beside_table_6_mini():
     measured = json.loads((ROOT / 'train' / 'results' / 'table6-mini' / 'shipped.json').read_text())
     text = (ROOT / 'train' / 'TRAINING.md').read_text()
     assert f"validate.py {measured['command'].split('validate.py ')[1]}" in text.replace('\\\n    ', '')
-    text = text.split('Localisation says nothing here')[1].split('##')[0]
+    text = ' '.join(text.split('Localisation says nothing here')[1].split('##')[0].split())
     for name in ('localization_ap_all_patches', 'localization_ap_centred_square', 'patches_in_object',
                  *(f'patch_{one}{which}' for one in ('precision', 'recall', 'f') for which in ('', '_all_patches'))):
         assert f'{measured[name]:.1f} %' in text, name
