@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,7 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
     taken = {p.resolve() for p in paths} & {(out / f'{s}{end}').resolve() for s in stems for end in ('.png', '.json')}
     if taken:
         raise ValueError(f'--out: {out} would overwrite an input, {min(taken)}; choose another folder.')
-    foreign = [name for name in map(partial(not_ours, out), stems) if name]
+    foreign = [name for stem in stems if (name := not_ours(out, stem))]
     if foreign:
         raise ValueError(f'--out: {out / foreign[0]} is there and no explanation; choose another folder.')
     for path, stem in zip(paths, stems):

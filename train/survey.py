@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """For which timm models is loss attention exact? The tables of docs/timm_models.md, by kind and by family.
 
-    timm-lossattn check --all --out train/results/check_all.jsonl    # an hour or two; goes on where it was stopped
+    timm-lossattn check --all --out train/results/check_all.jsonl    # goes on where it was stopped
     python train/survey.py [--write]
 
 A family is one of timm's modules; its row is the smallest model that was checked. --write puts the tables into

@@ -44,7 +44,7 @@ def add_report_command(commands: Any) -> None:
     command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     add_xi(command)
     command.add_argument('--out', default='report', metavar='DIR', help='default: report')
-    command.add_argument('--split', metavar='NAME', help='default: validation; of a folder without it all images')
+    command.add_argument('--split', metavar='NAME', help='default: validation; of a folder without splits all images')
     command.add_argument('--data-dir', metavar='DIR', help='where a torch/ data set lies')
     command.add_argument('--input-key', metavar='COLUMN', help='column of the images of an hfds/ data set (image)')
     command.add_argument('--target-key', metavar='COLUMN', help='column of its labels (label)')

@@ -218,10 +218,8 @@ def match_classes(names: Sequence[str], labels: Sequence[str], synsets: Sequence
     """
     def plain(name: str) -> str:
         return re.sub(r'[\s_-]+', ' ', name).strip().casefold()
-    def exact(name: str) -> str:
-        return name
     for known in (labels, synsets):
-        for form in (exact, plain):
+        for form in (str, plain):
             places = {form(name): k for k, name in enumerate(known)}
             if all(form(name) in places for name in names) and len(places) == len(known) and len(
                     {form(name) for name in names}) == len(names):  # letters: A is not a
