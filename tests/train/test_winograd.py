@@ -10,6 +10,8 @@ from torch import nn
 
 import timm_lossattn  # noqa: F401  registers the models
 from lib import winograd
+from lib.model import load_trained
+from lib.options import EvalOptions
 from lib.winograd import WinogradConv2d, toom_cook, use_winograd, winograd_conv2d
 
 TOLERANCE = 2e-5  # of the largest value
@@ -165,3 +167,20 @@ def test_whole_model(monkeypatch):
     F.cross_entropy(other.train()(x), y).backward()
     for (name, p), q in zip(model.named_parameters(), other.parameters()):
         assert (q.grad - p.grad).norm() <= 1e-3 * p.grad.norm() + 1e-6, name  # batch norm after ReLU: many near zero
+
+
+@pytest.mark.usefixtures('eager')
+def test_trained_model(monkeypatch):
+    """--winograd of the scripts that measure: the same contributions and boxes; elsewhere than on the CPU an error."""
+    monkeypatch.setattr(winograd, 'MIN_CHANNELS', 8)
+    monkeypatch.setattr(winograd, 'MIN_TILES', 1)
+    name = 'resnet18_lossattn_conv_nano'
+    plain, used = (load_trained(EvalOptions(model=name, winograd=on), patches=True) for on in (False, True))
+    assert [sum(isinstance(m, WinogradConv2d) for m in model.modules()) for model in (plain, used)] == [0, 16]
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, out = (model.forward_patches(x) for model in (plain, used))
+    close(out.contributions, expected.contributions.double())
+    assert torch.equal(used.patch_boxes(32, 32), plain.patch_boxes(32, 32))
+    with pytest.raises(ValueError, match='--winograd: is for the CPU, not for --device cuda'):
+        load_trained(EvalOptions(model=name, winograd=True), 'cuda')

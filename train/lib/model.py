@@ -40,12 +40,24 @@ def load_trained(options: EvalOptions, device: torch.device | str = 'cpu', patch
         patches: a stock timm model gets patches of equal weight.
 
     Raises:
-        ValueError: no such model or weights, or with ``patches`` one whose logits are no sum over them.
+        ValueError: no such model or weights, or with ``patches`` one whose logits are no sum over them; Winograd
+            elsewhere than on the CPU.
     """
+    if options.winograd and torch.device(device).type != 'cpu':
+        raise ValueError(f'--winograd: is for the CPU, not for --device {device}')
     given = {'xi': options.xi, 'num_classes': options.num_classes, 'in_chans': options.in_chans}
-    return (load_patch_model if patches else load_model)(
+    model = (load_patch_model if patches else load_model)(
         options.model, options.checkpoint, device,
         **{key: value for key, value in given.items() if value is not None}, **options.model_kwargs)
+    if options.winograd:
+        replace_convolutions(model)
+    return model
+
+
+def replace_convolutions(model: nn.Module) -> None:
+    """``use_winograd``, imported here because it brings torch's compiler, a second of every start."""
+    from .winograd import use_winograd
+    _logger.info(f'Winograd: {use_winograd(model)} convolutions')
 
 
 def model_args(options: TrainOptions) -> dict[str, Any]:
@@ -123,8 +135,7 @@ def create_model(options: TrainOptions, process: Process) -> Any:
     if options.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if options.winograd:
-        from .winograd import use_winograd  # brings torch's compiler, a second of every start
-        _logger.info(f'Winograd: {use_winograd(model)} convolutions')
+        replace_convolutions(model)
     if options.gathered:
         _logger.info(f'Gathered: {use_gathered(model)} convolutions')
     model.to(device=process.device)

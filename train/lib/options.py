@@ -53,6 +53,7 @@ class EvalOptions(DataOptions):
     checkpoint: str | None = flag(None, 'weights (default: the pretrained ones)', metavar='FILE')
     xi: float | None = flag(None, 'ξ of Eq. 5b, if not as trained', metavar='X')
     model_kwargs: dict[str, Any] = flag({}, nargs='*', action=ParseKwargs, metavar='KEY=VALUE')
+    winograd: bool = flag(False, 'faster 3×3 convolutions on the CPU in float32')
 
     @property
     def name(self) -> str | None:
