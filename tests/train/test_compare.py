@@ -1,4 +1,4 @@
-"""train/compare_explanations.py, figures.py, receptive_field.py: files, numbers, known boxes and fields."""
+"""compare_explanations.py, figures.py, receptive_field.py, box_shift.py: files, numbers, known boxes and fields."""
 import json
 import re
 import time
@@ -11,11 +11,13 @@ from pytorch_grad_cam import GradCAM, HiResCAM, LayerCAM
 from test_prepare import coco_folder, tiny_folder  # noqa: F401  (fixtures)
 
 import additive_error
+import box_shift
 import compare_explanations
 import figures
 import prepare
 import randomization
 import receptive_field
+from fake_patch_model import SIZE, planted
 from lib.comparison import Judge, Settings
 from lib.explainers import Answer, Question, create_tools, raw_cam
 from lib.flags import parse
@@ -273,12 +275,40 @@ def test_square_shares():
     assert flat[18] == pytest.approx(18 ** 2 / 64 ** 2)
 
 
+def test_offset():
+    """Three parts of the influence lie in one pixel, a fourth in another: to the right, and above the middle."""
+    field = torch.zeros(20, 32)
+    field[4, 20], field[8, 24] = 3., 1.
+    assert receptive_field.offset_from(field, [12, 12, 21, 21]) == (21.5 - 16.5, 5.5 - 16.5)
+
+
+def test_box_shift(flags, tmp_path, capsys):
+    """Of evidence that comes from half a patch to the right of its box the true box has all once boxes are moved."""
+    moved = torch.tensor([[8., 4., 17., 13.]]) + torch.tensor([SIZE[1] / 4 / 2, 0.]).repeat(2)
+    energy, pointing = box_shift.measure(
+        planted(), torch.zeros(2, 3, *SIZE), torch.tensor([2, 0]), [moved, torch.zeros(0, 4)])
+    best = box_shift.MOVES.index((0.5, 0.))
+    assert energy[best, 0] == pointing[best, 0] == 1
+    others = torch.arange(len(box_shift.MOVES)) != best
+    assert (energy[others, 0] < 1).all()
+    assert energy[:, 1].isnan().all()
+
+    assert box_shift.main([*flags, '--images', '4', '--output', str(tmp_path)]) == 0
+    moves = json.loads((tmp_path / 'box_shift.json').read_text())['moves']
+    assert [(move['right'], move['down']) for move in moves] == box_shift.MOVES
+    text = (tmp_path / 'box_shift.md').read_text()
+    assert text in capsys.readouterr().out
+    assert f"| where they are | {moves[0]['energy']['mean']['mean']:.3f} | – |" in text
+    assert f"| {moves[-1]['energy']['difference']['mean']:+.3f} |" in text
+
+
 def test_receptive_field(flags, tmp_path, capsys):
     """Without 3×3 convolutions that reach beyond it, a patch sees its box and nothing else; a real one sees more."""
     assert receptive_field.main([*flags, '--images', '2', '--output', str(tmp_path)]) == 0
     result = json.loads((tmp_path / 'receptive_field.json').read_text())
     assert result['patch_box'] == [24, 24, 42, 42]
     assert 0 < result['share_in_patch_box'] < 1
+    assert all(abs(pixels) < 16 for pixels in result['offset'])
     assert (18 / 64) ** 2 < result['pixels_with_influence'] <= 1
     assert (tmp_path / 'receptive_field.png').read_bytes().startswith(b'\x89PNG')
 
