@@ -76,15 +76,14 @@ def weights_table() -> str:
 
 def receptive_field_table() -> str:
     """What train/receptive_field.py measured."""
-    lines = [BEGIN, '', '| model | patch box | influence inside | half of it within | 90 % within | pixels with any | its mean, '
-             'right and below |', '|---|--:|--:|--:|--:|--:|--:|']
+    lines = [BEGIN, '', '| model | patch box | influence inside | half of it within | 90 % within | pixels with any |',
+             '|---|--:|--:|--:|--:|--:|']
     for file in sorted((RESULTS / 'explanations').glob('receptive_field_*.json')):
         r = json.loads(file.read_text())
         side = r['patch_box'][2] - r['patch_box'][0]
         lines.append(
             f'| `{r["model"]}` | {side}×{side} | {100 * r["share_in_patch_box"]:.0f} % | {r["side_half"]}×'
-            f'{r["side_half"]} | {r["side_90"]}×{r["side_90"]} | {100 * r["pixels_with_influence"]:.0f} % | '
-            f'{r["offset"][0]:+.1f}, {r["offset"][1]:+.1f} |')
+            f'{r["side_half"]} | {r["side_90"]}×{r["side_90"]} | {100 * r["pixels_with_influence"]:.0f} % |')
     return '\n'.join([*lines, '', END])
 
 

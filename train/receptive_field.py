@@ -11,8 +11,8 @@ gradient of one patch's outputs with respect to the input, here of its logit for
     G(x, y) = mean over images of  Σ_channels |∂ p_mk / ∂ image(x, y)|
 
 for the patch in the middle of the grid, and report the share of ΣG inside the nominal box, the side of the squares
-around the patch's centre that hold half and 90 % of it, the share of pixels with any influence at all, and how far its
-mean position lies from the box's middle. Writes receptive_field.png and .json.
+around the patch's centre that hold half and 90 % of it, and the share of pixels with any influence at all. Writes
+receptive_field.png and .json.
 """
 import sys
 from dataclasses import dataclass
@@ -29,14 +29,7 @@ from lib.options import EvalOptions
 from lib.plots import draw_box, panels, save
 from lib.record import command_line, environment
 from lib.script import script
-from timm_lossattn.evaluation.receptive_field import (
-    influence,
-    middle_patch,
-    offset_from,
-    share_in_box,
-    side_for,
-    square_shares,
-)
+from timm_lossattn.evaluation.receptive_field import influence, middle_patch, share_in_box, side_for, square_shares
 from timm_lossattn.files import write_json
 
 NOMINAL_COLOR, HALF_COLOR, MOST_COLOR = '#E69F00', '#56B4E9', '#CC79A7'  # Okabe & Ito
@@ -91,18 +84,16 @@ def main(argv: list[str] | None = None) -> int:
     shares = square_shares(total, box)
     result: dict[str, Any] = {
         'model': options.name, 'images': len(order), 'input_size': list(x.shape[-2:]), 'patch_box': box,
-        'share_in_patch_box': share_in_box(total, box), 'offset': offset_from(total, box),
+        'share_in_patch_box': share_in_box(total, box),
         'side_half': side_for(shares, 0.5), 'side_90': side_for(shares, 0.9),
         'pixels_with_influence': float((total > 0).double().mean()), 'share_by_side': shares,
         'command': command_line(argv), **environment()}
     draw(total, box, shares, result, options.output / 'receptive_field.png')
     write_json(options.output / 'receptive_field.json', result)
     inside, some = 100 * result['share_in_patch_box'], 100 * result['pixels_with_influence']
-    right, down = result['offset']
     print(f'{options.name}: the patch box, {x1 - x0} × {y1 - y0} pixels, holds {inside:.1f} % of the influence; '
           f'squares with half of it and with 90 % have sides of {result["side_half"]} and {result["side_90"]} pixels; '
-          f'{some:.0f} % of all pixels have some. Its mean lies {right:+.1f} pixels to the right of the middle of the '
-          f'box and {down:+.1f} below.\n{options.output}/receptive_field.png, .json')
+          f'{some:.0f} % of all pixels have some.\n{options.output}/receptive_field.png, .json')
     return 0
 
 

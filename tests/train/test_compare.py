@@ -1,4 +1,4 @@
-"""compare_explanations.py, figures.py, receptive_field.py, box_shift.py: files, numbers, known boxes and fields."""
+"""compare_explanations.py, figures.py, receptive_field.py, mirror_images.py: files, numbers, known boxes and fields."""
 import json
 import re
 import time
@@ -11,22 +11,21 @@ from pytorch_grad_cam import GradCAM, HiResCAM, LayerCAM
 from test_prepare import coco_folder, tiny_folder  # noqa: F401  (fixtures)
 
 import additive_error
-import box_shift
 import compare_explanations
 import figures
+import mirror_images
 import prepare
 import randomization
 import receptive_field
-from fake_patch_model import SIZE, planted
 from lib.comparison import Judge, Settings
 from lib.explainers import Answer, Question, create_tools, raw_cam
 from lib.flags import parse
 from lib.image_records import hits_to_text, text_to_hits
 from lib.record import environment
-from timm_lossattn import loss_attention
+from timm_lossattn import PatchPrediction, loss_attention
 from timm_lossattn.evaluation.randomization import learned_modules
 from timm_lossattn.explanation.evidence import direction
-from timm_lossattn.models.probe import split_patches
+from timm_lossattn.models.probe import equal_boxes, split_patches
 
 MODEL = 'resnet18_lossattn_conv_nano_s2'
 
@@ -275,31 +274,37 @@ def test_square_shares():
     assert flat[18] == pytest.approx(18 ** 2 / 64 ** 2)
 
 
-def test_offset():
-    """Three parts of the influence lie in one pixel, a fourth in another: to the right, and above the middle."""
-    field = torch.zeros(20, 32)
-    field[4, 20], field[8, 24] = 3., 1.
-    assert receptive_field.offset_from(field, [12, 12, 21, 21]) == (21.5 - 16.5, 5.5 - 16.5)
+class Displaced(torch.nn.Module):
+    """4×4 patches of 8×8 pixels, whose evidence for class 1 is the light 3 pixels right of their box and 2 above it."""
+
+    def forward_patches(self, x):
+        seen = x.mean(dim=1).roll((-3, 2), dims=(-1, -2))
+        value = torch.nn.functional.avg_pool2d(seen[:, None], 8).flatten(1)
+        contributions = torch.stack([torch.zeros_like(value), value], dim=2)
+        return PatchPrediction(contributions.sum(1), contributions, value / value.sum(1, True), contributions)
+
+    def patch_boxes(self, height, width):
+        return equal_boxes(4, 4, height, width)
 
 
-def test_box_shift(flags, tmp_path, capsys):
-    """Of evidence that comes from half a patch to the right of its box the true box has all once boxes are moved."""
-    moved = torch.tensor([[8., 4., 17., 13.]]) + torch.tensor([SIZE[1] / 4 / 2, 0.]).repeat(2)
-    energy, pointing = box_shift.measure(
-        planted(), torch.zeros(2, 3, *SIZE), torch.tensor([2, 0]), [moved, torch.zeros(0, 4)])
-    best = box_shift.MOVES.index((0.5, 0.))
-    assert energy[best, 0] == pointing[best, 0] == 1
-    others = torch.arange(len(box_shift.MOVES)) != best
-    assert (energy[others, 0] < 1).all()
-    assert energy[:, 1].isnan().all()
+def test_mirror_images(flags, tmp_path, capsys):
+    """Found is how far a patch looks beside its box, on average over all places of a point of light."""
+    x = torch.zeros(64, 3, 32, 32)
+    for i in range(64):
+        x[i, :, 11 + i % 8, 11 + i // 8] = 1.
+    found = {name: values.mean().item() for name, values in mirror_images.offsets(
+        Displaced(), x, torch.ones(64, dtype=torch.long)).items()}
+    assert found == pytest.approx({
+        'top1': 1, 'top1, right': 1, 'top1, down': 1, 'evidence, right': 3, 'evidence, down': -2, 'α, right': 3,
+        'α, down': -2, 'evidence, moved right': 4, 'evidence, moved down': 4, 'α, moved right': 4, 'α, moved down': 4})
 
-    assert box_shift.main([*flags, '--images', '4', '--output', str(tmp_path)]) == 0
-    moves = json.loads((tmp_path / 'box_shift.json').read_text())['moves']
-    assert [(move['right'], move['down']) for move in moves] == box_shift.MOVES
-    text = (tmp_path / 'box_shift.md').read_text()
+    assert mirror_images.main([*flags, '--images', '4', '--output', str(tmp_path / 'mirror')]) == 0
+    result = json.loads((tmp_path / 'mirror.json').read_text())
+    text = (tmp_path / 'mirror.md').read_text()
     assert text in capsys.readouterr().out
-    assert f"| where they are | {moves[0]['energy']['mean']['mean']:.3f} | – |" in text
-    assert f"| {moves[-1]['energy']['difference']['mean']:+.3f} |" in text
+    assert f"| {100 * result['top1, right']['mean']:.1f} % | {result['evidence, right']['mean']:+.1f} |" in text
+    assert mirror_images.main([*flags, '--multi-label']) == 2
+    assert '--multi-label' in capsys.readouterr().err
 
 
 def test_receptive_field(flags, tmp_path, capsys):
@@ -308,7 +313,6 @@ def test_receptive_field(flags, tmp_path, capsys):
     result = json.loads((tmp_path / 'receptive_field.json').read_text())
     assert result['patch_box'] == [24, 24, 42, 42]
     assert 0 < result['share_in_patch_box'] < 1
-    assert all(abs(pixels) < 16 for pixels in result['offset'])
     assert (18 / 64) ** 2 < result['pixels_with_influence'] <= 1
     assert (tmp_path / 'receptive_field.png').read_bytes().startswith(b'\x89PNG')
 

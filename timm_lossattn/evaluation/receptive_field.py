@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ['influence', 'middle_patch', 'offset_from', 'share_in_box', 'side_for', 'square_shares']
+__all__ = ['influence', 'middle_patch', 'share_in_box', 'side_for', 'square_shares']
 
 
 def middle_patch(model: Any, height: int, width: int) -> tuple[int, list[int]]:
@@ -21,14 +21,6 @@ def share_in_box(influence: torch.Tensor, box: list[int]) -> float:
     """Share of an (H, W) influence that lies in a box x0, y0, x1, y1 (exclusive)."""
     x0, y0, x1, y1 = box
     return float(influence[y0:y1, x0:x1].sum() / influence.sum())
-
-
-def offset_from(influence: torch.Tensor, box: list[int]) -> tuple[float, float]:
-    """Mean position of an (H, W) influence less the middle of a box x0, y0, x1, y1: pixels to the right, and down."""
-    x0, y0, x1, y1 = box
-    share = influence.double() / influence.double().sum()
-    y, x = (torch.arange(n, dtype=torch.float64) + 0.5 for n in share.shape)
-    return float(share.sum(dim=0) @ x) - (x0 + x1) / 2, float(share.sum(dim=1) @ y) - (y0 + y1) / 2
 
 
 def influence(model: Any, x: torch.Tensor, patch: int) -> torch.Tensor:
