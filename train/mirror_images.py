@@ -5,16 +5,17 @@
         --crop-pct 1 --output output/mirror_images
 
 A patch's box is an equal part of the image, but the padding of strided layers puts the middle of what a position can
-read up to half a patch beside it. A patch whose box lies at c, but which reads at c + d, shows what is at t at t − d; in
-the mirror image, mirrored back, at t + d. So half of the distance between the mean positions of both maps,
+read up to half a patch beside it. A patch whose box lies at c, but which reads at c + d, shows what is at t at t − d;
+in the mirror image, mirrored back, at t + d. So half of the distance between the mean positions of both maps,
 
     d = ½ (mean position in the mirror image, mirrored back − mean position in the image),
 
-is how far the evidence comes from beside the boxes, wherever the objects lie. It is 0 for a model whose map of a mirror
-image is the mirrored map. A map that lies everywhere hardly moves with what it shows: how far the mean position moves
-when the image moves by half a box says how much of d is seen. Maps are the positive evidence for the lead of the
-image's label over its rivals, and α. Upside down the same is asked of images that most models have not seen in training: top-1
-says what that does to them. Writes FILE.json and FILE.md with bootstrap intervals over images, 95 %.
+is how far the evidence comes from beside the boxes, wherever the objects lie. It is 0 for a model whose map of a
+mirror image is the mirrored map. A map that lies everywhere hardly moves with what it shows: how far the mean
+position moves when the image moves by half a box says how much of d is seen. Maps are the positive evidence for the
+lead of the image's label over its rivals, and α. Upside down the same is asked of images that most models have not
+seen in training: top-1 says what that does to them. Writes FILE.json and FILE.md with bootstrap intervals over
+images, 95 %.
 """
 import sys
 from dataclasses import dataclass
