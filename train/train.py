@@ -37,6 +37,7 @@ from lib.data import (
     create_train_loader,
     input_config,
     open_dataset,
+    same_folder,
     warn_of_few_steps,
 )
 from lib.engine import train_one_epoch, updates_in_epoch
@@ -54,6 +55,9 @@ from timm_lossattn.text import one_line
 
 _logger = logging.getLogger('train')
 
+BATCHES = (  # flags that say which images a batch holds: as they were, within an epoch
+    'batch_size', 'grad_accum_steps', 'seed', 'dataset', 'data_dir', 'train_split', 'train_num_samples',
+    'cache_dataset')
 STATE = ('params', 'lookahead_step')  # of an optimizer's groups; the rest are hyperparameters
 
 
@@ -111,8 +115,8 @@ def prepare_task(
         if position is not None and len(position['ranks']) != process.world_size:
             raise ValueError(f'--resume: {options.resume} is from within an epoch of {len(position["ranks"])} '
                              f'processes, there are {process.world_size}.')
-        for name in ('batch_size', 'grad_accum_steps', 'seed', 'train_split') if position is not None else ():
-            if checkpoint['args'][name] != getattr(options, name):
+        for name in BATCHES if position is not None else ():
+            if checkpoint['args'].get(name) != getattr(options, name):
                 raise ValueError(f'--{name.replace("_", "-")}: {options.resume} is from within an epoch with '
                                  f'{checkpoint["args"][name]}, got {getattr(options, name)}.')
         given = [{key: value for key, value in group.items() if key not in STATE} for group in optimizer.param_groups]
@@ -171,6 +175,9 @@ def run(options: TrainOptions, command: str) -> None:
         options, options.train_split, model.num_classes, True, options.train_num_samples, options.seed)
     eval_set = open_dataset(
         options, options.val_split, model.num_classes, num_samples=options.val_num_samples, seed=options.seed)
+    if same_folder(train_set, eval_set, options):
+        raise ValueError(f'--data-dir: {options.data_dir} has no sub-folders for --train-split {options.train_split!r} '
+                         f'and --val-split {options.val_split!r}: both would be the same images')
     labels, others = class_names(train_set) or None, class_names(eval_set)
     if labels and others and labels != others:
         other, label = next(pair for pair in zip(others, labels) if pair[0] != pair[1])
@@ -295,7 +302,7 @@ def run(options: TrainOptions, command: str) -> None:
             if importlib.util.find_spec('matplotlib'):
                 from lib.plots import draw_runs
                 draw_runs(folder / 'curves.png', {folder.name: {'epochs': history, 'metric': metric}})
-            save_hub_folder(folder / 'hub', model, folder / 'model_best.pth.tar', changed, data_config, labels)
+            save_hub_folder(folder / 'hub', folder / 'model_best.pth.tar')
         print(f'{result_file}')
 
 

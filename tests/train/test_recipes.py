@@ -13,6 +13,7 @@ from lib import build, command
 from lib.data import create_train_loader, open_dataset, padded_crop
 from lib.model import create_model
 from lib.process import Process
+from timm_lossattn.training import MarginLoss
 
 TABLE_4 = yaml.safe_load((command.RECIPES.parent / 'paper_tables.yaml').read_text())['tables'][4]['rows']
 
@@ -25,6 +26,21 @@ def decays(recipe):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(parameter)]: group['weight_decay'] for group in build.create_optimizer(options, task).param_groups
             for parameter in group['params']}
+
+
+def test_dictionaries_are_merged():
+    """A key that is not given stays as the recipe has it."""
+    kwargs = command.parse_args(['--recipe', 'sgd', '--opt-kwargs', 'nesterov=True']).opt_kwargs
+    assert kwargs == {'filter_bias_and_bn': False, 'nesterov': True}
+
+
+def test_patch_term_of_routing():
+    """--patch-loss adds a term to the margin loss; it does not take its place."""
+    options = command.parse_args([
+        '--model', 'resnet18_routing_caps', '--width-mult', '0.125', '--patch-loss', '--smoothing', '0.1', '--device', 'cpu'])
+    task = build.create_task(options, create_model(options, Process.start('cpu')), 10, Process.start('cpu').device)
+    assert type(task.loss.criterion) is MarginLoss
+    assert task.loss.smoothing == 0
 
 
 @pytest.mark.parametrize(('recipe', 'weights', 'others'), [

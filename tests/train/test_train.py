@@ -16,6 +16,7 @@ import validate
 from lib.record import save_hub_folder
 from timm_lossattn import load_model
 from timm_lossattn.explanation import class_labels, input_config
+from timm_lossattn.loading import model_config
 
 ROOT = Path(__file__).parents[2]
 QUICK = ('--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--val-split', 'val', '--batch-size', '8',
@@ -128,8 +129,9 @@ def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
 def test_classes_without_names(tmp_path):
     """A run on images whose classes have no names does not keep those of the weights that it began with."""
     model = timm.create_model('resnet18_lossattn_conv_nano.cifar10', pretrained=True)
-    torch.save({'epoch': 0, 'optimizer': {}, 'state_dict': model.state_dict()}, tmp_path / 'model_best.pth.tar')
-    save_hub_folder(tmp_path / 'hub', model, tmp_path / 'model_best.pth.tar', {}, {}, None)
+    torch.save({'epoch': 0, 'optimizer': {}, 'state_dict': model.state_dict(),
+                'model_config': model_config('resnet18_lossattn_conv_nano', {})}, tmp_path / 'model_best.pth.tar')
+    save_hub_folder(tmp_path / 'hub', tmp_path / 'model_best.pth.tar')
     loaded = load_model(f'local-dir:{tmp_path / "hub"}')
     assert class_labels(loaded, 10)[0] == 'class 0'
 
@@ -157,6 +159,7 @@ def test_missing_packages(script, module, extra):
     (('--cache-dataset', '--in-chans', '1', '--cutmix', '1', '--grad-accum-steps', '3'), {'patch_loss'}),
     (('--pretrained-backbone', 'resnet18_lossattn_caps_nano', '--sched', 'plateau'), {'patch_loss'}),
     (('--torchcompile', 'eager', '--model-ema'), {'patch_loss'}),
+    (('--opt', 'adahessian'), {'patch_loss'}),
     (('--amp', '--amp-dtype', 'bfloat16', '--xi', '0.5', '--clip-grad', '1', '--sched-on-updates'), {'patch_loss'}),
 ])
 def test_variants(folder, tmp_path, flags, loss_terms):
@@ -192,6 +195,12 @@ def test_variants(folder, tmp_path, flags, loss_terms):
     (('--blank-cells', '0.3', '--cache-dataset', '--no-aug'), '--blank-cells: needs --cache-dataset, without --no-aug'),
     (('--blank-cells', '30', '--cache-dataset'), '--blank-cells must lie in'),
     (('--gathered', '--torchcompile'), '--gathered: is for the CPU, without --torchcompile'),
+    (('--multi-label', '--smoothing', '0.1'), '--multi-label: goes with none of --mixup, --cutmix, --smoothing'),
+    (('--layer-decay', '0.8', '--sched', 'none'), '--layer-decay: needs a schedule'),
+    (('--xi', '0.5', '--model', 'resnet18_meanpool_conv', '--width-mult', '0.125'), '--xi: resnet18_meanpool_conv has'),
+    (('--train-split', 'train[:4]'), "has no parts of splits, got 'train[:4]'"),
+    (('--dataset', 'torch/cifar10', '--train-split', 'train[:90%]'), "has no parts of splits, got 'train[:90%]'"),
+    (('--dataset', 'torch/cifar10', '--train-split', 'trian'), "--dataset torch/cifar10: has no split 'trian'"),
     (('--in-chans', '4'), '--in-chans: images are read in grey, 1, or colours, 3, got 4'),
     (('--log-wandb', '--workers', '0'), '--log-wandb: not installed'),
 ])
@@ -218,6 +227,16 @@ def test_config_file(folder, tmp_path, capsys):
     with pytest.raises(SystemExit, match='2'):
         main('-c', config, '--data-dir', folder, *flags)
     assert "unknown keys ['epoch']" in capsys.readouterr().err
+    config.write_text('train_size_schedule: progresive\n')
+    with pytest.raises(SystemExit, match='2'):
+        main('-c', config, '--data-dir', folder, *flags)
+    assert "train_size_schedule must be one of constant, progressive, got 'progresive'" in capsys.readouterr().err
+
+
+def test_folder_without_splits(folder, capsys):
+    """timm would take all of it for both."""
+    assert main('--data-dir', folder / 'train', *QUICK) == 2
+    assert "has no sub-folders for --train-split 'train' and --val-split 'val'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif('TIMM_REPO' not in os.environ, reason='TIMM_REPO is not set: no checkout of timm with its train.py')

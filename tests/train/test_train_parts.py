@@ -238,6 +238,12 @@ def test_resume_into_another_run_is_refused(folder, run_copy, finished, capsys):
     assert 'holds a run' in capsys.readouterr().err
 
 
+def test_hub_folder_of_another_command(folder, run_copy, finished):
+    """It says what its weights were trained with, not what a later command wants."""
+    assert go_on(folder, run_copy, 2, '--xi', '0.9', '--mean', '0.1', '0.1', '0.1') == 0
+    assert (run_copy / 'hub' / 'config.json').read_text() == (finished / 'hub' / 'config.json').read_text()
+
+
 def test_config_of_a_run(folder, run_copy):
     """args.yaml of a run is a --config file that gives the same command."""
     args = command.parse_args(['--config', str(run_copy / 'args.yaml')])
@@ -303,6 +309,8 @@ def test_resumed_within_an_epoch(folder, tmp_path, monkeypatch, flags, save):
         with pytest.raises(KeyboardInterrupt):
             train_script.main(command('stopped'))
     assert checkpoint.load_checkpoint(tmp_path / 'stopped' / 'last.pth.tar')['epoch'] == saves[-1] - 1
+    other = '--no-cache-dataset' if '--cache-dataset' in flags else '--cache-dataset'  # whose order is another
+    assert train_script.main([*command('stopped'), other]) == 2
     assert train_script.main(command('stopped')) == 0
     assert identical(state(tmp_path / 'stopped'), state(tmp_path / 'undisturbed'))
     results = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('stopped', 'undisturbed')]

@@ -10,6 +10,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from timm_lossattn import LossAttentionLoss, LossAttentionTask, gamma_rampup
+from timm_lossattn.training.task import PatchTrainingModule
 
 K = 5
 TARGET = torch.tensor([0, 4, 2, 2])
@@ -249,6 +250,13 @@ def test_optimizer_groups_are_those_of_the_model(name, layer_decay):
             'head.fc.weight')]
         assert scales == sorted(set(scales)), 'later layers learn faster'
         assert scales[1] == pytest.approx(scales[0] / 0.75)
+
+
+def test_patterns_of_parameters_without_decay():
+    """XCiT names its own by a wildcard."""
+    with torch.device('meta'):
+        model = timm.create_model('xcit_nano_12_p16_224')
+        assert 'model.pos_embed.token_projection.weight' in PatchTrainingModule(model).no_weight_decay()
 
 
 def test_layer_decay_without_groups_of_the_model():

@@ -1,4 +1,5 @@
 """LossAttentionTask: the loss-attention loss as a timm TrainingTask."""
+from fnmatch import fnmatch
 from typing import Any, Optional
 
 import torch
@@ -30,7 +31,7 @@ class PatchTrainingModule(nn.Module):
         """The model's own, under this module's names."""
         own: set[str] = getattr(unwrap_model(self.model), 'no_weight_decay', set)()  # some models of timm have none
         names = {name.replace('_orig_mod.', ''): name for name, _ in self.named_parameters()}
-        return {names[f'model.{name}'] for name in own if f'model.{name}' in names}
+        return {full for name, full in names.items() if any(fnmatch(name, f'model.{pattern}') for pattern in own)}
 
     def group_matcher(self, coarse: bool = False):
         """The model's own, under this module's names."""

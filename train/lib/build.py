@@ -52,26 +52,25 @@ class Float32Loss(nn.Module):
 def create_task(options: TrainOptions, model: Any, updates_per_epoch: int, device: torch.device) -> TrainingTask:
     """Loss-attention loss, margin loss or the plain criterion, as the model's patch weights or --patch-loss say.
 
-    Multi-label: binary cross entropy summed over classes for every model (Eq. 10), without label smoothing.
+    Multi-label: binary cross entropy summed over classes (Eq. 10). Neither that nor the margin loss, which stays the
+    image's with --patch-loss, has label smoothing.
 
     Raises:
-        ValueError: --patch-loss for a model without patches.
+        ValueError: --patch-loss for a model without patches, or --xi where nothing reads it.
     """
     kind = default_loss(model)
-    if options.patch_loss is not None and options.patch_loss != (kind == 'loss_attention'):
-        kind = 'loss_attention' if options.patch_loss else 'classification'
-    criterion: Any = summed_bce if options.multi_label else create_classification_loss(
-        smoothing=options.smoothing, soft_targets=options.mixed)
-    if kind == 'loss_attention':
+    if options.xi is not None and not getattr(getattr(model, 'patch_weights', None), 'informative', False):
+        raise ValueError(f'--xi: {options.model} has no threshold of attention')
+    criterion: Any = MarginLoss() if kind == 'margin' else summed_bce if options.multi_label else \
+        create_classification_loss(smoothing=options.smoothing, soft_targets=options.mixed)
+    if kind == 'loss_attention' if options.patch_loss is None else options.patch_loss:
         if not hasattr(model, 'patch_weights'):
             raise ValueError(f'--patch-loss: {options.model} has no patches; lossattn.{options.model} may have')
-        smoothing = 0. if options.mixed or options.multi_label else options.smoothing
+        smoothing = 0. if options.mixed or options.multi_label or kind == 'margin' else options.smoothing
         return LossAttentionTask(
             model, LossAttentionLoss(criterion, multi_label=options.multi_label, smoothing=smoothing),
             gamma_max=options.gamma_max, rampup_epochs=options.rampup_epochs or 0.,
             updates_per_epoch=updates_per_epoch, device=device)
-    if kind == 'margin':
-        criterion = MarginLoss()
     task = MultiLabelClassificationTask if options.multi_label else ClassificationTask
     return task(model, Float32Loss(criterion), device=device)
 

@@ -72,9 +72,14 @@ def config_values(parser: argparse.ArgumentParser, config: str) -> dict[str, Any
     if not isinstance(values, dict):
         parser.error(f'--config {config}: must hold flags and values')
     values = {key.replace('-', '_'): value for key, value in values.items()}
-    unknown = set(values) - {one.name for one in fields(TrainOptions)}
+    known = {one.name: one.metadata for one in fields(TrainOptions)}
+    unknown = set(values) - set(known)
     if unknown:
         parser.error(f'--config {config}: unknown keys {sorted(unknown)}')
+    for name, value in values.items():  # argparse looks at what is typed only
+        choices = known[name].get('choices')
+        if choices and value is not None and value not in choices:
+            parser.error(f'--config {config}: {name} must be one of {", ".join(map(str, choices))}, got {value!r}')
     return values
 
 
@@ -94,9 +99,8 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
     Exits with status 2 and one line for unknown flags, unknown keys in the config file, and values out of range.
     """
     parser = build_parser()
-    given = vars(build_parser(defaults=False).parse_known_args(argv)[0])
-    if given.get('config'):
-        given = config_values(parser, given['config']) | given
+    typed = vars(build_parser(defaults=False).parse_known_args(argv)[0])
+    given = (config_values(parser, typed['config']) if typed.get('config') else {}) | typed
     recipe: dict[str, Any] = {}
     if given.get('recipe'):
         try:
@@ -105,6 +109,8 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
             parser.error(f'--recipe: {error}')
     parser.set_defaults(**recipe | given)
     args = parser.parse_args(argv)
+    for name in ('opt_kwargs', 'model_kwargs'):  # key by key: what is not given stays as the recipe has it
+        setattr(args, name, recipe.get(name, {}) | getattr(args, name))
     if recipe:
         scale_schedule(args, recipe, set(given))
     whole_batches, padded = args.cache_dataset, args.crop_padding is not None
@@ -112,7 +118,9 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
         args.color_jitter = 0. if whole_batches or padded else 0.4
     if args.rampup_epochs is None:
         args.rampup_epochs = 0.4 * args.epochs
-    check(parser, args)
+    check(parser, args, set(typed))
+    if args.multi_label:
+        args.smoothing = 0.  # of a recipe; the loss has none
     args.device = args.device or default_device()
     return options_from(TrainOptions, args)
 
@@ -122,7 +130,7 @@ def default_device() -> str:
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, typed: set[str]) -> None:
     """Exit where flags do not go together, or a value is out of range."""
     if args.pretrained_backbone and (args.pretrained or args.initial_checkpoint):
         parser.error('--pretrained-backbone: goes with neither --pretrained nor --initial-checkpoint')
@@ -146,8 +154,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                      '--torchcompile')
     if args.gathered and (args.torchcompile or (args.device or default_device()) != 'cpu'):
         parser.error('--gathered: is for the CPU, without --torchcompile')
-    if args.multi_label and (args.mixup or args.cutmix):
-        parser.error('--multi-label: goes with neither --mixup nor --cutmix')
+    if args.multi_label and (args.mixup or args.cutmix or ('smoothing' in typed and args.smoothing)):
+        parser.error('--multi-label: goes with none of --mixup, --cutmix, --smoothing')
+    if args.layer_decay is not None and args.sched == 'none':  # which is what sets each layer's learning rate
+        parser.error('--layer-decay: needs a schedule; --sched constant keeps the learning rate')
     padded = args.crop_padding is not None
     for flag, active in (('--cache-dataset', args.cache_dataset), ('--crop-padding', padded)):
         if active and (args.aa or args.train_crop_mode or args.color_jitter):

@@ -30,9 +30,12 @@ from .options import AugmentOptions, DataOptions, TrainOptions
 from .process import Process
 
 __all__ = [
-    'create_eval_loader', 'create_train_loader', 'input_config', 'open_dataset', 'warn_of_few_steps']
+    'create_eval_loader', 'create_train_loader', 'input_config', 'open_dataset', 'same_folder', 'warn_of_few_steps']
 
 FEW_STEPS = 8
+# of torch/NAME: timm takes whatever is no name of training images for the test images
+TORCH_NAMES = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
+TORCH_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 _logger = logging.getLogger('train')
 
 
@@ -64,8 +67,13 @@ def open_dataset(
         kwargs: for timm's create_dataset.
 
     Raises:
-        ValueError: no such folder, another number of classes than the model's, or channels that no image has.
+        ValueError: no such folder or split, another number of classes than the model's, or channels that no image has.
     """
+    kind, _, name = data.dataset.lower().rpartition('/')
+    if kind in ('', 'torch') and '[' in split:
+        raise ValueError(f'--dataset {data.dataset!r}: has no parts of splits, got {split!r}; those of hfds/ have')
+    if kind == 'torch' and name in TORCH_NAMES and split not in TORCH_SPLITS:
+        raise ValueError(f'--dataset {data.dataset}: has no split {split!r}, but {", ".join(TORCH_SPLITS)}')
     from_hub = data.dataset.startswith(('hfds/', 'hfids/')) and not Path(data.dataset.partition('/')[2]).exists()
     if data.data_dir and not Path(data.data_dir).exists() and not data.dataset_download:
         raise ValueError(f'--data-dir: no such folder: {data.data_dir}')
@@ -105,6 +113,14 @@ def open_dataset(
     # train on its neighbour twice
     dataset._max_retries = int(os.environ.get('TIMM_DATASET_MAX_RETRIES', 1))
     return dataset
+
+
+def same_folder(train_set: Any, eval_set: Any, options: TrainOptions) -> bool:
+    """Whether two splits of a folder are all of it, since it has no sub-folders of their names."""
+    if options.train_split == options.val_split or options.dataset.rpartition('/')[0] not in ('', 'torch'):
+        return False
+    roots = [getattr(getattr(one, 'reader', one), 'root', None) for one in (train_set, eval_set)]
+    return options.dataset.rpartition('/')[2] not in TORCH_NAMES and roots[0] is not None and roots[0] == roots[1]
 
 
 def input_config(data: DataOptions, model: nn.Module) -> dict[str, Any]:

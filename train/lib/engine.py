@@ -54,6 +54,7 @@ def train_one_epoch(
     start = end - earlier
     bar = tqdm(total=batches, desc=f'epoch {epoch + 1}/{options.epochs}', leave=False, dynamic_ncols=True,
                disable=process.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
+    second_order = getattr(optimizer, 'is_second_order', False)
     optimizer.zero_grad()
     parameters = list(task.get_clip_parameters(exclude_head='agc' in options.clip_mode))  # timm's is a generator
     with bar:  # an error clears it
@@ -73,9 +74,9 @@ def train_one_epoch(
                 loss = result['loss'] / (tail if i >= batches - tail else options.grad_accum_steps)
                 if scaler is not None:
                     scaler(loss, optimizer, clip_grad=options.clip_grad, clip_mode=options.clip_mode,
-                           parameters=parameters, need_update=update)
+                           parameters=parameters, create_graph=second_order, need_update=update)
                 else:
-                    loss.backward()
+                    loss.backward(create_graph=second_order)
             if update:
                 if scaler is None:
                     if options.clip_grad is not None:

@@ -15,12 +15,12 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from timm.models import clean_state_dict, save_for_hf
+from timm.models import save_for_hf
 
 import timm_lossattn
 from timm_lossattn.files import write_csv
+from timm_lossattn.loading import load_model, read_checkpoint
 
-from .checkpoint import load_checkpoint
 from .options import RunOptions
 
 __all__ = ['command_line', 'environment', 'print_table', 'save_hub_folder', 'trackers', 'write_summary']
@@ -117,30 +117,23 @@ def print_table(title: str, values: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
-def save_hub_folder(
-        folder: Path, model: Any, checkpoint: Path, model_args: dict[str, Any],
-        data_config: dict[str, Any], labels: list[str] | None) -> None:
+def save_hub_folder(folder: Path, checkpoint: Path) -> None:
     """The run's best weights (EMA if there is one) as timm stores models on the Hub: safetensors and config.json.
 
-    ``timm.create_model('local-dir:<folder>', pretrained=True)`` loads it with the labels and preprocessing of the run.
+    ``timm.create_model('local-dir:<folder>', pretrained=True)`` loads it with the arguments, labels and preprocessing
+    that it was trained with, whatever a command that goes on says.
 
     Args:
         folder: written anew.
-        model: any model of the run; its weights are replaced.
         checkpoint: model_best.pth.tar.
-        model_args: what differs from the registered model.
-        data_config: resolved by timm.
-        labels: class names.
     """
-    state = load_checkpoint(checkpoint)
-    model.load_state_dict(clean_state_dict(state.get('state_dict_ema') or state['state_dict']))
-    if not labels:  # not those of the weights that the run began with
-        model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key != 'label_names'}
+    _, trained = read_checkpoint(checkpoint)
+    model, labels = load_model(checkpoint=checkpoint), trained['label_names']
+    args = {key: value for key, value in trained['model_args'].items() if key not in ('num_classes', 'in_chans')}
     temporary = folder.with_name('hub.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
-    model.to(memory_format=torch.contiguous_format)  # safetensors stores no strides
     save_for_hf(
-        model, str(temporary), model_config={'label_names': labels} if labels else None, model_args=model_args,
-        safe_serialization=True, data_config=data_config)
+        model, str(temporary), model_config={'label_names': labels} if labels else None, model_args=args,
+        safe_serialization=True, data_config=trained['data_config'])
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
