@@ -182,6 +182,8 @@ def load_model(
     Raises:
         ValueError: no such model, file, weights or device, or weights that do not fit; the message says which.
     """
+    if 'pretrained' in kwargs:
+        raise ValueError('pretrained: load_model gives models with weights; timm.create_model makes one without.')
     state, config = (None, {}) if checkpoint is None else read_checkpoint(checkpoint)
     if name is None and not config:
         raise ValueError('model: no name is given, and ' + (
@@ -261,6 +263,8 @@ def check_has_weights(name: str) -> None:
     if not is_model_pretrained(name):  # only weights that were trained with loss attention are known under such a name
         prefix, name = name.removesuffix(backbone_name(name)), backbone_name(name)
     if not is_model_pretrained(name):
+        if not prefix and is_model_pretrained(f'lossattn.{name}'):
+            raise ValueError(f'model: {name} has no weights; did you mean lossattn.{name}?')
         architecture = name.split('.')[0]
         others = [prefix + n for n in timm.list_pretrained(f'{architecture}.*')] or [
             n for n in list_patch_models() if is_model_pretrained(n)]

@@ -18,8 +18,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from timm_lossattn.cli import main
-from timm_lossattn.explanation import explain, open_image, preprocess
+from timm_lossattn.explanation import Explanation, Preprocessing, explain, input_config, open_image, preprocess
 from timm_lossattn.report import collect as collecting
+from timm_lossattn.report import command
+from timm_lossattn.report.dataset import open_images, split_readable
 from timm_lossattn.report.table import ReportTable
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +110,44 @@ def test_rows_are_explanations(work, undisturbed):
             assert row[name] == pytest.approx(expected[0].tolist(), rel=2e-3, abs=1e-5), name
 
 
+def test_saturated_probabilities(work):
+    """Where all but one underflow to 0, the logits still say which class is second."""
+    model = timm.create_model(NANO).eval()
+    model.load_state_dict(timm.models.load_state_dict(str(work / 'random.safetensors')))
+    model.head.fc.weight.data *= 100
+    images, *_ = open_images(str(work / 'photos'), model, list('abcdefghij'), Preprocessing(input_config(model)))
+    items, x, _ = split_readable([images[i] for i in range(8)])
+    explanation = explain(model, x)
+    assert ((explanation.probabilities > 0).sum(dim=1) < 5).any()
+    found = collecting.explain_batch(model, items, x)
+    logits = explanation.prediction.logits.sort(dim=1, descending=True)
+    assert found['top_classes'].to_pylist() == logits.indices[:, :5].tolist()
+    assert [sum(row) for row in found['why_not_runner_up'].to_pylist()] == pytest.approx(
+        (logits.values[:, 0] - logits.values[:, 1]).tolist(), rel=1e-2)
+
+
+@pytest.mark.parametrize(('boxes', 'expected'), [
+    ([[0, 0, 32, 32]], 1.), ([[0, 0, 16, 32]], 0.25), ([[0, 0, 16, 32], [8, 0, 16, 32]], 0.25),
+    ([[0, 0, 16, 32], [16, 0, 32, 16]], 0.625), ([], None), ([[3, 3, 3, 9]], None)])
+def test_positive_share(boxes, expected):
+    """A quarter of the positive evidence on the left, three quarters on the right; what is negative does not count."""
+    class Fixed:
+        """Evidence that is known, on 2×2 patches of 16 pixels."""
+        patch_boxes = torch.tensor([[x, y, x + 16, y + 16] for y in (0, 16) for x in (0, 16)])
+        input_size, pixel_map = (32, 32), Explanation.pixel_map
+
+        def __init__(self, *evidence):
+            self.evidence = torch.tensor([evidence])
+
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    [share] = collecting.positive_share(Fixed(1., 3., 1., 3.), [boxes])
+    assert share == (expected if expected is None else pytest.approx(expected))
+    [share] = collecting.positive_share(Fixed(1., 3., 1., -9.), [torch.tensor([[0., 0., 16., 32.]])])
+    assert share == pytest.approx(0.4)
+    none = collecting.positive_share(Fixed(-1., -3., -1., 0.), [torch.tensor([[0., 0., 32., 32.]])])
+    assert none == [0.]  # none may abstain
+
+
 def test_reading_in_three_lines(undisturbed, tmp_path, monkeypatch):
     """As docs/report.md says."""
     (tmp_path / 'report').symlink_to(undisturbed)
@@ -124,7 +164,7 @@ def test_reading_in_three_lines(undisturbed, tmp_path, monkeypatch):
 def test_killed_and_resumed(work, undisturbed, monkeypatch):
     """SIGKILL in the middle; the second run keeps the shards that are there and ends with the same bytes."""
     process = start(work, work / 'killed')
-    shards = work / 'killed' / 'out' / 'shards'
+    shards = work / 'killed' / 'out' / collecting.SHARDS
     while len(list(shards.glob('0*.parquet'))) < 3:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
@@ -149,14 +189,16 @@ def test_killed_and_resumed(work, undisturbed, monkeypatch):
 
 
 def test_killed_before_the_shards_went(work, undisturbed, tmp_path, monkeypatch):
-    """The table is there, and so are its shards: they go."""
+    """The table is there, and so are its shards: they go. A folder of the user's stays."""
     shutil.copytree(undisturbed, tmp_path / 'out')
-    (tmp_path / 'out' / 'shards').mkdir()
-    (tmp_path / 'out' / 'shards' / '000000.parquet').write_bytes(b'of no use')
+    for name in (collecting.SHARDS, 'shards'):
+        (tmp_path / 'out' / name).mkdir(exist_ok=True)
+        (tmp_path / 'out' / name / '000000.parquet').write_bytes(b'of no use')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', ['timm-lossattn', *flags(work)])
     assert main(flags(work)) == 0
-    assert sorted(os.listdir('out')) == ['index.html', 'report.parquet']
+    assert sorted(os.listdir('out')) == ['index.html', 'report.parquet', 'shards']
+    assert os.listdir('out/shards') == ['000000.parquet']
 
 
 def test_table_of_another_process(work, undisturbed, tmp_path, monkeypatch, caplog):
@@ -220,4 +262,9 @@ def test_other_settings_are_refused(work, undisturbed, monkeypatch, capsys):
     assert 'is of another report (batch_size: 2, now 3)' in error
     assert main(flags(work, '--data-dir', str(work))) == 2  # as many images of another folder would pass
     assert 'is of another report (data_dir: ' in ' '.join(capsys.readouterr().err.split())
+    with monkeypatch.context() as other:  # a local-dir: model whose config.json was changed
+        other.setattr(command, 'input_config', lambda model: {**input_config(model), 'mean': (0.4, 0.5, 0.5)})
+        assert main(flags(work)) == 2
+    said = ' '.join(capsys.readouterr().err.split())
+    assert re.search(r'is of another report \(mean: \[0\.\d+, .*\], now \[0\.4, 0\.5, 0\.5\]\)', said)
     assert main(flags(work, '--gallery', '3')) == 0  # as other tests expect it

@@ -2,6 +2,7 @@
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -12,10 +13,9 @@ from PIL import Image
 
 import timm_lossattn  # noqa: F401  (registers the models)
 from timm_lossattn.cli import main
-from timm_lossattn.explanation import Explanation, Preprocessing, explain, input_config, preprocess
+from timm_lossattn.explanation import Preprocessing, class_labels, explain, input_config, preprocess
 from timm_lossattn.models.entrypoints import CIFAR10_LABELS
-from timm_lossattn.report.collect import positive_share
-from timm_lossattn.report.dataset import match_classes, open_images, read_boxes
+from timm_lossattn.report.dataset import class_names, match_classes, open_images, read_boxes
 from timm_lossattn.report.table import ReportTable
 
 NANO = 'resnet18_lossattn_conv_nano'
@@ -159,16 +159,53 @@ def test_upright_and_opaque(model, tmp_path):
 
 
 def test_tar_and_torchvision(model, folder, tmp_path):
-    """A tar file of the folder, and torchvision's reader of it, give the same items."""
+    """A tar file of the folder, and torchvision's reader of it, give the same items, 16-bit grey and alpha as well."""
+    Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40).save(folder / 'bird' / '2.png')
+    Image.new('RGBA', (40, 40), (0, 100, 200, 51)).save(folder / 'Frog' / '2.png')
     with tarfile.open(tmp_path / 'images.tar', 'w') as tar:
         tar.add(folder, arcname='.')
     first, _, _ = opened(model, folder)
     for other in (opened(model, tmp_path / 'images.tar')[0],
                   opened(model, 'torch/image_folder', root=str(folder), split='train')[0]):
-        items = {Path(item.file).as_posix().removeprefix('./'): item for item in map(other.__getitem__, range(6))}
-        for item in map(first.__getitem__, range(6)):
+        items = {Path(item.file).as_posix().removeprefix('./'): item for item in map(other.__getitem__, range(8))}
+        for item in map(first.__getitem__, range(8)):
             assert items[item.file].label == item.label
             assert torch.equal(items[item.file].x, item.x)
+
+
+def test_imagenet_of_torchvision(tmp_path):
+    """Two of its classes are called crane: they are told by their WordNet ids."""
+    model = timm.create_model('test_resnet').eval()
+    wnids = ['n02012849', 'n03126707']
+    for wnid in wnids:
+        (tmp_path / 'val' / wnid).mkdir(parents=True)
+        picture(0).save(tmp_path / 'val' / wnid / f'{wnid}.png')
+    torch.save((dict.fromkeys(wnids, ('crane',)), []), tmp_path / 'meta.bin')
+    images, _, note = opened(model, 'torch/imagenet', class_labels(model, 1000), root=str(tmp_path))
+    assert [(images[i].file, images[i].label) for i in range(2)] == [
+        (str(Path('val', wnid, f'{wnid}.png')), k) for wnid, k in zip(wnids, (134, 517))]
+    assert note == ''
+
+
+@pytest.mark.parametrize(('numbers', 'names'), [
+    ((1, 0), ['b', 'a']), ((0, 0), ['a']), ((0, 2), []), ((1, 2), [])])
+def test_class_names(numbers, names):
+    """In the order of their numbers; none where numbers are missing."""
+    assert class_names(SimpleNamespace(class_to_idx=dict(zip('ab', numbers)))) == names
+
+
+@pytest.mark.parametrize('label', [0.7, 2., '1', 'cat', [1], None, float('nan')])
+def test_labels_that_are_no_class_numbers(model, folder, label):
+    """A float or text is no class, whatever int() makes of it."""
+    with pytest.raises(ValueError, match=r'a label must be one class for each image, got .*--no-labels'):
+        opened(model, folder)[0].label(label)
+
+
+def test_labels_of_other_types(model, folder):
+    """Integers of NumPy and PyTorch, and bool."""
+    label = opened(model, folder)[0].label  # bird, Frog, truck
+    assert [label(np.int64(2)), label(torch.tensor(1)), label(False)] == [9, 6, 2]
+    assert label(-1) is None
 
 
 def hub_dataset(path, **columns):
@@ -215,27 +252,6 @@ def test_hub_data_set_without_labels(model, tmp_path, cache):
         opened(model, name, root=cache)
     with pytest.raises(ValueError, match='its 10 classes are not those of the model, which has 2'):
         opened(model, name, ['cat', 'dog'], split='test', root=cache)
-
-
-@pytest.mark.parametrize(('boxes', 'expected'), [
-    ([[0, 0, 32, 32]], 1.), ([[0, 0, 16, 32]], 0.25), ([[0, 0, 16, 32], [8, 0, 16, 32]], 0.25),
-    ([[0, 0, 16, 32], [16, 0, 32, 16]], 0.625), ([], None), ([[3, 3, 3, 9]], None)])
-def test_positive_share(boxes, expected):
-    """A quarter of the positive evidence on the left, three quarters on the right; what is negative does not count."""
-    class Fixed:
-        """Evidence that is known, on 2×2 patches of 16 pixels."""
-        patch_boxes = torch.tensor([[x, y, x + 16, y + 16] for y in (0, 16) for x in (0, 16)])
-        input_size, pixel_map = (32, 32), Explanation.pixel_map
-
-        def __init__(self, *evidence):
-            self.evidence = torch.tensor([evidence])
-
-    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    [share] = positive_share(Fixed(1., 3., 1., 3.), [boxes])
-    assert share == (expected if expected is None else pytest.approx(expected))
-    [share] = positive_share(Fixed(1., 3., 1., -9.), [torch.tensor([[0., 0., 16., 32.]])])
-    assert share == pytest.approx(0.4)
-    assert positive_share(Fixed(-1., -3., -1., 0.), [torch.tensor([[0., 0., 32., 32.]])]) == [0.]  # none may abstain
 
 
 def test_boxes_from_a_file(model, folder, tmp_path, monkeypatch):
@@ -319,6 +335,9 @@ def test_broken_images(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / 'broken' / 'a.png').write_bytes(b'no image')
     assert main(['report', 'broken', '--model', NANO, '--workers', '0', '--out', 'none']) == 2
     assert 'none of the 1 images in broken can be read' in ' '.join(capsys.readouterr().err.split())
+    picture(0).save(tmp_path / 'broken' / 'a.png')  # mended, and the same command again
+    assert main(['report', 'broken', '--model', NANO, '--workers', '0', '--out', 'none']) == 0
+    assert len(ReportTable('none/report.parquet')) == 1
 
 
 def test_a_row_without_image(tmp_path, cache, monkeypatch, capsys):

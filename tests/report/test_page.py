@@ -1,6 +1,7 @@
 """A model that learned a planted shortcut, and its report: the numbers behind the page, and the page in a browser."""
 import base64
 import io
+import os
 import re
 import shutil
 from collections import Counter
@@ -17,6 +18,7 @@ from timm_lossattn.cli import main
 from timm_lossattn.explanation import Preprocessed, preprocess
 from timm_lossattn.explanation.drawing import signed_colors
 from timm_lossattn.loading import MODEL_CONFIG, model_config
+from timm_lossattn.report import collect
 from timm_lossattn.report.page import encode_map, patch_intervals, place_name, thumbnail
 from timm_lossattn.report.summary import SCORE, summarise
 from timm_lossattn.report.table import ReportTable
@@ -238,6 +240,22 @@ def test_unlabelled_page(report, tmp_path):
     assert html.count('<article') == 12
     for absent in ('id="accuracy"', 'id="confusion"', 'id="filter-label"', 'id="filter-wrong"', 'id="filter-outside"'):
         assert absent not in html
+
+
+@pytest.mark.parametrize('there', [b'<!DOCTYPE html><title>My site</title>', b'', None])
+def test_a_page_of_another_kind(report, tmp_path, monkeypatch, capsys, there):
+    """Something else at index.html stays, and nothing is computed."""
+    monkeypatch.setattr(collect, 'explain', None)
+    page = tmp_path / 'index.html'
+    if there is None:
+        page.mkdir()
+    else:
+        page.write_bytes(there)
+    assert main(['report', str(report.parent), '--checkpoint', str(report.parent / 'last.pth.tar'), '--workers', '0',
+                 '--out', str(tmp_path)]) == 2
+    assert 'index.html is there and no page of a report' in ' '.join(capsys.readouterr().err.split())
+    assert os.listdir(tmp_path) == ['index.html']
+    assert there is None or page.read_bytes() == there
 
 
 def test_encode_map():

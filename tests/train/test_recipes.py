@@ -36,8 +36,8 @@ def test_dictionaries_are_merged():
 
 def test_patch_term_of_routing():
     """--patch-loss adds a term to the margin loss; it does not take its place."""
-    options = command.parse_args([
-        '--model', 'resnet18_routing_caps', '--width-mult', '0.125', '--patch-loss', '--smoothing', '0.1', '--device', 'cpu'])
+    options = command.parse_args(['--model', 'resnet18_routing_caps', '--width-mult', '0.125', '--device', 'cpu',
+                                  '--patch-loss', '--smoothing', '0.1'])
     task = build.create_task(options, create_model(options, Process.start('cpu')), 10, Process.start('cpu').device)
     assert type(task.loss.criterion) is MarginLoss
     assert task.loss.smoothing == 0

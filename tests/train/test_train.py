@@ -90,7 +90,7 @@ def test_explain_reads_how_the_checkpoint_was_built(run, tmp_path):
     assert numbers['labels'] == ['left', 'right']
 
 
-def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
+def test_the_model_is_built_as_it_was_trained(folder, tmp_path, capsys):
     """From the checkpoint alone and from hub/: arguments of the model, channels, labels, preprocessing."""
     assert main('--data-dir', folder, *QUICK, '--epochs', '1', '--output', tmp_path, '--experiment', 'x',
                 '--xi', '0.5', '--backbone-stride', '2', '--patch-stride', '2', '--patch-padding', '1',
@@ -111,6 +111,11 @@ def test_the_model_is_built_as_it_was_trained(folder, tmp_path):
     assert torch.equal(*outputs)
     assert validate.main(['--checkpoint', str(tmp_path / 'x' / 'last.pth.tar'), '--data-dir', str(folder),
                           '--val-split', 'val', '--workers', '0']) == 0  # one channel, as the model says
+    swapped = tmp_path / 'swapped.pth.tar'
+    checkpoint['model_config']['label_names'] = ['right', 'left']
+    torch.save(checkpoint, swapped)
+    assert validate.main(['--checkpoint', str(swapped), '--data-dir', str(folder), '--val-split', 'val']) == 2
+    assert "class 0 is 'left', the model's is 'right'" in capsys.readouterr().err
 
     # fine-tuned from that folder: the same model again, called by its architecture
     flags = [*QUICK[4:], '--num-classes', '3', '--epochs', '1', '--pretrained', '--model',

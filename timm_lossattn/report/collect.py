@@ -25,6 +25,7 @@ from .table import half, make_schema, map_array, merge_shards, read_notes, write
 __all__ = ['TABLE', 'Run', 'collect', 'positive_share']
 
 TABLE = 'report.parquet'
+SHARDS = f'{TABLE}.shards'  # a name that is nobody else's, for the folder is deleted with all that is in it
 BATCHES = 16  # a shard
 PATIENCE = 30.  # seconds after which the first process says what it waits for
 _logger = logging.getLogger('timm_lossattn')
@@ -53,9 +54,11 @@ def explain_batch(model: Any, items: list[Item], x: torch.Tensor) -> dict[str, A
     """
     explanation = explain(model, x)
     prediction, files = explanation.prediction, [item.file or item.index for item in items]
-    top = explanation.probabilities.topk(min(5, len(explanation.labels)), dim=1)
+    # by logits, for probabilities below 1e-45 are all 0
+    top_classes = prediction.logits.topk(min(5, len(explanation.labels)), dim=1).indices
+    top_probabilities = explanation.probabilities.gather(1, top_classes)
     # of equal logits one is the prediction, and topk may name another one first
-    order = torch.cat([explanation.target[:, None], top.indices], dim=1)
+    order = torch.cat([explanation.target[:, None], top_classes], dim=1)
     runner_up = torch.stack([row[row != row[0]][0] for row in order])
     label = torch.tensor([-1 if item.label is None else item.label for item in items])
     wrong = (label >= 0) & (label != explanation.target)
@@ -80,8 +83,8 @@ def explain_batch(model: Any, items: list[Item], x: torch.Tensor) -> dict[str, A
         'label': [item.label for item in items],
         'prediction': explanation.target.tolist(),
         'probability': explanation.probabilities.gather(1, explanation.target[:, None])[:, 0].tolist(),
-        'top_classes': map_array(top.indices.numpy().astype(np.int32)),
-        'top_probabilities': map_array(half('probability', top.values.numpy(), files)),
+        'top_classes': map_array(top_classes.numpy().astype(np.int32)),
+        'top_probabilities': map_array(half('probability', top_probabilities.numpy(), files)),
         'box': map_array(boxes.numpy().astype(np.float32)),
         'boxes': [None if item.boxes is None else item.boxes.tolist() for item in items],
         'evidence_in_box': shares,
@@ -110,7 +113,7 @@ class Run:
     def shards(self) -> list[Path]:
         """Where the shards of the data set lie, whether they are there or not."""
         size = BATCHES * self.batch_size
-        return [self.out / 'shards' / f'{s:06d}.parquet' for s in range(-(-self.notes['settings']['images'] // size))]
+        return [self.out / SHARDS / f'{s:06d}.parquet' for s in range(-(-self.notes['settings']['images'] // size))]
 
     def check(self, path: Path) -> None:
         """ValueError if a table there is of another run."""
@@ -146,9 +149,9 @@ def collect(
         advance(len(images))
         if run.rank:
             return None
-        shutil.rmtree(run.out / 'shards', ignore_errors=True)  # a kill may have left them
+        shutil.rmtree(run.out / SHARDS, ignore_errors=True)  # a kill may have left them
         return table
-    (run.out / 'shards').mkdir(parents=True, exist_ok=True)
+    (run.out / SHARDS).mkdir(parents=True, exist_ok=True)
     mine = list(range(run.rank, len(shards), run.world_size))
     size, kept = BATCHES * run.batch_size, 0
     for s in [s for s in mine if shards[s].exists()]:
@@ -172,7 +175,7 @@ def collect(
     for shard in shards:
         run.check(shard)
     merge_shards(shards, table)
-    shutil.rmtree(run.out / 'shards')
+    shutil.rmtree(run.out / SHARDS)
     return table
 
 

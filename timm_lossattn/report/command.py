@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from ..explanation import Preprocessing, class_labels, input_config
+from ..explanation.preprocessing import PREPROCESSING
 from ..files import sha256_of, weights_digest
 from ..loading import full_name, load_patch_model
 
@@ -68,10 +69,12 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     try:
         from .collect import Run, collect
         from .dataset import open_images
-        from .page import write_page
+        from .page import check_page, write_page
         from .table import ReportTable
     except ImportError as error:
-        raise ImportError(f"{error.name or error} is missing: pip install 'timm-lossattn[report]'") from None
+        if error.name is None:  # our own words
+            raise
+        raise ImportError(f"{error.name} is missing: pip install 'timm-lossattn[report]'") from None
     # torchrun says so; nothing else is needed of it, for processes meet in the folder
     local_rank, rank, world_size = (int(os.environ.get(name, default)) for name, default in (
         ('LOCAL_RANK', 0), ('RANK', 0), ('WORLD_SIZE', 1)))
@@ -100,11 +103,15 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
             'labelled': images.labelled, 'labels': labels,
             'boxes': sha256_of(args.boxes) if args.boxes else None,
             'model': name, 'weights': weights_digest(model), 'pool': repr(model.patch_weights),
-            'xi': model.patch_weights.xi, 'input_size': [width, height], 'batch_size': args.batch_size}}
+            'xi': model.patch_weights.xi, 'batch_size': args.batch_size,
+            **{key: list(value) if isinstance(value := config.get(key), tuple) else value  # as JSON gives it back
+               for key in PREPROCESSING}}}
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f'--out: {error}') from None
+    page = Path(args.out) / 'index.html'
+    check_page(page)
     if note and not rank:
         console.print(Text(note), soft_wrap=True)
     run = Run(Path(args.out), notes, args.batch_size, max(0, args.workers), rank, world_size)
@@ -120,7 +127,8 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     for index, file, reason in report.notes['unreadable'][:5]:
         console.print(Text.assemble(('left out', 'yellow'), f' {file or index}: {reason}'), soft_wrap=True)
     if not len(report):
+        table.unlink()  # or the same command would find nothing else to do, even when the images are there again
         raise ValueError(f'DATASET: none of the {len(images)} images in {args.dataset} can be read.')
-    page = write_page(run.out / 'index.html', report, images, args.gallery)
+    write_page(page, report, images, args.gallery)
     console.print(Text(f'{len(report):,} images  ->  {table}, {page}'), soft_wrap=True)
     return 0

@@ -2,6 +2,7 @@
 import csv
 import hashlib
 import io
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -96,8 +97,8 @@ class ReportImages(Dataset):
         if not self.labelled:
             return None
         try:
-            target = int(target)
-        except (TypeError, ValueError):
+            target = int(operator.index(target))  # int alone makes classes of 0.7 and '1' too; index leaves True
+        except TypeError:
             raise ValueError(f'DATASET: a label must be one class for each image, got {target!r}; without labels: '
                              '--no-labels') from None
         if target < 0:
@@ -113,10 +114,15 @@ class ReportImages(Dataset):
         Raises:
             OSError: and many others; the image is broken.
         """
+        image: Any
+        more: list[Any] = []
         if hasattr(self.images, 'reader'):  # not its own []: that would go on to the next image if one is broken
             file, target, *more = self.images.reader[index]
             with file:
-                image: Any = Image.open(io.BytesIO(file.read()))
+                image = Image.open(io.BytesIO(file.read()))
+        elif hasattr(self.images, 'samples'):  # nor torchvision's: for RGB it clips 16-bit grey and drops alpha
+            path, target = self.images.samples[index]
+            image = Image.open(io.BytesIO(Path(path).read_bytes()))
         else:
             image, target, *more = self.images[index]
         return to_rgb(ImageOps.exif_transpose(image)), target, more[0] if more else None
@@ -252,13 +258,16 @@ def imagenet_synsets(model: Any) -> list[str]:
 
 
 def class_names(images: Any) -> list[str]:
-    """Names of a data set's classes in the order of their numbers, or nothing; of several for one class the first."""
+    """Names of a data set's classes in the order of their numbers 0, 1, ..., of several for one class the first; or
+    nothing, also if numbers are missing, for names after a gap would be those of other classes."""
     reader = getattr(images, 'reader', images)
-    index = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}  # of tar files
+    index = (getattr(reader, 'wnid_to_idx', None)  # torchvision's ImageNet: its class_to_idx has one 'crane' for two
+             or getattr(reader, 'class_to_idx', None)
+             or getattr(reader, 'class_name_to_idx', None) or {})  # of tar files
     names: dict[int, str] = {}
     for name, k in index.items():
         names.setdefault(k, name)
-    return [names[k] for k in sorted(names)]
+    return [names[k] for k in range(len(names))] if {*names} == {*range(len(names))} else []
 
 
 def open_images(

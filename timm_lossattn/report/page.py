@@ -15,6 +15,7 @@ from ..explanation import Preprocessed
 from ..explanation.drawing import WRONG, signed_colors
 from ..explanation.preprocessing import boxes_to_input
 from ..files import replace_file
+from ..text import percent
 from .dataset import ReportImages
 from .summary import MIN_IMAGES, SCORE, Summary, pick_gallery, summarise, wilson_interval
 from .table import ReportTable
@@ -24,11 +25,12 @@ try:
 except ImportError as error:
     raise ImportError(f"a report needs {error.name}: pip install 'timm-lossattn[report]'") from None
 
-__all__ = ['encode_map', 'patch_intervals', 'place_name', 'thumbnail', 'write_page']
+__all__ = ['check_page', 'encode_map', 'patch_intervals', 'place_name', 'thumbnail', 'write_page']
 
 SIDE = 144  # pixels of a thumbnail's longer side
 MATRIX = 20  # classes; a larger table of confusions is a list
 TILES = 12  # classes whose mean evidence is shown at once
+GENERATOR = b'<meta name="generator" content="timm-lossattn '  # in the head of the template
 
 
 def encode_map(values: Sequence[float] | np.ndarray) -> str:
@@ -131,7 +133,24 @@ def options(cards: Sequence[dict[str, Any]], key: str) -> list[tuple[int, str, i
     return [(k, name, n) for (name, k), n in sorted(numbers.items())]
 
 
-def write_page(path: Path, table: ReportTable, images: ReportImages, gallery: int) -> Path:
+def check_page(path: Path) -> None:
+    """Before anything is computed: the page may be written there.
+
+    Raises:
+        ValueError: something else than a page of a report is there.
+    """
+    try:
+        with open(path, 'rb') as file:
+            ours = GENERATOR in file.read(4096)
+    except FileNotFoundError:
+        return
+    except OSError:  # a folder
+        ours = False
+    if not ours:
+        raise ValueError(f'--out: {path} is there and no page of a report; choose another folder.')
+
+
+def write_page(path: Path, table: ReportTable, images: ReportImages, gallery: int) -> None:
     """Write the page of a report.
 
     Args:
@@ -153,6 +172,7 @@ def write_page(path: Path, table: ReportTable, images: ReportImages, gallery: in
     environment = Environment(
         loader=PackageLoader('timm_lossattn.report'), autoescape=select_autoescape(['html']), trim_blocks=True,
         lstrip_blocks=True)
+    environment.globals['probability'] = percent
     html = environment.get_template('index.html').render(
         notes=notes, summary=summary, interval=(low, high), classes=classes, tiles=TILES,
         enough=bool((summary.predicted >= MIN_IMAGES).any()), flagged=[c for c in classes if c['flagged']],
@@ -163,4 +183,3 @@ def write_page(path: Path, table: ReportTable, images: ReportImages, gallery: in
                   'labels': {c['id']: c['name'] for c in classes} | {
                       k: notes['labels'][k] for pair in summary.confusion for k in pair}})
     replace_file(path, html.encode())
-    return path

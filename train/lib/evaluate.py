@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from timm_lossattn.explanation import explain, square_box
+from timm_lossattn.report.dataset import class_names
 
 from .boxes import collate_boxes, has_boxes, open_boxed
 from .data import create_eval_loader, input_config, open_dataset
@@ -135,12 +136,17 @@ def evaluate_dataset(model: Any, data: DataOptions, device: torch.device | str =
         device: of the model.
 
     Raises:
-        ValueError: see ``open_dataset``.
+        ValueError: see ``open_dataset``; or it has the classes of the model in another order.
     """
     process = Process(torch.device(device))
     config = input_config(data, model)
     data = replace(data, in_chans=config['input_size'][0])
     dataset = open_dataset(data, data.val_split, model.num_classes, num_samples=data.val_num_samples)
+    names, own = class_names(dataset), list((getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ())
+    if names != own and sorted(names) == sorted(own):
+        number = next(i for i, (name, mine) in enumerate(zip(names, own)) if name != mine)
+        raise ValueError('--dataset: has the classes of the model in another order: '
+                         f"class {number} is {names[number]!r}, the model's is {own[number]!r}")
     boxed = hasattr(model, 'forward_patches') and has_boxes(dataset)
     if boxed or data.multi_label:
         need('train', 'torchmetrics')
