@@ -289,6 +289,7 @@ def test_command(format, tmp_path, capsys):
     ((NANO, '--format', 'torchscript', '--out', 'a.pt', '--img-size', '0'), 'img_size must be positive'),
     ((NANO, '--format', 'torchscript', '--out', 'a.pt', '--img-size', '8'), 'Input too small for one patch'),
     ((NANO, '--format', 'torchscript', '--out', 'a.pt', '--checkpoint', 'no.pt'), 'checkpoint: no such file: no.pt'),
+    ((NANO, '--format', 'torchscript', '--out', 'no/../a.pt', '--checkpoint', 'a.pt'), 'a.pt is the --checkpoint'),
     (('resnet18_attn_conv', '--format', 'torchscript', '--out', 'a.pt'), 'model: resnet18_attn_conv has no'),
     (('nonsense', '--format', 'torchscript', '--out', 'a.pt'), "model: timm has no model 'nonsense'"),
 ])

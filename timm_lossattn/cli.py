@@ -24,7 +24,7 @@ from .explanation.drawing import PANELS
 from .explanation.labels import find_class
 from .explanation.preprocessing import image_endings
 from .export import FORMATS, OUTPUTS, check_target, export_model
-from .files import unique_stems
+from .files import fitting, unique_stems
 from .loading import full_name, list_patch_models, load_patch_model
 from .report.command import add_report_command, add_xi
 from .script_runner import run_script
@@ -69,7 +69,7 @@ def image_files(given: Sequence[str], console: Console) -> list[Path]:
 
 def class_slug(k: int, labels: Sequence[str]) -> str:
     """A class's name for a file's name: letters, digits and underscores; with its index where two would be the same."""
-    slugs = [re.sub(r'\W+', '_', label).strip('_')[:40] for label in labels]
+    slugs = [fitting(re.sub(r'\W+', '_', label).strip('_')[:40], 80) for label in labels]  # two and a stem are a name
     same = [other.casefold() for other in slugs].count(slugs[k].casefold()) > 1
     return f'{slugs[k]}_{k}' if same or not slugs[k] else slugs[k]
 
@@ -102,7 +102,7 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
     architecture = full_name(model)
     model_name = architecture if args.model in (None, 'lossattn') else args.model
     title = f'{architecture} of {model_name}' if ':' in model_name else model_name
-    stems = [f'{stem}{question}' for stem in unique_stems(path.stem for path in paths)]
+    stems = [f'{stem}{question}' for stem in unique_stems((path.stem for path in paths), ending=f'{question}.json')]
     taken = {p.resolve() for p in paths} & {(out / f'{s}{end}').resolve() for s in stems for end in ('.png', '.json')}
     if taken:
         raise ValueError(f'--out: {out} would overwrite an input, {min(taken)}; choose another folder.')
@@ -156,15 +156,35 @@ def not_ours(out: Path, stem: str) -> str | None:
 def true_class(label: str, file: Path, labels: Sequence[str]) -> int:
     """The class that an image shows: as the user gives it, its folder's name, or the end of its own after the last "_".
 
+    These two are whole labels in any case, "_" for a space, or of a folder an index: a folder "apple" is no custard
+    apple, and an image IMG_0012 not of class 12.
+
     Raises:
         ValueError: the model has no such class.
     """
     name = {'folder': Path(os.path.abspath(file)).parent.name, 'name': file.stem.rpartition('_')[2]}.get(label, label)
-    return find_class('--label', name.replace('_', ' ') if name not in labels else name, labels)
+    if name in labels:
+        return list(labels).index(name)
+    if label not in ('folder', 'name'):
+        return find_class('--label', name.replace('_', ' '), labels)
+    if label == 'folder' and name.isdecimal() and int(name) < len(labels):
+        return int(name)
+    found = [k for k, other in enumerate(labels) if spaced(other) == spaced(name)]
+    if len(found) != 1:
+        raise ValueError(f'--label: no class {printable(name)!r}, as the {label} of {printable(file.name)} says; give '
+                         'the class itself.')
+    return found[0]
+
+
+def spaced(name: str) -> str:
+    """A class's name as folders and files may write it too: in any case, with "_" for spaces."""
+    return name.replace('_', ' ').casefold()
 
 
 def run_export(args: argparse.Namespace, console: Console) -> int:
     """One file, and what differs between it and the model. Returns 0."""
+    if args.checkpoint and Path(args.out).resolve() == Path(args.checkpoint).resolve():
+        raise ValueError(f'--out: {args.out} is the --checkpoint; choose another file.')
     check_target(Path(args.out), args.format, args.opset)
     model = load_patch_model(args.model, args.checkpoint, 'cpu', args.xi)
     report = export_model(model, args.out, args.format, args.img_size, args.opset, args.dynamic_size)

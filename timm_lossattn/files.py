@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 
-__all__ = ['replace_file', 'replacing', 'sha256_of', 'unique_stems', 'weights_digest', 'write_csv', 'write_json']
+__all__ = [
+    'fitting', 'replace_file', 'replacing', 'sha256_of', 'unique_stems', 'weights_digest', 'write_csv', 'write_json',
+]
+
+NAME_BYTES = 255  # of a file's name, at most
 
 
 @contextmanager
@@ -23,8 +27,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     error in the block leaves the old one.
     """
     path = Path(path)
-    name = os.fsencode(path.name)[:200].decode(errors='ignore')  # a name has at most 255 bytes
-    temporary = path.with_name(f'.{name}.{os.getpid()}.{get_ident()}.tmp')
+    temporary = path.with_name(f'.{fitting(path.name, 200)}.{os.getpid()}.{get_ident()}.tmp')
     try:
         yield temporary
         os.replace(temporary, path)
@@ -75,15 +78,32 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def unique_stems(stems: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
-    """File stems, with a number behind those that are taken or equal (some file systems do not tell case)."""
+def fitting(name: str, size: int) -> str:
+    """The beginning of a name that fits into so many bytes, in whole letters."""
+    name = name[:size]
+    while len(os.fsencode(name)) > size:
+        name = name[:-1]
+    return name
+
+
+def unique_stems(stems: Iterable[str], taken: Iterable[str] = (), ending: str = '.json') -> list[str]:
+    """File stems, with a number behind those that are taken or equal (some file systems do not tell case).
+
+    Long ones are cut, so that the file's name is none that file systems refuse.
+
+    Args:
+        stems: of the files.
+        taken: stems that are not free.
+        ending: what comes behind the stems, the longest of it.
+    """
     seen = {stem.casefold() for stem in taken}
+    room = NAME_BYTES - len(os.fsencode(ending))
     unique = []
     for stem in stems:
-        name, count = stem, 1
+        name, count = fitting(stem, room), 1
         while name.casefold() in seen:
             count += 1
-            name = f'{stem}-{count}'
+            name = fitting(stem, room - len(f'-{count}')) + f'-{count}'
         seen.add(name.casefold())
         unique.append(name)
     return unique

@@ -1,13 +1,14 @@
 """cli.py in-process: what is asked and answered: numbers, classes, labels, panels, usage."""
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from cli_run import CAPS, CAT, NANO, SHIP, error_line, written
-from timm_lossattn.cli import main
+from timm_lossattn.cli import class_slug, main, true_class
 from timm_lossattn.explanation import explain
 from timm_lossattn.explanation.preprocessing import open_image, preprocess
 from timm_lossattn.models.entrypoints import CIFAR10_LABELS
@@ -89,6 +90,14 @@ def test_target(run, tmp_path, target, index):
     assert numbers['target'] == {'class': index, 'label': numbers['labels'][index]}
 
 
+def test_slugs():
+    """Of labels that are one in a file's name the index tells which; two long ones and an image's name are a name."""
+    labels = ['a b', 'A-b', '??', '図' * 60, '図' * 60 + '?']
+    slugs = [class_slug(k, labels) for k in range(5)]
+    assert slugs[:3] == ['a_b_0', 'A_b_1', '_2']
+    assert slugs[3:] == [f'{"図" * 26}_{k}' for k in (3, 4)]
+
+
 def test_target_name_before_index(run, tmp_path, monkeypatch):
     """Where a class is called '7', '--target 7' means that class."""
     for module in ('cli', 'explanation.explain'):
@@ -139,10 +148,25 @@ def test_label(run, models, tmp_path, capsys, label):
     assert (', wrong: truck' in capsys.readouterr().out) == (numbers['target']['class'] != 9)
 
 
+@pytest.mark.parametrize(('label', 'file', 'expected'), [
+    ('folder', 'horse cart/a.png', 0), ('folder', 'Horse_Cart/a.png', 0), ('folder', 'Pickup truck/a.png', 2),
+    ('folder', '2/a.png', 2), ('folder', 'horse/a.png', None), ('folder', '4/a.png', None),
+    ('name', 'a_horse cart.png', 0), ('name', 'a_CRAB.png', 1), ('name', 'crab.png', 1), ('name', 'IMG_0002.png', None),
+    ('name', 'a_horse.png', None), ('horse', 'a.png', 0), ('custard_apple', 'a.png', 3), ('2', 'a.png', 2)])
+def test_labels_of_names_are_whole(label, file, expected):
+    """A word or a running number in the name of a file is no class; of what the user types it is."""
+    labels = ['horse cart', 'crab', 'pickup_truck', 'custard apple']
+    if expected is None:
+        with pytest.raises(ValueError, match=r"^--label: no class '.*', as the (folder|name) of "):
+            true_class(label, Path(file), labels)
+    else:
+        assert true_class(label, Path(file), labels) == expected
+
+
 def test_label_that_is_no_class(run, capsys):
     """A folder that is no class of the model is said to be none."""
     assert run(CAT, '--label', 'folder') == 1
-    assert "--label: no class 'data'" in capsys.readouterr().out
+    assert f"--label: no class 'data', as the folder of {CAT.name} says" in capsys.readouterr().out
     assert run(CAT, '--label', 'cat', '--multi-label') == 2
     assert '--label: one class is the true one, which does not go with --multi-label' in error_line(capsys)
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cli_run import CAT, SHIP, error_line, written
-from timm_lossattn.files import unique_stems
+from timm_lossattn.files import fitting, unique_stems
 
 
 @pytest.mark.parametrize(('size', 'frame'), [
@@ -72,16 +72,25 @@ def test_foreign_files_are_kept(run, tmp_path, capsys):
 
 
 def test_names_of_files(run, tmp_path, capsys):
-    """That are no UTF-8, or so long that the file's own limit is near; one that is a line of pixels is one error."""
-    names = [b'caf\xe9.png'.decode(errors='surrogateescape'), '図' * 80 + '.png']
+    """That are no UTF-8, or as long as names can be; one that is a line of pixels is one error."""
+    names = [b'caf\xe9.png'.decode(errors='surrogateescape'), 'aa' + '図' * 83 + '.png']
     for name in names:
         Image.open(CAT).save(tmp_path / name)
     Image.new('RGB', (1_000_000, 1)).save(tmp_path / 'line.png')
     assert run(*(tmp_path / name for name in names), tmp_path / 'line.png') == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(written(tmp_path)) == 4
+    assert 'aa' + '図' * 82 + '.json' in written(tmp_path)
     assert lines[0].startswith('caf\ufffd.png: ')
     assert 'error image: 1000000×1 pixels are too long and thin for the model' in lines[-1]
+    for name, ending in ((names[1], 'jpg'), (names[1], 'bmp'), ('aa' + '図' * 82 + 'b.png', 'png')):
+        Image.open(CAT).save(tmp_path / Path(name).with_suffix(f'.{ending}'))
+    images = [file for file in tmp_path.iterdir() if file.name.startswith('aa')]
+    assert run(*images, '--target', 'cat', '--against', 'truck') == 0
+    asked = [name for name in written(tmp_path) if '-cat-vs-truck.' in name]
+    assert len(images) == 4
+    assert len(asked) == 8
+    assert max(len(os.fsencode(name)) for name in asked) <= 255
 
 
 @pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
@@ -102,6 +111,8 @@ def test_unique_stems():
     assert stems[4] == 'b'
     assert len({s.casefold() for s in stems}) == len(paths)
     assert unique_stems(['a', 'b'], taken=['A', 'a-2']) == ['a-3', 'b']
+    assert unique_stems(['x' * 251] * 2, ending='-cat.json') == ['x' * 246, 'x' * 244 + '-2']
+    assert fitting('aü図', 5) == 'aü'
 
 
 def test_folder_of_images(run, tmp_path, capsys):

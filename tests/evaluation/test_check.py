@@ -207,6 +207,14 @@ def test_all_wrong_ways(tmp_path, capsys):
     with pytest.raises(ValueError, match='line 1, is no check of a model'):
         list(check_all(file, ['test_resnet']))
     assert 'accuracy' in file.read_text()
+    for foreign in ('{"accuracy":1}', '{"name": "x", "version": "1"}', '[1,', '{"name":"x', ' ', 'text'):
+        file.write_text(foreign)  # a line without an end, which a kill does not leave
+        with pytest.raises(ValueError, match='line 1, is no check of a model'):
+            list(check_all(file, ['test_resnet']))
+        assert file.read_text() == foreign
+    for cut in ('', '{"na', '{"name": "test_res', '{"name": "test_resnet", "family": "byo'):
+        file.write_text(cut)
+        assert read_checks(file) == {}
     for args, message in (([], 'name a model, or give --all'), (['resnet18', '--all'], 'not both'),
                           (['--all'], 'needs --out'), (['resnet18', '--out', 'x'], 'belongs to --all')):
         assert main(['check', *args]) == 2

@@ -1,6 +1,7 @@
 """explanation.py: other comparisons of the same forward pass, and what is shown and saved."""
 import io
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,10 @@ def test_save_under_the_names_of_the_files(tmp_path):
     mine = explain(model, Image.open(SHIP)).save(tmp_path / 'out', names=['ship'])  # a name that is asked for
     assert mine == [tmp_path / 'out' / 'ship.png']
     assert len(list((tmp_path / 'out').iterdir())) == 6
+    longest = tmp_path / f'{"s" * 251}.png'
+    longest.write_bytes(SHIP.read_bytes())
+    names = [explain(model, longest).save(tmp_path / 'out')[0].name for _ in range(2)]
+    assert names == [f'{"s" * 250}.png', f'{"s" * 248}-2.png']
 
 
 def test_name_in_the_picture():
@@ -136,6 +141,19 @@ def test_leave_one_out_of_one_patch():
     """Without the only patch that counts nothing is left."""
     lost = leave_one_out(torch.tensor([[3., 0.], [1., 2.]]), torch.tensor([[1., 0.], [0.5, 0.5]]))
     torch.testing.assert_close(lost, torch.tensor([[3., 0.], [-1., 1.]]))
+
+
+@pytest.mark.parametrize('others', [1e-6, 1e-9, 1e-20])
+def test_leave_one_out_of_nearly_all_the_weight(others):
+    """Against fractions, which do not round: 1 − α is no number of float32 any more."""
+    q = [Fraction(5), Fraction(-2), Fraction(7, 2)]
+    alpha = torch.tensor([[1., others, 3. * others]])
+    evidence = alpha * torch.tensor([[float(value) for value in q]])
+    a, e = ([Fraction(value) for value in t[0].tolist()] for t in (alpha, evidence))
+    expected = [float(sum(e) - (sum(e) - e[m]) / (sum(a) - a[m])) for m in range(3)]
+    lost = leave_one_out(evidence, alpha)
+    assert lost.dtype == torch.float32
+    assert lost[0].tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_json_holds_what_is_compared():

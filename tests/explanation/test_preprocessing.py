@@ -70,6 +70,19 @@ def test_dark_16_bit_png(tmp_path):
     assert opened(Image.fromarray(np.full((2, 2), 200, np.uint16)), tmp_path / 'a.png').max() == 1
 
 
+@pytest.mark.parametrize(('values', 'dtype', 'expected'), [
+    ([-1000, 500, 2000], np.int16, [0, 128, 255]),
+    ([0, 500_000, 1_000_000], np.int32, [0, 128, 255]),
+    ([-3, -3, -3], np.int32, [0, 0, 0]),
+    ([0, 257, 65535], np.int32, [0, 1, 255]),
+    ([0, 7, 255], np.int32, [0, 7, 255]),
+])
+def test_integer_tiff(tmp_path, values, dtype, expected):
+    """Beyond 16 bits without a sign, as in tomography, the range is the image's own; within it stays what it is."""
+    pixels = opened(Image.fromarray(np.array([values], dtype=dtype)), tmp_path / 'a.tiff')
+    assert pixels[0, :, 0].tolist() == expected
+
+
 @pytest.mark.parametrize(('values', 'expected'), [
     ([-1., 0., 1.], [0, 128, 255]),
     ([0., 1e6, 5e5], [0, 255, 128]),
@@ -106,6 +119,21 @@ def test_exif_rotation(tmp_path, orientation, corner):
     assert result.shape == ((64, 128, 3) if orientation in (1, 3) else (128, 64, 3))
     blocks = result[8::16, 8::16, 0]
     assert np.argwhere(blocks > 128).tolist() == [list(corner)]
+
+
+@pytest.mark.parametrize('extension', ['png', 'webp', 'jpg'])
+def test_damaged_exif(tmp_path, extension):
+    """It says nothing of the pixels, which are read; broken pixels stay an error."""
+    path, image = tmp_path / f'a.{extension}', Image.new('RGB', (6, 4), (200, 0, 0))
+    pixels = opened(image, path, exif=b'Exif\x00\x00garbage of no TIFF')
+    assert pixels.shape == (4, 6, 3)
+    assert np.abs(pixels.astype(int) - (200, 0, 0)).max() <= 6
+    model = timm.create_model(NANO).eval()
+    with Image.open(path) as lazy:
+        assert explain(model, lazy).source(0).image.size == (6, 4)
+    write_truncated(path, exif=b'Exif\x00\x00garbage of no TIFF')
+    with pytest.raises(ValueError, match=r'^image: cannot read'):
+        open_image(path)
 
 
 @pytest.mark.parametrize('size', [(1, 1), (3000, 5), (5, 3000), (2, 1)])

@@ -17,6 +17,7 @@ from .check import OURS, Check, check_model, million_parameters
 __all__ = ['check_all', 'models_to_check', 'read_checks']
 
 LIMIT_MILLION = 100.
+ROW = '{"name": "'  # that all rows begin with
 
 
 def models_to_check() -> list[str]:
@@ -26,19 +27,21 @@ def models_to_check() -> list[str]:
 
 
 def read_checks(file: str | Path) -> dict[str, dict[str, Any]]:
-    """``Check.to_dict`` of every model in a file, by name; of a line that a kill has cut off nothing.
+    """``Check.to_dict`` of every model in a file, by name; of a last line that a kill has cut off nothing.
 
     Raises:
         ValueError: there is something else in the file.
     """
-    # whole lines end with a newline
-    lines = Path(file).read_text('utf-8').split('\n')[:-1] if Path(file).is_file() else []
+    lines = Path(file).read_text('utf-8').split('\n') if Path(file).is_file() else []
     rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows[row['name']] = Check(**row).to_dict()
         except (KeyError, TypeError, json.JSONDecodeError) as error:
+            unfinished = number == len(lines) and isinstance(error, json.JSONDecodeError)
+            if unfinished and line[:len(ROW)] == ROW[:len(line)]:  # or the end of whole lines, ''
+                break
             raise ValueError(f'{file}, line {number}, is no check of a model: {one_line(error)}') from error
     return rows
 

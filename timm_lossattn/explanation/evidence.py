@@ -54,8 +54,8 @@ def evidence_along(contributions: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 def leave_one_out(evidence: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """What v·z would lose without a patch, its weight shared by the others in proportion to theirs.
 
-    v·z is Σ_m α_m q_m with q_m = e_m / α_m. Without patch m it is (v·z − e_m) / (1 − α_m), so that the loss is
-    (e_m − α_m v·z) / (1 − α_m). A patch that has all the weight takes all of v·z with it.
+    v·z is Σ_m α_m q_m with q_m = e_m / α_m. Without patch m it is Σ_n e_n / Σ_n α_n over the others, n ≠ m, so that the
+    loss is v·z minus that. A patch that has all the weight takes all of v·z with it.
 
     Args:
         evidence: e, (B, M).
@@ -64,7 +64,8 @@ def leave_one_out(evidence: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, M).
     """
-    total = evidence.sum(dim=1, keepdim=True)
-    rest = 1. - alpha
+    e, a = evidence.double(), alpha.double()
+    off = 1. - torch.eye(e.shape[1], dtype=e.dtype, device=e.device)
+    left, rest = e @ off, a @ off  # sums over the others; 1 − α_m and v·z − e_m would lose them where α_m is near 1
     alone = rest <= 0.
-    return torch.where(alone, evidence, (evidence - alpha * total) / rest.masked_fill(alone, 1.))
+    return torch.where(alone, e, e + left - left / rest.masked_fill(alone, 1.)).to(evidence.dtype)

@@ -6,7 +6,7 @@ from typing import Any, Union
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.utils import unwrap_model
 
 from ..models.any_timm import loss_attention
@@ -15,7 +15,7 @@ from ..text import shorten
 from .evidence import AGAINST
 from .explanation import Explanation
 from .labels import Classes, by_index, class_labels, classes_of, training_data
-from .preprocessing import Preprocessed, input_config, open_image, preprocess, to_rgb
+from .preprocessing import Preprocessed, input_config, open_image, preprocess, to_rgb, upright
 
 Source = Union[Preprocessed, Image.Image, np.ndarray, str, Path]
 
@@ -153,4 +153,4 @@ def preprocessed(model: Any, image: Source) -> Preprocessed:
     if not isinstance(image, Image.Image):
         raise ValueError('images must be a tensor (B, C, H, W) or a list of files, PIL images or NumPy arrays, got a '
                          f'list with a {type(image).__name__}.')
-    return preprocess(model, to_rgb(ImageOps.exif_transpose(image)))
+    return preprocess(model, to_rgb(upright(image)))

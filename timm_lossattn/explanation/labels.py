@@ -137,7 +137,7 @@ def find_class(name: str, value: str, labels: Sequence[str]) -> int:
         near = get_close_matches(wanted, folded, 5, 0.5)
         close = [label for label, lower in zip(labels, folded) if lower in near]
     choose = f'choose one of {close}' if close else f'choose one of {len(labels)} names'
-    raise ValueError(f'{name}: no class {value!r}; {choose} or an index.')
+    raise ValueError(f'{name}: no class {value!r}; {choose} or an index up to {len(labels) - 1}.')
 
 
 def classes_of(name: str, value: Classes, batch: int, labels: Sequence[str]) -> torch.Tensor:

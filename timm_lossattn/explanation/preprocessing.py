@@ -20,7 +20,7 @@ from ..text import one_line
 
 __all__ = [
     'PREPROCESSING', 'Preprocessed', 'Preprocessing', 'boxes_to_image', 'boxes_to_input', 'image_endings',
-    'input_config', 'open_image', 'preprocess', 'to_rgb',
+    'input_config', 'open_image', 'preprocess', 'to_rgb', 'upright',
 ]
 
 PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')  # of timm's data config
@@ -36,8 +36,7 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             file.seek(0)
-            file.load()
-            return to_rgb(ImageOps.exif_transpose(file))
+            return to_rgb(upright(file))
     except FileNotFoundError:
         raise ValueError(f'image: no such file: {path}') from None
     except Exception as error:  # broken files: RuntimeError, NotImplementedError and more
@@ -49,11 +48,28 @@ def image_endings() -> set[str]:
     return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF data say, or as it is where these are damaged.
+
+    Raises:
+        OSError: and many others; its pixels are broken.
+    """
+    image.load()  # outside of the try block: broken pixels are no matter of EXIF
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # SyntaxError, struct.error and more
+        return image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB, transparent parts over white."""
+    """An image of any mode as 8-bit RGB, transparent parts over white.
+
+    Grey of 16 bits keeps its place in [0, 65535]; other numbers, float or beyond that range, are scaled from their own.
+    """
     if image.mode.startswith('I') or image.mode == 'F':  # 16-bit or float grey; convert('RGB') would clip it
         grey = np.asarray(image, dtype=np.float64)
-        if image.mode == 'F':  # its range to [0, 255]; NaN and -inf are black, inf is white
+        beyond = image.mode == 'I' and (grey.min() < 0 or grey.max() > 65535)  # Hounsfield units, int32
+        if image.mode == 'F' or beyond:  # its range to [0, 255]; NaN and -inf are black, inf is white
             finite = grey[np.isfinite(grey)]
             low, high = (float(finite.min()), float(finite.max())) if finite.size else (0., 0.)
             grey = (np.nan_to_num(grey, nan=low, posinf=high, neginf=low) - low) * (

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from timm.data import ImageNetInfo, create_dataset, infer_imagenet_subset
 from torch.utils.data import Dataset, IterableDataset
 
 from ..explanation import Preprocessed, Preprocessing
 from ..explanation.labels import numbered
-from ..explanation.preprocessing import image_endings, to_rgb
+from ..explanation.preprocessing import image_endings, to_rgb, upright
 from ..hub_access import hub_or_cache
 from ..text import one_line, printable, shorten
 
@@ -125,7 +125,7 @@ class ReportImages(Dataset):
             image = Image.open(io.BytesIO(Path(path).read_bytes()))
         else:
             image, target, *more = self.images[index]
-        return to_rgb(ImageOps.exif_transpose(image)), target, more[0] if more else None
+        return to_rgb(upright(image)), target, more[0] if more else None
 
     def preprocessed(self, index: int) -> Preprocessed:
         """An image with the geometry of its input."""
