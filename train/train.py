@@ -56,8 +56,7 @@ from timm_lossattn.text import one_line
 _logger = logging.getLogger('train')
 
 BATCHES = (  # flags that say which images a batch holds: as they were, within an epoch
-    'batch_size', 'grad_accum_steps', 'seed', 'dataset', 'data_dir', 'train_split', 'train_num_samples',
-    'cache_dataset')
+    'batch_size', 'grad_accum_steps', 'seed', 'dataset', 'train_split', 'train_num_samples', 'cache_dataset')
 STATE = ('params', 'lookahead_step')  # of an optimizer's groups; the rest are hyperparameters
 
 
@@ -116,7 +115,7 @@ def prepare_task(
             raise ValueError(f'--resume: {options.resume} is from within an epoch of {len(position["ranks"])} '
                              f'processes, there are {process.world_size}.')
         for name in BATCHES if position is not None else ():
-            if checkpoint['args'].get(name) != getattr(options, name):
+            if checkpoint['args'][name] != getattr(options, name):
                 raise ValueError(f'--{name.replace("_", "-")}: {options.resume} is from within an epoch with '
                                  f'{checkpoint["args"][name]}, got {getattr(options, name)}.')
         given = [{key: value for key, value in group.items() if key not in STATE} for group in optimizer.param_groups]

@@ -266,5 +266,5 @@ def test_other_settings_are_refused(work, undisturbed, monkeypatch, capsys):
         other.setattr(command, 'input_config', lambda model: {**input_config(model), 'mean': (0.4, 0.5, 0.5)})
         assert main(flags(work)) == 2
     said = ' '.join(capsys.readouterr().err.split())
-    assert re.search(r'is of another report \(mean: \[0\.\d+, .*\], now \[0\.4, 0\.5, 0\.5\]\)', said)
+    assert re.search(r"is of another report \(preprocessing: \{.*'mean': \[0\.4, 0\.5, 0\.5\]", said)
     assert main(flags(work, '--gallery', '3')) == 0  # as other tests expect it

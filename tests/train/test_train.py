@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -13,6 +14,8 @@ import torch
 
 import train as train_script
 import validate
+from lib import command
+from lib.data import same_folder
 from lib.record import save_hub_folder
 from timm_lossattn import load_model
 from timm_lossattn.explanation import class_labels, input_config
@@ -239,7 +242,9 @@ def test_config_file(folder, tmp_path, capsys):
 
 
 def test_folder_without_splits(folder, capsys):
-    """timm would take all of it for both."""
+    """timm would take all of it for both; both splits of torchvision's sets have the same root."""
+    svhn = SimpleNamespace(root='data/svhn')
+    assert not same_folder(svhn, svhn, command.parse_args(['--dataset', 'torch/svhn', '--val-split', 'test']))
     assert main('--data-dir', folder / 'train', *QUICK) == 2
     assert "has no sub-folders for --train-split 'train' and --val-split 'val'" in capsys.readouterr().err
 

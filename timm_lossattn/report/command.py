@@ -104,8 +104,8 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
             'boxes': sha256_of(args.boxes) if args.boxes else None,
             'model': name, 'weights': weights_digest(model), 'pool': repr(model.patch_weights),
             'xi': model.patch_weights.xi, 'batch_size': args.batch_size,
-            **{key: list(value) if isinstance(value := config.get(key), tuple) else value  # as JSON gives it back
-               for key in PREPROCESSING}}}
+            'preprocessing': {  # as JSON gives it back
+                key: list(value) if isinstance(value := config.get(key), tuple) else value for key in PREPROCESSING}}}
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -172,7 +172,7 @@ def write_page(path: Path, table: ReportTable, images: ReportImages, gallery: in
     environment = Environment(
         loader=PackageLoader('timm_lossattn.report'), autoescape=select_autoescape(['html']), trim_blocks=True,
         lstrip_blocks=True)
-    environment.globals['probability'] = percent
+    environment.filters['as_probability'] = percent
     html = environment.get_template('index.html').render(
         notes=notes, summary=summary, interval=(low, high), classes=classes, tiles=TILES,
         enough=bool((summary.predicted >= MIN_IMAGES).any()), flagged=[c for c in classes if c['flagged']],

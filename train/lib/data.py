@@ -117,10 +117,12 @@ def open_dataset(
 
 def same_folder(train_set: Any, eval_set: Any, options: TrainOptions) -> bool:
     """Whether two splits of a folder are all of it, since it has no sub-folders of their names."""
-    if options.train_split == options.val_split or options.dataset.rpartition('/')[0] not in ('', 'torch'):
+    name = options.dataset.lower()
+    folders = '/' not in name or name in ('torch/image_folder', 'torch/folder')  # where timm looks for sub-folders
+    if options.train_split == options.val_split or not folders:
         return False
     roots = [getattr(getattr(one, 'reader', one), 'root', None) for one in (train_set, eval_set)]
-    return options.dataset.rpartition('/')[2] not in TORCH_NAMES and roots[0] is not None and roots[0] == roots[1]
+    return roots[0] is not None and roots[0] == roots[1]
 
 
 def input_config(data: DataOptions, model: nn.Module) -> dict[str, Any]:
