@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
-from lib.boxes import collate_boxes, fixed_order, open_patch_model
+from lib.boxes import boxed_loader, fixed_order, open_patch_model
 from lib.flags import flag, parse, positive_int
 from lib.options import EvalOptions
 from lib.record import command_line, environment
@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     models = {name: copy.deepcopy(model).to(dtype) for name, (dtype, _) in PRECISIONS.items()}
     order = fixed_order(boxed, options.images)
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in PRECISIONS}
-    loader: Any = DataLoader(
-        Subset(boxed, order), options.batch_size, num_workers=options.workers, collate_fn=collate_boxes)
+    loader = boxed_loader(Subset(boxed, order), options)
     for x, *_ in tqdm(loader, leave=False, dynamic_ncols=True):
         for name, precision in PRECISIONS.items():
             found[name].append(measure(models[name], x, *precision))

@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
-from lib.boxes import box_columns, collate_boxes, fixed_order, open_patch_model
+from lib.boxes import box_columns, boxed_loader, fixed_order, open_patch_model
 from lib.comparison import Judge, Settings, grid_entries
 from lib.explainers import OURS, Question, create_tools
 from lib.flags import flag, parse, positive_int
@@ -87,8 +87,7 @@ class CompareOptions(EvalOptions):
 def questions(options: CompareOptions, model: Any, boxed: Any, indices: list[int]) -> Iterator[
         tuple[Question, torch.Tensor, list[torch.Tensor]]]:
     """Batches of what is asked, with the logits and the true boxes of the class that is asked about."""
-    loader: Any = DataLoader(
-        Subset(boxed, indices), options.batch_size, num_workers=options.workers, collate_fn=collate_boxes)
+    loader = boxed_loader(Subset(boxed, indices), options)
     for start, (x, y, boxes, classes) in zip(range(0, len(indices), options.batch_size), loader):
         with torch.no_grad():
             logits = model(x).float()

@@ -20,10 +20,9 @@ from typing import Any
 import timm
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.boxes import collate_boxes, open_boxed
+from lib.boxes import boxed_loader, open_boxed
 from lib.data import input_config
 from lib.extras import need
 from lib.flags import flag, parse, positive_int
@@ -83,7 +82,7 @@ def compare(name: str, options: PoolOptions) -> dict[str, Any]:
     stock: Any = load_model(name)
     models = {xi: loss_attention(stock, xi=xi) for xi in XIS}
     dataset = open_boxed(options, stock.num_classes, input_config(options, stock))
-    loader: Any = DataLoader(dataset, options.batch_size, num_workers=options.workers, collate_fn=collate_boxes)
+    loader = boxed_loader(dataset, options)
     found: dict[str, list[torch.Tensor]] = {key: [] for key in ('stock', *map(str, XIS))}
     labels: list[torch.Tensor] = []
     zero = dict.fromkeys(XIS, 0.)

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
-from lib.boxes import collate_boxes, fixed_order, open_patch_model
+from lib.boxes import boxed_loader, fixed_order, open_patch_model
 from lib.extras import need
 from lib.flags import flag, parse, positive_int
 from lib.options import EvalOptions
@@ -95,8 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError('--multi-label: an image must have one label here')
     model, _, boxed, _ = open_patch_model(options)
     order = fixed_order(boxed, options.images)
-    loader: Any = DataLoader(
-        Subset(boxed, order), options.batch_size, num_workers=options.workers, collate_fn=collate_boxes)
+    loader = boxed_loader(Subset(boxed, order), options)
     batches = []
     for x, y, *_ in tqdm(loader, leave=False, dynamic_ncols=True):
         batches.append(offsets(model, x, y))

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
-from lib.boxes import collate_boxes, fixed_order, open_patch_model
+from lib.boxes import boxed_loader, fixed_order, open_patch_model
 from lib.flags import flag, parse, positive_int
 from lib.options import EvalOptions
 from lib.plots import draw_box, panels, save
@@ -75,8 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     model, _, dataset, _ = open_patch_model(options)
     order = fixed_order(dataset, options.images)
     total: Any = 0.
-    loader: Any = DataLoader(
-        Subset(dataset, order), options.batch_size, num_workers=options.workers, collate_fn=collate_boxes)
+    loader = boxed_loader(Subset(dataset, order), options)
     for x, *_ in tqdm(loader, leave=False):
         patch, box = middle_patch(model, *x.shape[-2:])
         total = total + influence(model, x, patch).double().sum(dim=0)

@@ -2,7 +2,7 @@
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from timm_lossattn.explanation import Preprocessing, class_labels
 from timm_lossattn.report.dataset import class_names
@@ -12,7 +12,9 @@ from .model import load_trained
 from .options import DataOptions, EvalOptions
 
 __all__ = [
-    'BoxDataset', 'box_columns', 'collate_boxes', 'fixed_order', 'has_boxes', 'open_boxed', 'open_patch_model']
+    'BoxDataset', 'box_columns', 'boxed_loader', 'collate_boxes', 'fixed_order', 'has_boxes', 'open_boxed',
+    'open_patch_model',
+]
 
 
 class BoxDataset(Dataset):
@@ -83,6 +85,11 @@ def open_patch_model(options: EvalOptions) -> tuple[Any, dict[str, Any], BoxData
     config = input_config(options, model)
     dataset = open_boxed(options, model.num_classes, config)
     return model, config, dataset, class_names(dataset.dataset) or class_labels(model, model.num_classes)
+
+
+def boxed_loader(dataset: Dataset, data: DataOptions) -> Any:
+    """Batches as ``collate_boxes`` makes them, of a ``BoxDataset`` or a part of it, in its order."""
+    return DataLoader(dataset, data.batch_size, num_workers=data.workers, collate_fn=collate_boxes)
 
 
 def fixed_order(dataset: BoxDataset, images: int | None = None) -> list[int]:

@@ -21,13 +21,12 @@ from timm.task import (
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from timm_lossattn.explanation import explain, square_box
 from timm_lossattn.report.dataset import class_names
 
-from .boxes import collate_boxes, has_boxes, open_boxed
+from .boxes import boxed_loader, has_boxes, open_boxed
 from .data import create_eval_loader, input_config, open_dataset
 from .extras import need
 from .options import DataOptions
@@ -150,9 +149,8 @@ def evaluate_dataset(model: Any, data: DataOptions, device: torch.device | str =
     boxed = hasattr(model, 'forward_patches') and has_boxes(dataset)
     if boxed or data.multi_label:
         need('train', 'torchmetrics')
-    loader: Any = DataLoader(
-        open_boxed(data, model.num_classes, config), data.batch_size, num_workers=data.workers,
-        collate_fn=collate_boxes) if boxed else create_eval_loader(data, process, dataset, config)
+    loader: Any = boxed_loader(open_boxed(data, model.num_classes, config), data) if boxed else create_eval_loader(
+        data, process, dataset, config)
     task = (MultiLabelClassificationTask if data.multi_label else ClassificationTask)(
         model, nn.Identity(), verbose=False, device=process.device)
     precisions: dict[str, Any] = {}
