@@ -87,6 +87,8 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
     question += '' if against is None else f'-vs-{class_slug(against, labels)}'
     if args.multi_label and args.label is not None:
         raise ValueError('--label: one class is the true one, which does not go with --multi-label.')
+    if args.label not in (None, 'folder', 'name'):
+        true_class(args.label, Path(), labels)  # said once, not for each image
     unknown = [name for name in args.panels.split(',') if name not in PANELS]
     if unknown:
         raise ValueError(f'--panels: no panel {unknown[0]!r}; choose some of {",".join(PANELS)}.')

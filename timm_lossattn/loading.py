@@ -16,6 +16,7 @@ import timm
 import torch
 from timm.models import is_model_pretrained
 
+from .attention.weights import checked_xi
 from .explanation import patch_model
 from .explanation.preprocessing import PREPROCESSING
 from .hub_access import create_model
@@ -239,6 +240,7 @@ def load_patch_model(
     except NoPatchSum as error:
         raise ValueError(f'model: {name}: {error}') from error
     if xi is not None:
+        checked_xi(xi)
         if name and timm.is_model(name) and name.split('.')[0] not in ('lossattn', *list_patch_models()):
             raise ValueError(f'xi: {name} has no loss attention; lossattn.{name} has.')
         kwargs['xi'] = xi

@@ -167,6 +167,8 @@ def test_label_that_is_no_class(run, capsys):
     """A folder that is no class of the model is said to be none."""
     assert run(CAT, '--label', 'folder') == 1
     assert f"--label: no class 'data', as the folder of {CAT.name} says" in capsys.readouterr().out
+    assert run(CAT, CAT, '--label', 'cart') == 2  # what holds for all is said once, before anything is written
+    assert "--label: no class 'cart'; choose one of" in error_line(capsys)
     assert run(CAT, '--label', 'cat', '--multi-label') == 2
     assert '--label: one class is the true one, which does not go with --multi-label' in error_line(capsys)
 

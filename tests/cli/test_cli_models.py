@@ -110,7 +110,7 @@ def test_xi(tmp_path, capsys):
     assert zeros[0] < zeros[1]
     capsys.readouterr()
     assert main([*flags, '--xi', '2']) == 2
-    assert 'xi must lie in [0, 1], got 2.0' in error_line(capsys)
+    assert error_line(capsys) == 'error xi must lie in [0, 1], got 2.0.\n'
     torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), tmp_path / 'stock.pth')
     stock = ['explain', str(CAT), '--model', 'test_resnet', '--checkpoint', str(tmp_path / 'stock.pth'), '--out',
              str(tmp_path)]

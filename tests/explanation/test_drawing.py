@@ -92,6 +92,18 @@ def test_text_of_the_picture(size, against, panels, stacked):
             assert not box.overlaps(other_box), (text, other)
 
 
+@pytest.mark.parametrize(('name', 'held'), [
+    ('test_resnet', None), ('test_convnext', "1/σ of the head's normalisation"),
+    ('mobilenetv3_small_050', "the gates of the head's activations")])
+def test_what_is_held(name, held):
+    """A head that is not affine adds up with one factor held: picture and numbers say which."""
+    explanation = explain(timm.create_model(f'lossattn.{name}').eval(), [Image.new('RGB', (64, 64))])
+    assert explanation.to_dict()['held'] == held
+    texts = ' '.join(text for text, _ in texts_of(explanation.figure()))
+    assert (f'Sums are exact with {held} held as it is for the whole image.' in texts) is (held is not None)
+    assert ('held' in texts) is (held is not None)
+
+
 @pytest.mark.parametrize(('size', 'said'), [((7, 7), True), ((8, 8), False), ((7, 40), True)])
 def test_enlarged(size, said):
     """It is said of an image whose shorter side has less than a quarter of the input's pixels."""

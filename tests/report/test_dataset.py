@@ -139,7 +139,7 @@ def test_bad_names(model, name, message):
 
 def test_empty_folder(model, tmp_path):
     """A folder without an image."""
-    with pytest.raises(ValueError, match='Found 0 images'):
+    with pytest.raises(ValueError, match=rf'^DATASET: no images in the folder {tmp_path}, nor in folders of it\.$'):
         opened(model, tmp_path)
 
 

@@ -193,7 +193,7 @@ def test_train_and_validate(dataset, tiny_folder, coco_folder, tmp_path, capsys,
               '--device', 'cpu', *(['--multi-label', '--target-key', 'labels'] if multi else [])]
     quick = [f for f in QUICK if f not in ('--val-split', 'val')][:-4]  # without its size
     assert train_script.main([*quick, *common, '--model', 'resnet18_lossattn_conv_nano_s2', '--epochs', '1',
-                              '--output', str(runs), '--experiment', 'x', '--crop-padding', '4', '--scale', '1', '1',
+                              '--output', str(runs), '--experiment', 'x', '--crop-padding', '4',
                               *([] if multi else ['--cache-dataset'])]) == 0
     result = json.loads((runs / 'x' / 'result.json').read_text())
     assert result['metric'] == ('map' if multi else 'top1')

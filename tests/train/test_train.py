@@ -24,7 +24,7 @@ from timm_lossattn.loading import model_config
 ROOT = Path(__file__).parents[2]
 QUICK = ('--model', 'resnet18_lossattn_conv_nano', '--num-classes', '2', '--val-split', 'val', '--batch-size', '8',
          '--epochs', '2', '--warmup-epochs', '0', '--workers', '0', '--lr', '0.02', '--device', 'cpu',
-         '--color-jitter', '0', '--scale', '0.8', '1', '--input-size', '3', '16', '16')
+         '--color-jitter', '0', '--input-size', '3', '16', '16')
 
 
 def train(*flags, script=ROOT / 'train' / 'train.py', **kwargs):
@@ -197,6 +197,9 @@ def test_variants(folder, tmp_path, flags, loss_terms):
     (('--multi-label', '--mixup', '0.2'), '--multi-label: goes with'),
     (('--cache-dataset', '--aa', 'rand-m9'), '--cache-dataset: goes with none of --aa'),
     (('--crop-padding', '4', '--color-jitter', '0.4'), '--crop-padding: goes with none of'),
+    (('--recipe', 'sgd/cifar10', '--scale', '0.5', '1'), '--crop-padding: is in place of --scale and --ratio'),
+    (('--recipe', 'fast/cifar10', '--train-size-schedule', 'progressive'),
+     '--train-size-schedule: needs --train-img-sizes'),
     (('--model-kwargs', 'no_such_argument=1'), 'no_such_argument'),
     (('--eval-metric', 'top7', '--cache-dataset'), "--eval-metric: 'top7' is none of loss, top1, top5"),
     (('--grow-from', 'resnet18_lossattn_conv_nano', '--pretrained'), '--grow-from: goes with none of --pretrained'),

@@ -34,8 +34,8 @@ from lib.schedule import GaussianRampupScheduler
 def finished(folder, tmp_path_factory):
     """Folder of a two-epoch run on a cached dataset with the paper's augmentation."""
     out = tmp_path_factory.mktemp('out')
-    code = train_script.main(['--data-dir', str(folder), *QUICK, '--cache-dataset', '--crop-padding', '4', '--scale',
-                              '1', '1', '--output', str(out), '--experiment', 'run'])
+    code = train_script.main(['--data-dir', str(folder), *QUICK, '--cache-dataset', '--crop-padding', '4',
+                              '--output', str(out), '--experiment', 'run'])
     assert code == 0
     return out / 'run'
 

@@ -21,6 +21,8 @@ Source = Union[Preprocessed, Image.Image, np.ndarray, str, Path]
 
 __all__ = ['explain', 'patch_model']
 
+HELD = {'B': "1/σ of the head's normalisation", 'C': "the gates of the head's activations"}  # by ``patch_kind``
+
 
 @torch.no_grad()
 def explain(
@@ -109,6 +111,7 @@ def explain(
         true_class=None if true_class is None else classes_of('true_class', true_class, B, names),
         data=training_data(model, names) if labels is None else '',
         independent=independent,
+        held=HELD.get(getattr(model, 'patch_kind', ''), ''),
     )
     return explanation.versus(None if independent and isinstance(against, str) and against in AGAINST else against)
 

@@ -55,6 +55,7 @@ class Explanation:
         labels: K names of classes.
         data: name of the data that the weights were trained on, '' if it is not known.
         independent: classes do not exclude each other: multi-label, or a single class.
+        held: what of the head is held as it is for the whole image, so that contributions add up; '' if nothing is.
 
     Examples:
         >>> explanation = explain(model, ['cat.png'])
@@ -77,6 +78,7 @@ class Explanation:
     true_class: torch.Tensor | None = None
     data: str = ''
     independent: bool = False
+    held: str = ''
 
     def __len__(self) -> int:
         return len(self.target)

@@ -26,6 +26,7 @@ def numbers_of(explanation: Any, index: int, all_classes: bool) -> dict[str, Any
         'input_size': list(explanation.input_size[::-1]),
         'labels': labels,
         'data': explanation.data,
+        'held': explanation.held or None,
         'logits': prediction.logits[index].tolist(),
         'top5': [
             {'class': k, 'label': labels[k], 'probability': float(explanation.probabilities[index, k]), 'logit': z}

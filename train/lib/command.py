@@ -131,7 +131,10 @@ def default_device() -> str:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, typed: set[str]) -> None:
-    """Exit where flags do not go together, or a value is out of range."""
+    """Exit where flags do not go together, or a value is out of range.
+
+    What does nothing is refused if it was typed: the args.yaml of a run, as --config, has a value for every flag.
+    """
     if args.pretrained_backbone and (args.pretrained or args.initial_checkpoint):
         parser.error('--pretrained-backbone: goes with neither --pretrained nor --initial-checkpoint')
     if args.grow_from and (args.pretrained or args.initial_checkpoint or args.pretrained_backbone):
@@ -162,6 +165,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, typed: set[
     for flag, active in (('--cache-dataset', args.cache_dataset), ('--crop-padding', padded)):
         if active and (args.aa or args.train_crop_mode or args.color_jitter):
             parser.error(f'{flag}: goes with none of --aa, --train-crop-mode, --color-jitter')
+    if padded and typed & {'scale', 'ratio'}:
+        parser.error('--crop-padding: is in place of --scale and --ratio; `crop_padding: null` in a --config file '
+                     "switches off a recipe's")
+    scheduled = sorted(typed & {'train_size_schedule', 'train_size_schedule_spread', 'train_size_random_mix'})
+    if scheduled and not args.train_img_sizes:
+        parser.error(f'--{scheduled[0].replace("_", "-")}: needs --train-img-sizes')
     if padded and args.train_img_sizes and not args.cache_dataset:
         parser.error('--crop-padding: goes with --train-img-sizes only if --cache-dataset is there too')
     for name, (low, high) in RANGES.items():
