@@ -21,7 +21,9 @@ from timm_lossattn.models.probe import NoPatchSum
     ('test_resnet', 'A', 'NCHW'), ('test_convnext', 'B', 'NCHW'), ('mobilenetv3_small_050', 'C', 'NCHW')])
 def test_exact(name, kind, layout):
     """Kind, errors at rounding, the stock state dict."""
+    state = torch.random.get_rng_state()
     found = check_model(name)
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert (found.kind, found.layout, found.strict) == (kind, layout, True)
     assert 0 <= found.additive_error <= 1e-5
     assert 0 <= found.stock_error <= 1e-5

@@ -83,6 +83,8 @@ def test_constant_boxes():
         side = step / 20 * 64
         iou = min(side, 32) ** 2 / max(side, 32) ** 2
         assert hits[0, step - 1].tolist() == [iou >= 0.3, iou >= 0.5, iou >= 0.7]
+    with torch.device('meta'):  # the default device is not asked
+        assert torch.equal(square_hits((64, 64), truth), hits)
     assert whole_hits(torch.tensor([0, 0, 64, 32]), truth)[0, 0].tolist() == [False] * 3  # IoU 512 / 2560
     assert whole_hits(torch.tensor([16, 16, 48, 40]), truth)[0, 0].tolist() == [True] * 3
 
@@ -99,6 +101,11 @@ def test_constant_boxes_as_a_measure():
     # even images: large, small; odd ones: large, corner. The odd ones choose a size that hits large, for the even ones;
     # the even ones the smallest that hits one of theirs, which is small
     assert found['localization_ap_centred_square'].item() == pytest.approx(25.)
+    metric = ConstantBoxes()
+    metric.update((64, 64), torch.tensor([0, 0, 58, 58]), [large])
+    found = metric.compute()
+    assert found['localization_ap_all_patches'].item() == 100.
+    assert found['localization_ap_centred_square'].isnan()
 
 
 def test_nothing_measured():
@@ -178,6 +185,17 @@ def test_cascading_randomization():
     assert len(found) == len(learned_modules(nano))
     assert abs(float(found[-1][1].mean())) < 0.4  # of 36 patches, 8 images; the measured number is in docs/
     assert all(torch.equal(tensor, state[name]) for name, tensor in nano.state_dict().items())
+
+
+@pytest.mark.parametrize('name', ['resnet18_lossattn_caps_nano', 'resnet18_routing_caps', 'vgg11_bn_attn_conv'])
+def test_all_heads_begin_anew(name):
+    """Thresholds of capsules, votes of routing, attention: with the same seed the numbers of a new model."""
+    model = timm.create_model(name, width_mult=1. if 'nano' in name else 1 / 8)
+    for _, module in learned_modules(model):
+        for parameter in module.parameters(recurse=False):
+            nn.init.constant_(parameter, 7.)
+        module.reset_parameters()
+        assert not any((parameter == 7.).any() for parameter in module.parameters(recurse=False))
 
 
 def test_randomization_refuses():

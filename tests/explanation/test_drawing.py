@@ -9,8 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from cli_run import CAT, NANO, random_model
+from fake_patch_model import SIZE, planted
 from timm_lossattn.explanation import explain
 from timm_lossattn.explanation.drawing import (
+    FOR,
     PANELS,
     draw_explanation,
     outline,
@@ -92,15 +94,47 @@ def test_text_of_the_picture(size, against, panels, stacked):
             assert not box.overlaps(other_box), (text, other)
 
 
+def test_places_in_the_picture():
+    """Of an image wider than high: outline, evidence and box lie where the one patch does, in the image's pixels."""
+    explanation = explain(planted(), torch.zeros(2, 3, *SIZE), against=None)
+    panels = explanation.figure(0, panels=['outline', 'evidence', 'selected']).axes
+    assert len(panels) == 4  # one is the colour bar of the evidence
+    outlined, evidence, _, selected = panels
+    height, width = SIZE
+    for ax in (outlined, evidence, selected):
+        assert (ax.get_xlim(), ax.get_ylim()) == ((0, width), (height, 0))
+        for image in ax.images:
+            assert (image.origin, tuple(image.get_extent())) == ('upper', (0, width, height, 0))
+    x0, y0, x1, y1 = 10.5, 6.5, 14.5, 10.5  # row 1, column 2: between the middles of the overlaps of 9 pixels, 4 apart
+    cell = [[[x0, y0], [x0, y1]], [[x0, y0], [x1, y0]], [[x0, y1], [x1, y1]], [[x1, y0], [x1, y1]]]
+    assert len(outlined.collections) == 2
+    for lines in (*outlined.collections, *selected.collections):
+        assert sorted(segment.tolist() for segment in lines.get_segments()) == cell
+    veil = outlined.images[1].get_array()[..., 3]
+    rows, columns = (side * (np.arange(n) + 0.5) / n for side, n in zip(SIZE, veil.shape))
+    clear = np.outer((y0 < rows) & (rows < y1), (x0 < columns) & (columns < x1))
+    assert ((veil == 0) == clear).all()
+
+    colors = evidence.images[1].get_array()
+    assert colors[..., 3].max() == pytest.approx(0.9, abs=1e-2)
+    assert np.allclose(colors[colors[..., 3] > 0, :3], FOR)
+    rows, columns = (side * (np.arange(n) + 0.5) / n for side, n in zip(SIZE, colors.shape))
+    share = colors[..., 3] / colors[..., 3].sum()
+    middle = (share.sum(0) @ columns, share.sum(1) @ rows)
+    assert middle == pytest.approx((12.5, 8.5), abs=0.05)
+    ((box,),) = [[patch.get_bbox().bounds for patch in selected.patches]]
+    assert box == (8, 4, 9, 9)
+
+
 @pytest.mark.parametrize(('name', 'held'), [
-    ('test_resnet', None), ('test_convnext', "1/σ of the head's normalisation"),
-    ('mobilenetv3_small_050', "the gates of the head's activations")])
+    ('test_resnet', None), ('test_convnext', "the head's 1/σ"),
+    ('mobilenetv3_small_050', "the head's gates, and any 1/σ,"), ('test_mambaout', "the head's gates, and any 1/σ,")])
 def test_what_is_held(name, held):
     """A head that is not affine adds up with one factor held: picture and numbers say which."""
     explanation = explain(timm.create_model(f'lossattn.{name}').eval(), [Image.new('RGB', (64, 64))])
     assert explanation.to_dict()['held'] == held
     texts = ' '.join(text for text, _ in texts_of(explanation.figure()))
-    assert (f'Sums are exact with {held} held as it is for the whole image.' in texts) is (held is not None)
+    assert (f'Sums are exact with {held} held as for the whole image.' in texts) is (held is not None)
     assert ('held' in texts) is (held is not None)
 
 

@@ -137,6 +137,16 @@ def test_leave_one_out_of_held_weights(name):
             assert float(lost[b, m]) == pytest.approx(float(evidence[b].sum()) - lead, abs=1e-5)
 
 
+def test_leave_one_out_of_a_fine_grid():
+    """Memory and time are those of M numbers, not of M × M: 127² patches of a 512×512 image."""
+    M = 127 ** 2
+    alpha = torch.rand(1, M).softmax(dim=1)
+    evidence = torch.randn(1, M) * alpha
+    e, a = evidence.double(), alpha.double()
+    expected = e.sum() - (e.sum() - e) / (a.sum() - a)
+    torch.testing.assert_close(leave_one_out(evidence, alpha), expected.float(), rtol=1e-4, atol=1e-9)
+
+
 def test_leave_one_out_of_one_patch():
     """Without the only patch that counts nothing is left."""
     lost = leave_one_out(torch.tensor([[3., 0.], [1., 2.]]), torch.tensor([[1., 0.], [0.5, 0.5]]))

@@ -169,6 +169,10 @@ def test_classifier_on_a_pruned_backbone():
     out = model.forward_patches(torch.randn(1, 3, 32, 32))
     assert out.alpha.shape[1] == 16 * 16 == model.patch_grid(32, 32)[0] * model.patch_grid(32, 32)[1]
     assert model.patch_boxes(32, 32)[1].tolist() == [2, 0, 4, 2]
+    model = timm.create_model('resnet18_lossattn_conv_nano_s2').eval()
+    model.prune_intermediate_layers([2, 0])  # the last stage that is kept need not be the last that is named
+    model.reset_classifier(3)
+    assert model.patch_boxes(32, 32)[-1].tolist() == [30, 30, 32, 32]
 
 
 def test_head_goes_with_the_patch_layers():

@@ -244,6 +244,17 @@ def test_default_device(name):
         assert explanation.to_dict()
 
 
+def test_default_dtype():
+    """Boxes are whole pixels of the image, whatever torch.set_default_dtype says."""
+    equal_boxes.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert equal_boxes(8, 8, 299, 299)[-1].tolist() == [262, 262, 299, 299]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        equal_boxes.cache_clear()
+
+
 @pytest.mark.parametrize('pooled', [2, 3])
 def test_tokens_that_lie_unit_by_unit(pooled):
     """Hiera's last tokens are in the order of the image only if all of its poolings took place."""

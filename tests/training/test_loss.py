@@ -94,6 +94,19 @@ def test_soft_targets_equal_loops(criterion):
     assert_terms(LossAttentionLoss(criterion)(out, y, 0.07), *naive_eq9(out, y.tolist()), 0.07)
 
 
+def test_smoothing_of_probabilities():
+    """As torch's cross entropy smooths them, in both terms: a class is the same as its one-hot vector."""
+    out, loss = prediction(), LossAttentionLoss(smoothing=0.2)
+    rows = torch.tensor([one_hot(y, 0.) for y in INDICES.tolist()], dtype=torch.float64)
+    assert_terms(loss(out, rows, 0.07), *(t.item() for t in loss(out, INDICES, 0.07)[1:]), 0.07)
+    mixed = soft_targets()
+    assert_terms(loss(out, mixed, 0.07), *naive_eq9(out, (0.8 * mixed + 0.2 / K).tolist()), 0.07)
+    bce = LossAttentionLoss(timm.loss.BinaryCrossEntropy(smoothing=0.2))  # takes probabilities as they are
+    assert bce.patch_loss(out, mixed).item() == pytest.approx(naive_eq9(out, mixed.tolist())[1])
+    with pytest.raises(ValueError, match=r'smoothing: Eq\. 10 has none; leave it out with multi_label, got 0\.5'):
+        LossAttentionLoss(multi_label=True, smoothing=0.5)
+
+
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.int64, torch.bool])
 @pytest.mark.parametrize('gamma', [0., 0.07])
 def test_eq10_equals_loops(gamma, dtype):

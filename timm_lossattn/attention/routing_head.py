@@ -41,7 +41,11 @@ class CapsuleVotes(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(
             torch.empty(positions, num_classes, CLASS_CAPSULE_DIM, in_features, device=device, dtype=dtype))
-        nn.init.trunc_normal_(self.weight, std=0.1)  # Sabour et al.'s public code
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random numbers as in Sabour et al.'s public code."""
+        nn.init.trunc_normal_(self.weight, std=0.1)
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """(B, N, D) to (B, N, K, 16)."""

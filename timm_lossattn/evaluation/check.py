@@ -93,7 +93,6 @@ def check_model(name: str, pretrained: bool = False, receptive_field: bool = Tru
     name = backbone_name(name)
     if name.split('.')[0] in list_patch_models():
         raise ValueError(f'model: {name} is a patch model already, exact by its own head; check is for other models.')
-    torch.manual_seed(0)
     about: dict[str, Any] = dict(name=name)
     if pretrained:
         try:
@@ -101,10 +100,12 @@ def check_model(name: str, pretrained: bool = False, receptive_field: bool = Tru
         except NoPatchSum:
             pretrained = False  # weights would not change it, so none are downloaded
     try:
-        stock = create_stock(name, pretrained, kwargs)
-        about |= dict(family=type(stock).__module__.rsplit('.', 1)[-1],
-                      parameters_million=sum(p.numel() for p in stock.parameters()) / 1e6)
-        measured = measure(stock, receptive_field)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            stock = create_stock(name, pretrained, kwargs)
+            about |= dict(family=type(stock).__module__.rsplit('.', 1)[-1],
+                          parameters_million=sum(p.numel() for p in stock.parameters()) / 1e6)
+            measured = measure(stock, receptive_field)
     except NoPatchSum as error:
         measured = dict(kind='D', reason=' '.join(str(error).split()), why=error.why)
     except Exception as error:  # whatever a model's code, or a download, raises

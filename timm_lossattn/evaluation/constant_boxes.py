@@ -20,8 +20,9 @@ def hits_of(boxes: torch.Tensor, truth: torch.Tensor, above: bool = False) -> to
 
     At least is the rule of MaxBoxAccV2; ``above`` it is that of ``BoxLocalization``.
     """
-    best = box_iou(boxes, truth).max() if len(boxes) and len(truth) else torch.tensor(0.)
-    return best > torch.tensor(IOUS) if above else best >= torch.tensor(IOUS)
+    best = box_iou(boxes, truth).max() if len(boxes) and len(truth) else torch.tensor(0., device='cpu')
+    ious = torch.tensor(IOUS, device=best.device)
+    return best > ious if above else best >= ious
 
 
 def cross_fitted_accuracy(hits: torch.Tensor) -> torch.Tensor:
@@ -36,11 +37,11 @@ def cross_fitted_accuracy(hits: torch.Tensor) -> torch.Tensor:
     Returns:
         (N,) in [0, 1]: mean over the IoUs, for each of which the choice is made by itself.
     """
-    result = torch.zeros(len(hits))
-    halves = [torch.arange(len(hits))[start::2] for start in (0, 1)]
+    result = torch.zeros(len(hits), device=hits.device)
+    halves = [torch.arange(len(hits), device=hits.device)[start::2] for start in (0, 1)]
     for chosen, judged in (halves, halves[::-1]):
         if not len(chosen) or not len(judged):
-            return torch.full((len(hits),), torch.nan)  # a single image has no other half
+            return torch.full((len(hits),), torch.nan, device=hits.device)  # a single image has no other half
         best = hits[chosen].float().mean(dim=0).argmax(dim=0)  # (3,) the first of equally good ones
         result[judged] = torch.stack([hits[judged, t, i].float() for i, t in enumerate(best.tolist())]).mean(dim=0)
     return result
@@ -48,13 +49,14 @@ def cross_fitted_accuracy(hits: torch.Tensor) -> torch.Tensor:
 
 def whole_hits(box: torch.Tensor, boxes: Sequence[torch.Tensor], above: bool = False) -> torch.Tensor:
     """Hits (B, 1, 3) of one box (4,) that is the same for all images; ``above`` as in ``hits_of``."""
-    return torch.stack([hits_of(box[None], truth.cpu(), above)[None] for truth in boxes])
+    return torch.stack([hits_of(box[None].cpu(), truth.cpu(), above)[None] for truth in boxes])
 
 
 def square_hits(size: tuple[int, int], boxes: Sequence[torch.Tensor], above: bool = False) -> torch.Tensor:
     """Hits (B, T, 3) of the centred squares in an image of size (H, W), of 5 %, 10 %, … 100 % of its shorter side."""
-    centre = torch.tensor([size[1], size[0], size[1], size[0]]) / 2
-    half = torch.arange(1, 21)[:, None] / 20 * min(size) / 2 * torch.tensor([-1, -1, 1, 1])
+    centre = torch.tensor([size[1], size[0], size[1], size[0]], device='cpu') / 2
+    sides = torch.arange(1, 21, device='cpu')[:, None] / 20 * min(size)
+    half = sides / 2 * torch.tensor([-1, -1, 1, 1], device='cpu')
     return torch.stack([torch.stack([hits_of(square[None], truth.cpu(), above) for square in centre + half])
                         for truth in boxes])
 
@@ -87,7 +89,7 @@ class ConstantBoxes(Metric):
             self.squares.append(square_hits(size, given, above=True).to(self.device))
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """Percent; NaN with fewer than two images."""
+        """Percent; NaN without images, of the square with a single one."""
         if not len(self.patches):
             return dict.fromkeys(CONSTANT, torch.tensor(torch.nan))
         half = IOUS.index(0.5)

@@ -43,6 +43,9 @@ def cascading_randomization(
 
     Returns:
         For each layer its name, and Spearman's ρ (B,) once it and all after it have begun anew.
+
+    Raises:
+        ValueError: see ``learned_modules``.
     """
     changed = copy.deepcopy(model, without_graph(model))
     before = explain(changed, images).detach()

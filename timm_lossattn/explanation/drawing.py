@@ -203,7 +203,7 @@ def footnotes(explanation: Any, index: int, canvas: Canvas) -> list[tuple[str, s
     if max(canvas.source.scale) < ENLARGED:
         knows += f' Enlarged from {canvas.source.image.width}×{canvas.source.image.height} pixels.'
     if explanation.held:
-        knows += f' Sums are exact with {explanation.held} held as it is for the whole image.'
+        knows += f' Sums are exact with {explanation.held} held as for the whole image.'
     notes = [(f'Next: {others}.', GREY)] if others else []
     return [*notes, (knows, WRONG if hint else GREY)]
 

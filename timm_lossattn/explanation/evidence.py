@@ -7,6 +7,7 @@ the patches sum to z_k, so their evidence Σ_k v_k c_mk sums to v·z, whatever v
 from typing import Literal, Union
 
 import torch
+from torch.nn import functional as F
 
 __all__ = ['AGAINST', 'Against', 'direction', 'direction_over_rivals', 'evidence_along', 'leave_one_out']
 
@@ -65,7 +66,13 @@ def leave_one_out(evidence: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         (B, M).
     """
     e, a = evidence.double(), alpha.double()
-    off = 1. - torch.eye(e.shape[1], dtype=e.dtype, device=e.device)
-    left, rest = e @ off, a @ off  # sums over the others; 1 − α_m and v·z − e_m would lose them where α_m is near 1
+    left, rest = sum_of_others(e), sum_of_others(a)
     alone = rest <= 0.
     return torch.where(alone, e, e + left - left / rest.masked_fill(alone, 1.)).to(evidence.dtype)
+
+
+def sum_of_others(x: torch.Tensor) -> torch.Tensor:
+    """Of (B, M) for each m the sum of all but m, added up: 1 − α_m would lose the rest where α_m is near 1."""
+    before = F.pad(x[:, :-1].cumsum(dim=1), (1, 0))
+    behind = F.pad(x[:, 1:].flip(1).cumsum(dim=1).flip(1), (0, 1))
+    return before + behind

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,7 +56,7 @@ class Explanation:
         labels: K names of classes.
         data: name of the data that the weights were trained on, '' if it is not known.
         independent: classes do not exclude each other: multi-label, or a single class.
-        held: what of the head is held as it is for the whole image, so that contributions add up; '' if nothing is.
+        held: what of the head is held as for the whole image, so that contributions add up; '' if nothing is.
 
     Examples:
         >>> explanation = explain(model, ['cat.png'])
@@ -93,7 +94,7 @@ class Explanation:
         count = f'{len(self)} image' + ('s' if len(self) > 1 else '')
         return f'<Explanation of {count}, {self.grid[0]}×{self.grid[1]} patches: {"; ".join(said)}{more}>'
 
-    @property
+    @cached_property
     def evidence(self) -> torch.Tensor:
         """(B, M) what each patch adds to the target's lead; the sum over M is that lead, to rounding.
 
@@ -110,7 +111,7 @@ class Explanation:
         """
         return evidence_along(self.prediction.contributions, self.direction)
 
-    @property
+    @cached_property
     def direction(self) -> torch.Tensor:
         """(B, K) the direction v in the space of the logits z that is explained: the evidence sums to v·z.
 

@@ -27,10 +27,9 @@ from .probe import (
     feature_grid,
     is_given,
     join_patches,
-    settings,
     split_patches,
-    structure,
 )
+from .structure import same_settings, structure, unchanged
 
 __all__ = ['LossAttentionMixin', 'loss_attention']
 
@@ -208,7 +207,7 @@ class LossAttentionMixin(Base):
         """Raise ValueError if there are no patches; a model that was changed by hand is looked at anew."""
         if self.num_classes == 0:
             raise ValueError(f'{use} needs a classifier, but the model has num_classes=0.')
-        if not torch.compiler.is_compiling() and structure(self) != self._structure_then:
+        if not torch.compiler.is_compiling() and not unchanged(self, self._structure_then):
             self._look_anew()
         if self.patch_refusal:
             raise ValueError(self.patch_refusal)
@@ -226,7 +225,7 @@ class LossAttentionMixin(Base):
         To go through all modules, as ``forward_patches`` does, takes 1 to 2 ms: too long for each forward. Compiled
         code looks at nothing: after such a change the model is to be called once before it is compiled.
         """
-        if not torch.compiler.is_compiling() and settings(self) != self._structure_then.get('', (None, None))[1]:
+        if not torch.compiler.is_compiling() and not same_settings(self, self._structure_then['']):
             self._look_anew()
 
     @torch.jit.ignore
@@ -336,9 +335,9 @@ def stock_view(model: Any) -> Any:
 def loss_attention(model: Any, pool: str = 'lossattn', xi: float = 0.1) -> Any:
     """A patch model made of a timm model, without training and without new parameters.
 
-    The new model has the stock model's parameters and buffers (shared, not copied), its state-dict keys and everything
-    else of timm; it is an instance of the stock model's class. The given model is not changed; what changes its modules
-    in place later, as ``reset_classifier`` of some families, changes the new one as well.
+    The new model has the stock model's modules, parameters and buffers (shared, not copied), its state-dict keys and
+    everything else of timm; it is an instance of the stock model's class. The given model is not changed; what changes
+    its modules in place later, ``train()``, ``eval()``, hooks, or ``reset_classifier`` of some families, changes both.
 
     Args:
         model: timm model, or a wrapper as torch.compile's, with a classifier and a head that averages all positions;

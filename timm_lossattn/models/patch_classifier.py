@@ -233,7 +233,7 @@ class PatchClassifier(nn.Module):
         prune_end = not self.backbone.reaches_end(indices)
         prune_norm = prune_norm and not isinstance(self.patch_layers, NoPatchLayers)
         take_indices = self.backbone.prune_intermediate_layers(indices)
-        self.feature_info = self.feature_info[:take_indices[-1] + 1]
+        self.feature_info = self.feature_info[:max(take_indices) + 1]
         if prune_norm or prune_end:
             self.backbone_stride = self.feature_info[-1]['reduction']
             self.num_features = self.backbone.num_features

@@ -175,7 +175,12 @@ class CapsuleLength(nn.Module):
     def __init__(self, capsules: int, device=None, dtype=None) -> None:
         super().__init__()
         self.capsules = capsules
-        self.offset = nn.Parameter(torch.zeros(capsules, 1, 1, device=device, dtype=dtype))
+        self.offset = nn.Parameter(torch.empty(capsules, 1, 1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """No offset."""
+        nn.init.zeros_(self.offset)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

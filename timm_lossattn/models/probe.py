@@ -21,16 +21,16 @@ from torch.nn import functional as F
 from ..text import one_line
 from .copies import shape_twin
 from .held import Record, Replay
+from .structure import structure, unchanged
 
 __all__ = [
     'NoPatchSum', 'PatchAccess', 'access_to', 'analyse', 'feature_grid', 'input_size', 'is_given', 'join_patches',
-    'settings', 'split_patches', 'structure',
+    'split_patches',
 ]
 
 ROWS, COLS = 2, 3  # of the probe's features
 TOLERANCE = 1e-9  # of the logits' scale, in float64
 PERIOD = 1_000_003  # a prime
-NO_SETTINGS = ('training', 'grad_checkpointing')  # neither changes what a model in eval mode computes
 
 
 class NoPatchSum(ValueError):
@@ -218,29 +218,15 @@ def analyse(model: nn.Module) -> PatchAccess:
         raise NoPatchSum(f'{error} {way_out(model)}', error.why) from error.__cause__
 
 
-def settings(module: nn.Module) -> dict[str, Any]:
-    """Public attributes that are plain values. Private ones are PyTorch's own: whether it is a replica, say."""
-    def plain(value: Any) -> bool:
-        return value is None or isinstance(value, (str, int, float)) or (
-            isinstance(value, tuple) and all(map(plain, value)))
-
-    return {key: value for key, value in vars(module).items()
-            if not key.startswith('_') and key not in NO_SETTINGS and plain(value)}
-
-
-def structure(model: nn.Module) -> dict[str, Any]:
-    """Classes and settings of all modules by name: what a model is, but for its tensors and the mode."""
-    return {name: (type(module).__qualname__, settings(module)) for name, module in model.named_modules()}
-
-
 def access_to(model: nn.Module) -> PatchAccess:
     """``analyse``, once for a model as long as its modules and their settings stay the same."""
-    modules, now = list(model.modules()), structure(model)
+    modules = list(model.modules())
     known = _known.get(model)
-    if known is not None and known[1] == now and all(then() is module for then, module in zip(known[0], modules)):
+    if known is not None and unchanged(model, known[1]) and all(
+            then() is module for then, module in zip(known[0], modules)):
         return known[2]
     access = analyse(model)
-    _known[model] = [ref(module) for module in modules], now, access
+    _known[model] = [ref(module) for module in modules], structure(model), access
     return access
 
 
@@ -342,7 +328,7 @@ def randomise(model: nn.Module, twin: nn.Module, used: dict[int, torch.Tensor]) 
 @lru_cache(maxsize=64)
 def equal_boxes(rows: int, cols: int, height: int, width: int) -> torch.Tensor:
     """height × width pixels in rows × cols equal parts, rounded to whole pixels, (rows · cols, 4)."""
-    y, x = ((torch.arange(n + 1, device='cpu') * size / n).round().long()
+    y, x = ((torch.arange(n + 1, device='cpu').double() * size / n).round().long()
             for n, size in ((rows, height), (cols, width)))
     top, left = torch.meshgrid(y[:-1], x[:-1], indexing='ij')
     bottom, right = torch.meshgrid(y[1:], x[1:], indexing='ij')

@@ -44,16 +44,18 @@ class LossAttentionLoss(nn.Module):
         multi-label (Eq. 10):  Σ_k BCE(z, y) + γ · mean_i Σ_m α_im · min_{k: y_ik = 1} −log σ(p_imk)
 
     BCE is summed over classes and averaged over images; an image without a positive label has no patch term. Gradients
-    flow through α. Class indices get the same label smoothing in the patch term as in the image term. All in float32.
+    flow through α. Label smoothing is the same in the patch term as in the image term; class weights of a criterion
+    count in the image term alone. All in float32.
 
     Args:
         criterion: image loss (logits, target) -> scalar, e.g. any of ``timm.loss``. By default cross entropy with
             ``smoothing``, or for multi-label targets binary cross entropy as above.
         multi_label: targets are (B, K) with 0 and 1 for independent classes.
-        smoothing: label smoothing for class-index targets; by default that of the criterion, if it says so, or else 0.
+        smoothing: label smoothing for class indices, and for probabilities if the criterion is torch's cross entropy,
+            which smooths them too; by default that of the criterion, if it says so, or else 0.
 
     Raises:
-        ValueError: smoothing outside [0, 1), or another one than the criterion's own.
+        ValueError: smoothing outside [0, 1), another one than the criterion's own, or any with multi_label.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class LossAttentionLoss(nn.Module):
             smoothing: Optional[float] = None,
     ) -> None:
         super().__init__()
+        if multi_label and smoothing:
+            raise ValueError(f'smoothing: Eq. 10 has none; leave it out with multi_label, got {smoothing!r}.')
         for name in ('smoothing', 'label_smoothing'):  # timm's name, torch's name
             own = getattr(criterion, name, None)
             if own is not None and smoothing not in (None, own):
@@ -77,6 +81,7 @@ class LossAttentionLoss(nn.Module):
         if criterion is None:
             criterion = summed_bce if multi_label else nn.CrossEntropyLoss(label_smoothing=smoothing)
         self.criterion = criterion
+        self.smooths_probabilities = isinstance(criterion, nn.CrossEntropyLoss)  # timm's losses do not
 
     def forward(
             self, prediction: PatchPrediction, target: torch.Tensor, gamma: float,
@@ -117,7 +122,10 @@ class LossAttentionLoss(nn.Module):
                 p.transpose(1, 2), target.unsqueeze(1).expand(p.shape[:2]), reduction='none',
                 label_smoothing=self.smoothing)  # (B, M)
         else:
-            nll = -(target.to(p.dtype).unsqueeze(1) * p.log_softmax(dim=-1)).sum(dim=-1)  # (B, M)
+            y = target.to(p.dtype).unsqueeze(1)
+            if self.smooths_probabilities:
+                y = y * (1. - self.smoothing) + self.smoothing / p.shape[2]
+            nll = -(y * p.log_softmax(dim=-1)).sum(dim=-1)  # (B, M)
         return (prediction.alpha.to(p.dtype) * nll).sum(dim=1).mean()
 
 

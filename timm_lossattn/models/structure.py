@@ -1,0 +1,42 @@
+"""What a model is, but for its tensors and its mode: to notice that it was changed by hand since it was looked at."""
+from typing import Any
+
+from torch import nn
+
+__all__ = ['same_settings', 'structure', 'unchanged']
+
+NO_SETTINGS = ('training', 'grad_checkpointing')  # neither changes what a model in eval mode computes
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """Public attributes that are plain values. Private ones are PyTorch's own: whether it is a replica, say."""
+    def plain(value: Any) -> bool:
+        return value is None or isinstance(value, (str, int, float)) or (
+            isinstance(value, tuple) and all(map(plain, value)))
+
+    return {key: value for key, value in vars(module).items()
+            if not key.startswith('_') and key not in NO_SETTINGS and plain(value)}
+
+
+def structure(model: nn.Module) -> dict[str, Any]:
+    """Classes and settings of all modules by name: what a model is, but for its tensors and the mode."""
+    return {name: (type(module).__qualname__, settings(module)) for name, module in model.named_modules()}
+
+
+def same_settings(module: nn.Module, then: tuple[str, dict[str, Any]]) -> bool:
+    """Whether a module has the class and the settings that it had then.
+
+    An attribute that is new is no setting unless its class has it too: no code of the model's reads it, a counter that
+    a training loop keeps there, say.
+    """
+    name, before = then
+    now = settings(module)
+    return type(module).__qualname__ == name and all(
+        key in now and now[key] == value for key, value in before.items()) and not any(
+        hasattr(type(module), key) for key in now.keys() - before.keys())
+
+
+def unchanged(model: nn.Module, then: dict[str, Any]) -> bool:
+    """Whether a model has the modules and settings of that ``structure``."""
+    modules = dict(model.named_modules())
+    return modules.keys() == then.keys() and all(same_settings(modules[name], then[name]) for name in then)
