@@ -8,10 +8,11 @@
 Takes model_best.pth.tar (EMA weights if it has them) and result.json of the run, refuses a run that
 ``pretrained=True`` could not restore, stores convolutions and linear layers as float16 and everything else as float32,
 loads that file again into a fresh model, evaluates it in float32 on the whole validation split of the run, and writes
-hub/weights/ARCH.TAG: model.safetensors, config.json, README.md, example.png, and result.json, which is that of the run
-with the accuracy after conversion, and where it was measured, under "shipped", the card's words under "card" and, if
-the run started from another run's checkpoint or (--pretrained) from weights of hub/weights, their result.json under
-"initial". With --in-package the weights go into timm_lossattn/weights instead, for small models.
+hub/weights/ARCH.TAG: model.safetensors, config.json, README.md, example.png (of --example, or of CIFAR-10's classes),
+and result.json, which is that of the run with the accuracy after conversion, and where it was measured, under
+"shipped", the card's words under "card" and, if the run started from another run's checkpoint or (--pretrained) from
+weights of hub/weights, their result.json under "initial". With --in-package the weights go into timm_lossattn/weights
+instead, for small models. If anything is wrong, whatever is there stays as it was.
 """
 import argparse
 import json
@@ -44,7 +45,7 @@ from folder import (
 from timm_lossattn import load_model
 from timm_lossattn.files import replace_file, sha256_of, write_json
 from timm_lossattn.loading import read_checkpoint
-from timm_lossattn.models.pretrained import WEIGHTS_NAME, packaged_file
+from timm_lossattn.models.pretrained import WEIGHTS_NAME, bundled_weights, packaged_file
 from timm_lossattn.report.summary import wilson_interval
 from timm_lossattn.text import one_line
 
@@ -69,7 +70,7 @@ class Options:
         name: arch.tag.
         checkpoint: in that folder.
         in_package: the weights ship in the package.
-        dataset, val_split, input_key, target_key: other data than the run's own, as timm names them.
+        dataset: where the run's data lie now, as timm names it.
         device: to evaluate on.
         winograd: evaluate with Winograd convolutions.
         example: image to explain in the card.
@@ -82,9 +83,6 @@ class Options:
     checkpoint: str = 'model_best.pth.tar'
     in_package: bool = False
     dataset: str | None = None
-    val_split: str | None = None
-    input_key: str | None = None
-    target_key: str | None = None
     device: str = 'cpu'
     winograd: bool = False
     example: str | None = None
@@ -131,11 +129,11 @@ def model_of_run(options: Options, result: dict[str, Any]) -> Any:
 
 
 def evaluate(model: Any, options: Options, flags: dict[str, Any]) -> dict[str, Any]:
-    """Loss, top-1 with its 95 % interval, and top-5 on the whole split of the run, or of the options."""
+    """Loss, top-1 with its 95 % interval, and top-5 on the whole split of the run."""
     data = DataOptions(
         dataset=options.dataset or flags.get('dataset') or '',
-        data_dir=None if options.dataset else flags.get('data_dir'), val_split=options.val_split or flags['val_split'],
-        input_key=options.input_key or flags.get('input_key'), target_key=options.target_key or flags.get('target_key'),
+        data_dir=None if options.dataset else flags.get('data_dir'), val_split=flags['val_split'],
+        input_key=flags.get('input_key'), target_key=flags.get('target_key'),
         in_chans=getattr(model, 'in_chans', None), batch_size=250, workers=1)
     if options.winograd:
         from lib.winograd import use_winograd  # brings torch's compiler
@@ -201,9 +199,8 @@ def bundle(options: Options) -> dict[str, Any]:
         Its result.json.
 
     Raises:
-        ValueError: the run is not finished, or cannot become these weights.
+        ValueError: the run is not finished, or cannot become these weights, or the example is unreadable.
     """
-    folder = WEIGHTS / options.name
     try:
         result = read_result(options.run)
         model = model_of_run(options, result)
@@ -216,39 +213,65 @@ def bundle(options: Options) -> dict[str, Any]:
         raise ValueError(f'RUN: {error}; is the run finished?') from error
     content = save(half_precision(model), metadata={'format': 'pt'})
     file = place(options, content)
-    with tempfile.TemporaryDirectory() as scratch:  # measured before it replaces anything
-        written = Path(scratch, WEIGHTS_NAME)
+    with tempfile.TemporaryDirectory() as scratch:  # all of it is made before it replaces anything
+        filled = Path(scratch)
+        written = filled / WEIGHTS_NAME
         written.write_bytes(content)
-        metrics = evaluate(
-            load_model(options.name, checkpoint=written, device=options.device), options, result['args'])
-    for parent in (folder, file.parent):
-        parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, content)
-    for other in {packaged_file(options.name), folder / WEIGHTS_NAME} - {file}:
-        other.unlink(missing_ok=True)
-    result['shipped'] = {
-        'file': str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name, 'bytes': len(content),
-        'sha256': sha256_of(file), **metrics, 'command': options.command, **environment(options.device)}
-    result['card'] = asdict(options.words)
-    write_json(folder / RESULT, result)
-    describe(options.name, file, options.example)
+        restored = model_of_file(options.name, written)
+        draw_example(filled, restored, options.example, multi_label=False)  # what is wrong with it is said at once
+        measured = load_model(options.name, checkpoint=written, device=options.device, pretrained_cfg_overlay={
+            'label_names': model.pretrained_cfg.get('label_names')})  # or classes in another order would go unnoticed
+        metrics = evaluate(measured, options, result['args'])
+        result['shipped'] = {
+            'file': str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name, 'bytes': len(content),
+            'sha256': sha256_of(written), **metrics, 'checkpoint': Path(options.checkpoint).name,
+            'command': options.command, **environment(options.device)}
+        result['card'] = asdict(options.words)
+        write_json(filled / RESULT, result)
+        describe(filled, options.name, restored)
+        move(filled, options.name, file)
     return result
 
 
-def describe(name: str, file: str | Path, example: str | None = None) -> None:
-    """Write config.json and README.md of a bundle, and example.png if there is none or an image is given for it.
+def move(filled: Path, name: str, file: Path) -> None:
+    """Put a bundle's files in place, and remove what the one before it had besides.
 
     Args:
+        filled: folder with all of them.
         name: arch.tag.
-        file: its weights.
-        example: image to explain.
+        file: where its weights go.
     """
     folder = WEIGHTS / name
-    model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': str(file)}).eval()
+    targets = {made.name: folder / made.name for made in filled.iterdir()} | {WEIGHTS_NAME: file}
+    for made, target in targets.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(target, (filled / made).read_bytes())
+    for other in {packaged_file(name), folder / WEIGHTS_NAME, folder / EXAMPLE} - set(targets.values()):
+        other.unlink(missing_ok=True)
+
+
+def model_of_file(name: str, file: str | Path) -> Any:
+    """What ``pretrained=True`` gives for an arch.tag whose weights lie in this file."""
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': str(file)}).eval()
+
+
+def describe(folder: Path, name: str, model: Any) -> None:
+    """Write config.json and README.md of a bundle, beside its result.json and example.png."""
     write_config(folder / CONFIG, model)
-    if example or not (folder / EXAMPLE).is_file():
-        draw_example(folder, model, example, multi_label=False)
     write_card(folder, name, model)
+
+
+def rewrite() -> None:
+    """``describe`` everything in hub/weights.
+
+    Raises:
+        ValueError: weights are missing.
+    """
+    for name in list_bundles():
+        file = bundled_weights(name)
+        if file is None:
+            raise ValueError(f'--rewrite: {name} has no {WEIGHTS_NAME}; make it with `bundle.py RUN {name}`')
+        describe(WEIGHTS / name, name, model_of_file(name, file))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -260,10 +283,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--rewrite', action='store_true', help='config.json and card of all bundles')
     parser.add_argument('--checkpoint', default=Options.checkpoint, metavar='FILE', help='in RUN')
     parser.add_argument('--in-package', action='store_true', help='the weights ship in the package')
-    parser.add_argument('--dataset', metavar='NAME', help='to evaluate on, as timm names it (default: that of the run)')
-    parser.add_argument('--val-split', metavar='NAME')
-    parser.add_argument('--input-key', metavar='KEY')
-    parser.add_argument('--target-key', metavar='KEY')
+    parser.add_argument('--dataset', metavar='NAME', help="where the run's data lie now, as timm names it; no other "
+                        'data: the card names those of the run')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--winograd', action='store_true', help='evaluate faster on the CPU, equal but for rounding')
     parser.add_argument('--example', metavar='IMAGE', help='image to explain in the card')
@@ -277,22 +298,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Bundle; errors are one line on stderr and exit code 2."""
-    args = build_parser().parse_args(argv)
+    typed = sys.argv[1:] if argv is None else [*argv]
+    args = build_parser().parse_args(typed)
     try:
         if args.rewrite:
-            for name in list_bundles():
-                packaged = packaged_file(name)
-                describe(name, packaged if packaged.is_file() else WEIGHTS / name / WEIGHTS_NAME)
+            if typed != ['--rewrite']:
+                raise ValueError(f'--rewrite: takes no other argument, got {shlex.join(typed)}')
+            rewrite()
             return 0
         if args.name is None:
             raise ValueError('RUN, ARCH.TAG: give both, or --rewrite')
         if args.winograd and args.device != 'cpu':
             raise ValueError(f'--winograd: is for the CPU, not for --device {args.device}')
-        options = Options(
-            args.run, args.name, args.checkpoint, args.in_package, args.dataset, args.val_split, args.input_key,
-            args.target_key, args.device, args.winograd, args.example, Words(args.dataset_id, args.note, args.license),
-            args.model_kwargs, shlex.join(['python', 'hub/bundle.py', *(sys.argv[1:] if argv is None else argv)]))
-        result = bundle(options)
+        result = bundle(Options(
+            run=args.run, name=args.name, checkpoint=args.checkpoint, in_package=args.in_package, dataset=args.dataset,
+            device=args.device, winograd=args.winograd, example=args.example,
+            words=Words(args.dataset_id, args.note, args.license), model_kwargs=args.model_kwargs,
+            command=shlex.join(['python', 'hub/bundle.py', *typed])))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f'error: {one_line(error, 10_000)}', file=sys.stderr)
         return 2

@@ -10,12 +10,15 @@ from timm.models import model_entrypoint
 
 from timm_lossattn.files import sha256_of
 from timm_lossattn.loading import full_name
+from timm_lossattn.models.pretrained import WEIGHTS_NAME
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'train'))  # for lib, which knows its records
 from lib.history import commands_of, hardware_of, runs_of
 
-__all__ = ['Words', 'make_card', 'measures']
+__all__ = ['TAG', 'Words', 'make_card', 'measures']
 
+TAG = 'timm_lossattn'  # of every card that is made here
+BEST = 'model_best.pth.tar'  # train.py's checkpoint of the best epoch
 TEMPLATE = Path(__file__).with_name('card_template.md')
 # measure of result.json -> metric type of the Hub, name; percent all of them
 METRICS = {
@@ -46,15 +49,22 @@ def measures(result: dict[str, Any]) -> tuple[dict[str, float], str]:
     Args:
         result: result.json of train.py, or with "shipped" that of bundle.py.
     """
+    epochs = {entry['epoch']: entry['eval'] for entry in result['epochs']}
+    best = f'the best epoch ({len(epochs)} in all) by {result.get("metric", "top1")} on this split'
     if 'shipped' in result:
         found, source = result['shipped'], 'measured on this file, after its conversion to float16'
+        if found.get('checkpoint') == BEST and len(epochs) > 1:
+            source = f'{source}; {best}'
     else:
-        epochs = {entry['epoch']: entry['eval'] for entry in result['epochs']}
-        found = epochs[result['best']['epoch']]
-        source = f'the best epoch ({len(epochs)} in all) by {result.get("metric", "top1")} on this split'
+        found, source = epochs[result['best']['epoch']], best
     few = result['args']['num_classes'] <= 5  # top-5 says nothing then
     names = [name for name in METRICS if name in found and math.isfinite(found[name]) and not (few and name == 'top5')]
     return {name: found[name] for name in names}, source
+
+
+def is_of_package(architecture: str) -> bool:
+    """Whether this package registers an architecture; else it is timm's own."""
+    return model_entrypoint(architecture).__module__.startswith('timm_lossattn.')
 
 
 def origin(run: dict[str, Any]) -> str:
@@ -65,7 +75,7 @@ def origin(run: dict[str, Any]) -> str:
         return 'Started from other weights, see the command.' if started else ''
     if flags.get('pretrained'):
         architecture, _, tag = run['model'].partition('.')
-        ours = model_entrypoint(architecture).__module__.startswith('timm_lossattn.')
+        ours = is_of_package(architecture)
         if ours and architecture != 'lossattn':
             return 'Started from the weights that the package had for this architecture at that time.'
         backbone = (flags.get('model_kwargs') or {}).get('backbone') or tag if ours else run['model']
@@ -124,7 +134,7 @@ def make_card(
     patches = hasattr(model, 'forward_patches')
     data = ModelCardData(
         library_name='timm', license=words.license, pipeline_tag='image-classification', model_name=name,
-        tags=['image-classification', 'timm', 'transformers', 'timm_lossattn',
+        tags=['image-classification', 'timm', 'transformers', TAG,
               *(['interpretability', 'explainable-ai', 'attention'] if patches else [])],
         datasets=[words.dataset] if words.dataset else None,
         metrics=list(dict.fromkeys(METRICS[measure][0] for measure in found)) or None,
@@ -132,14 +142,15 @@ def make_card(
             task_type='image-classification', dataset_type=dataset, dataset_name=dataset, dataset_split=split,
             metric_type=METRICS[measure][0], metric_name=METRICS[measure][1], metric_value=value)
             for measure, value in found.items()] or None)
-    weights = folder / 'model.safetensors'
+    weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         weights = Path(model.pretrained_cfg['file'])
     size, labels = config['pretrained_cfg']['input_size'], config.get('label_names') or []
     return ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=name, architecture=f'`{full_name(model)}`',
         picture='example.png' if (folder / 'example.png').exists() else None,
-        patches=patches, head=model.patch_weights.description if patches else '',
+        ours=is_of_package(config['architecture']), patches=patches,
+        head=model.patch_weights.description if patches else '',
         weighted=patches and model.patch_weights.informative, multi_label=flags.get('multi_label'),
         parameters=f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
         input_size=f'{size[0]} × {size[1]} × {size[2]}', num_classes=config['num_classes'],

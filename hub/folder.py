@@ -19,8 +19,9 @@ from timm_lossattn import explain, load_model
 from timm_lossattn.explanation.labels import by_index
 from timm_lossattn.explanation.preprocessing import PREPROCESSING
 from timm_lossattn.files import replace_file, sha256_of, write_json
-from timm_lossattn.loading import full_name
+from timm_lossattn.loading import full_name, list_patch_models
 from timm_lossattn.models.entrypoints import CIFAR10_LABELS
+from timm_lossattn.models.lossattn import TRAINED
 from timm_lossattn.models.pretrained import WEIGHTS_NAME, bundle_folder, bundled_weights
 
 __all__ = [
@@ -138,11 +139,12 @@ def check_pair(source: str, folder: Path, result: dict[str, Any] | None, config:
     """
     try:
         here = config['architecture'], config['num_classes']
+        _ = config['pretrained_cfg']['input_size']  # timm once wrote all of it without this level
         if result is None:
             return
         trained = result['model'].split('.')[0], result['args']['num_classes']
         measured_on = result['shipped']['sha256'] if 'shipped' in result else None
-    except KeyError as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f'RUN_OR_FOLDER: result.json or config.json of {source} is damaged: {error!r}') from error
     if trained != here:
         raise ValueError(f'RUN_OR_FOLDER: result.json is of {trained[0]} with {trained[1]} classes, the weights are of '
@@ -191,21 +193,22 @@ def write_config(file: Path, model: Any) -> dict[str, Any]:
 
 
 def draw_example(folder: Path, model: Any, example: str | None, multi_label: bool) -> None:
-    """example.png, the explanation of an image; of CIFAR-10's classes, unless another is given, of a test image.
+    """example.png, the explanation of an image; without one, of patch models of CIFAR-10's classes, of a test image.
 
     Raises:
-        ValueError: the image is unreadable.
+        ValueError: the image is unreadable, or the logits of the model are no sum over patches.
     """
-    if example is None and tuple(model.pretrained_cfg.get('label_names') or ()) == CIFAR10_LABELS:
+    of_cifar = tuple(model.pretrained_cfg.get('label_names') or ()) == CIFAR10_LABELS
+    if example is None and of_cifar and hasattr(model, 'forward_patches'):
         example = str(CIFAR_EXAMPLE)
-    if example is None or not hasattr(model, 'forward_patches'):
+    if example is None:
         return
     buffer = io.BytesIO()
     try:
         explanation = explain(model, example, multi_label=multi_label)
         figure = explanation.figure(title=f'{Path(example).name} · {full_name(model)}')
         figure.savefig(buffer, format='png')
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # TypeError: of a model that is none of timm's usual kind
         raise ValueError(f'--example: {error}') from error
     replace_file(folder / EXAMPLE, buffer.getvalue())
 
@@ -223,8 +226,13 @@ def model_differences(name: str, model: Any) -> list[str]:
     Labels that are not known count as no difference.
 
     Raises:
-        ValueError: no such name.
+        ValueError: no such name, or one whose weights timm looks for elsewhere.
     """
+    architecture, _, tag = name.partition('.')
+    if timm.is_model(architecture) and (
+            tag not in TRAINED if architecture == 'lossattn' else architecture not in list_patch_models()):
+        raise ValueError(f'{name} takes no weights from here; those that `timm-lossattn list` names do, and '
+                         f'lossattn.{", lossattn.".join(TRAINED)}')
     try:
         registered: Any = timm.create_model(name, device='meta')
         cfg = timm.get_pretrained_cfg(name)

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from card import Words
+from card import TAG, Words
 from folder import CARD, FILES, WEIGHTS, bundle_name, check_tag, copy_bundle, list_bundles, make_folder
 from upload import Target, hub_message, register, upload
 
@@ -91,8 +92,16 @@ def check_folder(job: Job) -> None:
     if folder.resolve() in (weights, *weights.parents) or WEIGHTS in (folder.resolve(), *folder.resolve().parents):
         raise ValueError(f'--folder: {folder} is or holds the source and would be emptied; choose another')
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if there and (there - set(FILES) or CARD not in there):  # without a card it is another's: a run's hub/, say
+    if there and (there - set(FILES) or not is_card(folder / CARD)):  # it is another's: a run's hub/, timm's, say
         raise ValueError(f'--folder: {folder} holds other files and would be emptied; choose another')
+
+
+def is_card(file: Path) -> bool:
+    """Whether a file is a card as ``make_card`` makes it."""
+    try:
+        return TAG in (ModelCard.load(file).data.tags or [])
+    except Exception:  # no file, or what YAML's reader raises
+        return False
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
@@ -114,6 +123,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
                     f'{args.repo_prefix}/{name}', args.private, args.revision, args.create_pr,
                     name.split('.', 1)[1] if pinned else None), words, args.example) for name in list_bundles()]
     else:
+        if args.repo_prefix:
+            raise ValueError(f'--repo-prefix: is for --all, got {args.repo_prefix!r}; one source goes to --repo-id')
         if not args.repo_id or '/' not in args.repo_id:
             raise ValueError(f'--repo-id: must be ORG/NAME, got {args.repo_id!r}')
         folder = args.folder or OUTPUT / args.repo_id.split('/')[-1]

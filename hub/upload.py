@@ -93,7 +93,7 @@ def upload(folder: Path, target: Target) -> str:
     before = api.repo_info(repo_id, revision=revision).sha
     commit = api.upload_folder(
         repo_id=repo_id, folder_path=folder, revision=revision, create_pr=target.create_pr,
-        allow_patterns=list(FILES),
+        allow_patterns=list(FILES), delete_patterns=list(FILES),  # what the weights before had and these have not
         commit_message=f'{config["architecture"]}, timm_lossattn {timm_lossattn.__version__}')
     if commit.oid == before:
         print(f'{repo_id}: nothing to upload, commit {before} has these files')

@@ -68,6 +68,7 @@ def worst(run, model, x, batch):
         for name in OUTPUTS:
             wanted = explain(model, part).evidence if name == 'evidence' else getattr(expected, name)
             assert outputs[name].shape == wanted.shape
+            assert outputs[name].isfinite().all()  # max() of a list passes over NaN
             differences.append(float((outputs[name] - wanted).abs().max()))
     return max(differences)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from cli_run import error_line
 from test_export import FILES, NANO, load, needs, read_metadata, run_cli, worst
+from timm_lossattn import export
 from timm_lossattn.export import OUTPUTS, export_model
 
 CLASSES = 7
@@ -144,3 +145,19 @@ def test_a_model_that_says_little(tmp_path):
     del model.pretrained_cfg, model.default_cfg, model.in_chans
     report = export_model(model, tmp_path / 'model.onnx', 'onnx', img_size=64)
     assert report.input_size == (3, 64, 64)
+
+
+@pytest.mark.parametrize('batch', [0, 1])
+def test_evidence_that_is_no_number(tmp_path, monkeypatch, batch):
+    """A single NaN in what the file computes is no rounding: it is refused, and nothing is written."""
+    real = export.run_file
+
+    def run_file(*args):
+        outputs = real(*args)
+        outputs[batch]['evidence'][0, 3] = float('nan')
+        return outputs
+
+    monkeypatch.setattr(export, 'run_file', run_file)
+    with pytest.raises(RuntimeError, match=r'does not compute what the model does: evidence, \|Δ\| = nan'):
+        export_model(timm.create_model(NANO).eval(), tmp_path / 'model.pt', 'torchscript')
+    assert list(tmp_path.iterdir()) == []

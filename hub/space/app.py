@@ -8,19 +8,22 @@ import functools
 import html
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import timm
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
+from timm.models import load_model_config_from_hf
 
 from timm_lossattn import Explanation, explain
 from timm_lossattn.explanation import class_labels, open_image
 from timm_lossattn.explanation.labels import DATA, data_of, known_classes
 from timm_lossattn.explanation.preprocessing import input_config
-from timm_lossattn.hub_access import create_model
+from timm_lossattn.hub_access import create_model, hub_or_cache
 from timm_lossattn.loading import check_name, load_patch_model
 from timm_lossattn.models.lite_weights import LITE_MODELS, lite_file
 from timm_lossattn.models.pretrained import list_bundled
@@ -30,8 +33,10 @@ MAX_PIXELS = 60_000_000  # 50 megapixels take 0.6 GB of memory, 0.8 with transpa
 MAX_ASPECT = 100  # the shorter side is resized to the model's input, so a line of pixels would grow to gigabytes
 MAX_FILE_SIZE = '100mb'
 MAX_PARAMETERS = 350_000_000  # any visitor may name a model, and four are kept
+MAX_BYTES = 4 * MAX_PARAMETERS  # of a file: any visitor may have uploaded it, whatever its config says
 MAX_SIDE = 2048  # of an image resized for a model: any visitor may have written its config
 FEW_CLASSES = 12
+HUB = 'hf-hub:'
 QUICK = {'compress_level': 1}  # by default the encoder takes as long as the drawing
 DEFAULT = ''  # in a menu of classes: the predicted class, or its rivals, all others by their softmax
 CSS = """
@@ -99,9 +104,11 @@ def load_model(name: str) -> Any:
             sentence for the page.
     """
     try:
-        if name.partition(':')[0] not in (name, 'hf-hub'):  # local-dir: a visitor has no business with our files
+        if ':' in name and not name.startswith(HUB):  # local-dir: a visitor has no business with our files
             raise ValueError(f'{name} is no name of a model.')
         check_name(name)
+        if name.startswith(HUB):
+            check_repository(name)
         size = count_parameters(name)
         if size > MAX_PARAMETERS:
             raise ValueError(
@@ -115,6 +122,31 @@ def load_model(name: str) -> Any:
     except ValueError as error:  # what follows the first sentence is for programmers
         sentence = str(error).removeprefix('model: ').split('. ')[0].rstrip('.')
         raise ValueError(f'{sentence}.') from error
+
+
+def check_repository(name: str) -> None:
+    """Refuse a repository of the Hub before its weights are downloaded.
+
+    Where the Hub is out of reach its cache is all there is. Whatever else is wrong shows when the model is loaded.
+
+    Raises:
+        ValueError: a file is too large, or the config sets what the count of parameters needs to set.
+    """
+    source = name.removeprefix(HUB)
+    repository, _, revision = source.partition('@')
+    sizes, arguments = [0], dict[str, Any]()
+    with hub_or_cache():
+        with suppress(Exception):
+            files = HfApi().model_info(repository, revision=revision or None, files_metadata=True).siblings or []
+            sizes += [file.size or 0 for file in files]
+        if max(sizes) > MAX_BYTES:  # the config too may be of any size
+            raise ValueError(
+                f'{name} has a file of {max(sizes) / 1e6:,.0f} MB: at most {MAX_BYTES / 1e6:,.0f}, please.')
+        with suppress(Exception):
+            arguments.update(load_model_config_from_hf(source)[2] or {})
+    placed = arguments.keys() & {'device', 'dtype'}
+    if placed:
+        raise ValueError(f'{name} sets {" and ".join(sorted(placed))} in its model_args: neither, please.')
 
 
 def count_parameters(name: str) -> int:
@@ -315,7 +347,8 @@ def build() -> gr.Blocks:
         for shown, outputs in zip((model, other), columns):
             gr.on([page.load, image.change, target.input, against.input, shown.change], answer,
                   [shown, image, target, against], outputs, trigger_mode='always_last', concurrency_id='answer')
-        model.change(class_menus, [model, target, against], [target, against], show_progress='hidden')
+        model.change(class_menus, [model, target, against], [target, against], show_progress='hidden',
+                     concurrency_id='answer')  # or a new model would be loaded twice at once
         examples.click(example, [examples, model], [image, model], show_progress='hidden')
     return page
 

@@ -122,6 +122,20 @@ def test_receptive_field_of_one_pixel_patches(box):
     assert max(shares.values()) == pytest.approx(1.)
 
 
+def test_square_shares():
+    """Evidence in the box's middle and in a corner of the image; of a flat field, squares of whole pixels."""
+    field = torch.zeros(32, 32)
+    field[16, 16], field[0, 0] = 3., 1.
+    shares = square_shares(field, [12, 12, 21, 21])
+    assert list(shares)[:3] == [1, 3, 5]
+    assert shares[1] == shares[31] == 0.75
+    assert shares[33] == 1
+    assert side_for(shares, 0.75) == 1
+    assert side_for(shares, 0.9) == 33
+    flat = square_shares(torch.ones(64, 64), [16, 16, 34, 34])  # centre on a corner of pixels
+    assert flat[18] == pytest.approx(18 ** 2 / 64 ** 2)
+
+
 class OwnBox(torch.nn.Module):
     """Patches of 8×8 pixels that see their own pixels alone, all of them alike."""
 

@@ -80,6 +80,15 @@ def test_choose_grids():
     assert choose_grids(confidence, label, right, 3, 9) == []  # nine distinct classes there are not
 
 
+def test_places_in_a_grid():
+    """Of classes that all grids have, each comes to stand in every place, so that none is always in the same corner."""
+    label = torch.arange(4).repeat(25)
+    grids = choose_grids(torch.linspace(1, 0, 100), label, torch.ones(100, dtype=torch.bool), 2, 25)
+    assert len(grids) == 25
+    for k in range(4):
+        assert {label[grid].tolist().index(k) for grid in grids} == {0, 1, 2, 3}
+
+
 def test_make_grids():
     """Row by row."""
     images = torch.arange(8.).view(8, 1, 1, 1).expand(8, 3, 2, 4)

@@ -1,4 +1,5 @@
 """labels.py: names of classes, told apart, and what a model knows."""
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from timm_lossattn.loading import full_name, load_patch_model
 
 NANO = 'resnet18_lossattn_conv_nano'
 PBC = 'lossattn.tf_efficientnet_lite0.pbc'
+CELL = Path(__file__).parents[1] / 'data' / 'pbc_test_eosinophil_EO_170787.jpg'
 
 
 def test_labels_are_different_text():
@@ -168,6 +170,6 @@ def test_folder_of_a_trained_model(tmp_path):
         model = load_patch_model(f'local-dir:{tmp_path / name}')
         assert model.pretrained_cfg['tag'] == 'tf_efficientnet_lite0.pbc'
         assert full_name(model) == PBC
-        explanation = explain(model, 'tests/data/pbc_test_eosinophil_EO_170787.jpg')
+        explanation = explain(model, CELL)
         assert explanation.data == 'PBC (blood cells)'
         assert explanation.labels[int(explanation.predicted)] == 'eosinophil'

@@ -1,5 +1,4 @@
 """hub/publish.py and downloads over real HTTP to a Hub on the loopback interface: round trips, faults, the registry."""
-import contextlib
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub import HfApi
 
 import publish
 import timm_lossattn
@@ -102,6 +102,24 @@ def test_round_trip(run, hub, tmp_path, expected):
     assert not [r for r in hub.log[before:] if r.method == 'PUT' or '/commit/' in r.path]
 
 
+def test_files_of_the_weights_before(run, hub, prepared):
+    """What the new weights have not goes from the repository, other files stay; a second run sends nothing."""
+    assert run()[0] == 0
+    HfApi(endpoint=hub.endpoint, token=hub.token).upload_file(
+        path_or_fileobj=b'a licence', path_in_repo='LICENSE', repo_id=REPO)
+    removed = {name: (prepared / name).read_bytes() for name in ('result.json', 'example.png')}
+    try:
+        for name in removed:
+            (prepared / name).unlink()
+        assert run()[0] == 0
+        assert files(hub) == {*publish.FILES, 'LICENSE', '.gitattributes'} - {*removed}
+        code, out, _ = run()
+        assert (code, 'nothing to upload' in out) == (0, True)
+    finally:
+        for name, content in removed.items():
+            (prepared / name).write_bytes(content)
+
+
 def test_branch_pull_request_private(run, hub):
     """A branch is made; a pull request leaves main alone; a private repository is one."""
     assert run()[0] == 0
@@ -158,19 +176,20 @@ def test_refusals(run, hub, name):
     assert files(hub) >= set(publish.FILES)
 
 
-@pytest.mark.parametrize(('kind', 'method', 'path', 'details'), [
-    ('cut', 'PUT', '/', dict(after=200_000)),
-    ('corrupt', 'PUT', '/', dict(after=1000)),
-    ('status', 'PUT', '/', dict(status=503)),
-    ('slow', 'PUT', '/', dict(before=1.)),
-    ('cut', 'POST', '/commit/', dict(after=100)),
-    ('cut', 'POST', '/info/lfs/objects/batch', dict(after=10)),
+@pytest.mark.parametrize(('kind', 'method', 'path', 'details', 'expected'), [
+    ('cut', 'PUT', '/', dict(after=200_000), 0),
+    ('corrupt', 'PUT', '/', dict(after=1000), 2),
+    ('status', 'PUT', '/', dict(status=503), 0),
+    ('slow', 'PUT', '/', dict(before=1.), 0),
+    ('cut', 'POST', '/commit/', dict(after=100), 2),
+    ('cut', 'POST', '/info/lfs/objects/batch', dict(after=10), 0),
 ])
-def test_broken_uploads(run, hub, tmp_path, kind, method, path, details):
+def test_broken_uploads(run, hub, tmp_path, kind, method, path, details, expected):
     """The client tries again, or there is one line and the next run goes on; the weights arrive whole or not at all."""
     fault = hub.fault(method, path, kind, **details)
     code, _, err = run()
     assert fault.hits
+    assert code == expected
     if code:
         assert error_of(err)
         assert not (files(hub) or set()) & set(publish.FILES)
@@ -268,18 +287,23 @@ def test_all(hub, waits, run, tmp_path, monkeypatch):
         assert stored[pretrained.WEIGHTS_NAME].data == Path(pretrained.bundled_weights(name)).read_bytes()
 
 
-@pytest.mark.parametrize(('kind', 'details'), [
-    ('truncate', dict(after=300_000)), ('corrupt', dict(after=300_000)), ('cut', dict(after=300_000)),
-    ('status', dict(status=500)), ('status', dict(status=429, headers={'Retry-After': '1'})),
-    ('status', dict(status=404, times=9)), ('status', dict(status=401, times=9)), ('slow', dict(before=1.))])
-def test_broken_downloads(published, hub, waits, tmp_path, monkeypatch, kind, details):
-    """What arrives is what was published, or an error; a second attempt succeeds."""
+@pytest.mark.parametrize(('kind', 'details', 'error'), [
+    ('truncate', dict(after=300_000), None), ('corrupt', dict(after=300_000), 'was changed or damaged'),
+    ('cut', dict(after=300_000), None), ('status', dict(status=500), 'cannot download'),
+    ('status', dict(status=429, headers={'Retry-After': '1'}), None),
+    ('status', dict(status=404, times=9), 'cannot download'), ('status', dict(status=401, times=9), 'cannot download'),
+    ('slow', dict(before=1.), None)])
+def test_broken_downloads(published, hub, waits, tmp_path, monkeypatch, kind, details, error):
+    """What arrives is what was published, where trying again helps, or there is an error; a second call succeeds."""
     monkeypatch.setattr(pretrained, 'HUB_WEIGHTS', json.loads((published / 'hub_weights.json').read_text()))
     fault = hub.fault('GET', '/resolve/', kind, **details)
     cache = tmp_path / 'downloads'
-    with contextlib.suppress(OSError, RuntimeError):  # the Hub's errors are OSErrors
+    if error is None:
         path = Path(pretrained.download_weights(SOURCE, cache))
         assert pretrained.sha256_of(path) == pretrained.HUB_WEIGHTS[SOURCE]['sha256']
+    else:
+        with pytest.raises(RuntimeError, match=error):
+            pretrained.download_weights(SOURCE, cache)
     assert fault.hits
     hub.faults.clear()
     for blob in cache.rglob('blobs/*'):  # as the error says

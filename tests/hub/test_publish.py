@@ -89,22 +89,26 @@ def test_from_images_to_card(folder, tmp_path):
     (NANO, ['(loss attention)', 'α says', 'lead over the others'], 'plain image classifier'),
     ('resnet18_meanpool_conv', ['all with the same weight', 'A patch sees'], 'α says'),
     ('resnet18_routing_caps', ['dynamic routing', 'A patch sees'], 'plain image classifier'),
-    ('vgg11_bn_cifar', ['plain image classifier'], 'A patch sees')])
+    ('vgg11_bn_cifar', ['classifier, a baseline of timm_lossattn.', 'import timm_lossattn'], 'A patch sees'),
+    ('resnet18', ['plain image classifier of timm.'], 'import timm_lossattn')])
 @pytest.mark.parametrize('multi_label', [False, True])
 def test_card_of_other_models(shipped, tmp_path, name, words, absent, multi_label):
-    """The words fit the model: its head, whether it has patches, whether its classes are independent."""
+    """The words fit the model: its head, whether it has patches, whose it is, whether its classes are independent."""
     shutil.copyfile(shipped / 'model.safetensors', tmp_path / 'model.safetensors')
     result = json.loads((shipped / 'result.json').read_text())
     result['args']['multi_label'] = multi_label
     config = json.loads((shipped / 'config.json').read_text()) | {'architecture': name}
     model = timm.create_model(name, device='meta')
-    text = card.make_card(tmp_path, model, result, config, 'x', 'hf-hub:me/x', card.Words(note='A remark.')).text
+    model_card = card.make_card(tmp_path, model, result, config, 'x', 'hf-hub:me/x', card.Words(note='A remark.'))
+    text = model_card.text
+    assert card.TAG in model_card.data.tags
+    assert ("pip install -e '.[viz]'" in text) == (name != 'resnet18')
     assert "'hf-hub:me/x'" in text
     assert 'A remark.' in text
     for word in words:
         assert (word in text) != (multi_label and word == 'lead over the others')
     assert absent not in text
-    assert ('multi_label=True' in text) == (multi_label and name != 'vgg11_bn_cifar')
+    assert ('multi_label=True' in text) == (multi_label and hasattr(model, 'forward_patches'))
     assert f'| parameters | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M |' in text
 
 
@@ -146,6 +150,10 @@ def test_errors(shipped, tmp_path, capsys, monkeypatch):
            source('e', result_json=json.dumps(other).encode()), *flags)
     expect(capsys, "is damaged: KeyError('model')", source('f', result_json=b'{}'), *flags)
     expect(capsys, 'is damaged', source('g', config_json=b'{"archi'), *flags)
+    config = json.loads((shipped / 'config.json').read_text())
+    flat = {key: config[key] for key in ('architecture', 'num_classes')} | config['pretrained_cfg']  # timm's older form
+    expect(capsys, "is damaged: KeyError('pretrained_cfg')", source('i', config_json=json.dumps(flat).encode()), *flags)
+    expect(capsys, 'is damaged', source('j', config_json=b'[]'), *flags)
     expect(capsys, 'is no folder, and no arch.tag', 'resnet18.a1_in1k', *flags)
     expect(capsys, f'{NANO}.mine is not registered', shipped, *flags, '--tag', 'mine')
     expect(capsys, 'would come first', shipped, *flags, '--tag', 'cifar10')
@@ -155,7 +163,7 @@ def test_errors(shipped, tmp_path, capsys, monkeypatch):
     expect(capsys, 'give one source, or --all', *flags)
     expect(capsys, 'needs --repo-prefix ORG', '--all', *flags)
     expect(capsys, 'needs --repo-prefix ORG', '--all', '--repo-prefix', 'a/b', '--dry-run')
-    config = json.loads((shipped / 'config.json').read_text())
+    expect(capsys, "--repo-prefix: is for --all, got 'me'", shipped, *flags, '--repo-prefix', 'me')
     config['model_args'] = {'xi': 0.5}
     expect(capsys, f'these weights differ from {NANO}.cifar10 as it is registered in xi',
            source('h', config_json=json.dumps(config).encode()), *flags, '--tag', 'cifar10')
@@ -183,6 +191,10 @@ def test_errors(shipped, tmp_path, capsys, monkeypatch):
     before = {path.name: path.read_bytes() for path in (tmp_path / 'mine').iterdir()}
     expect(capsys, 'holds other files', shipped, '--repo-id', 'me/x', '--dry-run', '--folder', tmp_path / 'mine')
     assert {path.name: path.read_bytes() for path in (tmp_path / 'mine').iterdir()} == before
+    for words in ('# My network', '---\ntags:\n- timm\n---\n# My network', '---\ntags: [\n---\n'):  # others' cards
+        (tmp_path / 'mine' / 'README.md').write_text(words)
+        expect(capsys, 'holds other files', shipped, '--repo-id', 'me/x', '--dry-run', '--folder', tmp_path / 'mine')
+        assert (tmp_path / 'mine' / 'README.md').read_text() == words
     shutil.copytree(shipped, tmp_path / 'older')
     flags = ('--repo-id', 'me/x', '--dry-run', '--folder', tmp_path / 'older')
     expect(capsys, 'is no folder', tmp_path / 'nothing', *flags)
@@ -209,6 +221,39 @@ def test_folder_of_timm(tmp_path):
     loaded = load_model(f'local-dir:{out}')
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize(('name', 'tag'), [
+    ('resnet18', 'a1_in1k'), ('lossattn', 'resnet18.a1_in1k'), ('lossattn.resnet18', 'resnet18.a1_in1k')])
+def test_tags_that_nobody_reads(name, tag):
+    """hub_weights.json is for names of this package; timm takes its own models' weights from elsewhere."""
+    with pytest.raises(ValueError, match=r'--tag: \S*resnet18.a1_in1k takes no weights from here'):
+        hub_folder.check_tag(timm.create_model(name, device='meta'), tag)
+
+
+def test_tags_that_are_read(monkeypatch):
+    """Of this package's models, and of backbones whose weights were trained here."""
+    monkeypatch.setattr(hub_folder, 'bundled_weights', lambda name: None)  # as on a machine without them
+    for name in (f'{NANO}.cifar10', 'vgg11_bn_cifar.cifar10', 'lossattn.tf_efficientnet_lite0.pbc'):
+        hub_folder.check_tag(timm.create_model(name, device='meta'), name.split('.', 1)[1])
+
+
+def test_picture_of_a_stock_model(tmp_path, capsys):
+    """--example is drawn, or it is said why not; nothing is drawn without it, whatever the classes."""
+    labels = {'label_names': list(CIFAR10_LABELS)}
+    for name in ('test_resnet', 'test_vit'):
+        save_for_hf(timm.create_model(name, num_classes=10), str(tmp_path / name), model_config=labels,
+                    safe_serialization=True)
+    out = tmp_path / 'out'
+    flags = ('--repo-id', 'me/x', '--dry-run', '--folder', str(out))
+    assert publish.main([str(tmp_path / 'test_resnet'), *flags]) == 0
+    assert not (out / 'example.png').exists()
+    assert publish.main([str(tmp_path / 'test_resnet'), *flags, '--example', str(SHIP)]) == 0
+    assert (out / 'example.png').read_bytes().startswith(b'\x89PNG')
+    text = (out / 'README.md').read_text()
+    assert '(example.png)' in text
+    assert 'Drawn by timm_lossattn' in text
+    expect(capsys, '--example: ', tmp_path / 'test_vit', *flags, '--example', SHIP)
 
 
 @pytest.mark.parametrize(('model', 'flags', 'words'), [

@@ -1,4 +1,5 @@
 """hub/space/app.py: models, classes, answers and examples; its files and its page have tests of their own."""
+import json
 import shutil
 import time
 from pathlib import Path
@@ -120,6 +121,37 @@ def test_hub_comes_and_goes(app, hub, waits, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, 'ENDPOINT', hub.endpoint)
     assert shown(next(app.answer('hf-hub:tester/mine', str(CAT), '', ''))).message == ''
     assert waits == []
+
+
+@pytest.mark.parametrize(('setting', 'what'), [
+    ({'device': 'cpu'}, 'sets device in its model_args: neither, please.'),
+    ({'dtype': 'float64', 'device': 'cpu'}, 'sets device and dtype in its model_args: neither, please.'),
+    (None, 'has a file of 2 MB: at most 1, please.')])
+def test_repositories_that_are_refused(app, hub, monkeypatch, tmp_path, setting, what):
+    """What would be made where it is not counted, or has a file too large, is refused before weights are downloaded."""
+    folder = tmp_path / 'folder'
+    save_for_hf(timm.create_model('test_resnet', num_classes=2), str(folder), safe_serialization=True)
+    if setting:
+        config = json.loads((folder / 'config.json').read_text())
+        (folder / 'config.json').write_text(json.dumps(config | {'model_args': setting}))
+    else:
+        monkeypatch.setattr(app, 'MAX_BYTES', 1_000_000)
+        (folder / 'other.bin').write_bytes(bytes(2_000_000))
+    api = HfApi(endpoint=hub.endpoint, token=hub.token)
+    api.create_repo('tester/theirs')
+    commit = api.upload_folder(repo_id='tester/theirs', folder_path=folder)
+    for name in ('hf-hub:tester/theirs', f'hf-hub:tester/theirs@{commit.oid}'):
+        before = len(hub.log)
+        assert f'{name} {what}</p>' in error_message(app, CAT, name)
+        wanted = [request.path for request in hub.log[before:]]
+        assert not [path for path in wanted if '/resolve/' in path and not path.endswith('config.json')]
+        assert setting or not [path for path in wanted if '/resolve/' in path]
+
+
+def test_model_is_loaded_once(app):
+    """Menus and answers follow a newly chosen model one after the other."""
+    waiting = [fn.concurrency_id for fn in app.demo.fns.values() if fn.fn in (app.answer, app.class_menus)]
+    assert waiting == ['answer'] * 3
 
 
 def test_class_menus(app):

@@ -306,12 +306,17 @@ def test_layer_decay_groups():
 
 
 def test_grad_checkpointing_gradients():
+    """The same gradients; what a stage holds is computed a second time for them."""
     x = torch.randn(2, 3, 32, 32)
     gradients = []
     for enable in (False, True):
         model = nano().train()
         model.set_grad_checkpointing(enable)
+        calls = []
+        for n, stage in enumerate(model.backbone.stages):
+            stage[-1].register_forward_pre_hook(lambda block, args, calls=calls, n=n: calls.append(n))
         model(x).square().sum().backward()
+        assert calls == ([0, 1, 2, 3, 3, 2, 1, 0] if enable else [0, 1, 2, 3])
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -52,11 +51,11 @@ def flags(work, *more):
             'out', '--batch-size', str(BATCH), '--workers', '0', '--gallery', '3', *more]
 
 
-def start(work, cwd, *launcher):
+def start(work, cwd, *launcher, program=('-m', 'timm_lossattn.cli')):
     """The command in a process group of its own."""
     cwd.mkdir()
     return subprocess.Popen(
-        [sys.executable, *launcher, '-m', 'timm_lossattn.cli', *flags(work)], cwd=cwd, start_new_session=True,
+        [sys.executable, *launcher, *program, *flags(work)], cwd=cwd, start_new_session=True,
         env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True)
 
@@ -161,17 +160,37 @@ def test_reading_in_three_lines(undisturbed, tmp_path, monkeypatch):
     assert found['evidence'][7].reshape(-1).tolist() == found['table']['evidence'][7].as_py()
 
 
-def test_killed_and_resumed(work, undisturbed, monkeypatch):
-    """SIGKILL in the middle; the second run keeps the shards that are there and ends with the same bytes."""
-    process = start(work, work / 'killed')
+KILLED = '''
+import os, signal, sys
+from timm_lossattn.cli import main
+from timm_lossattn.report import collect
+write = collect.write_shard
+def write_and_die(path, *rest):
+    write(path, *rest)
+    if path.name == '000002.parquet':
+        os.kill(os.getpid(), signal.SIGKILL)
+collect.write_shard = write_and_die
+main(sys.argv[1:])
+'''
+
+
+@pytest.fixture
+def one_thread():
+    """As many threads as the processes have that ``start`` starts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_killed_and_resumed(work, undisturbed, one_thread, monkeypatch):
+    """SIGKILL after the third shard; the second run keeps what is there and ends with the same bytes."""
+    process = start(work, work / 'killed', program=('-c', KILLED))
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
     shards = work / 'killed' / 'out' / collecting.SHARDS
-    while len(list(shards.glob('0*.parquet'))) < 3:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    kept = {path.name for path in shards.glob('0*.parquet')}
-    assert 3 <= len(kept) < SHARDS
+    kept = {path.name for path in shards.glob('*.parquet')}
+    assert kept == {f'{s:06d}.parquet' for s in range(3)}
     assert not (work / 'killed' / 'out' / 'report.parquet').exists()
     (shards / '.000001.parquet.1234.tmp').write_bytes(b'half a shard')  # what a kill while writing leaves
 
@@ -180,7 +199,6 @@ def test_killed_and_resumed(work, undisturbed, monkeypatch):
     monkeypatch.setattr(collecting, 'write_shard', lambda path, *rest: (written.append(path.name), write(path, *rest)))
     monkeypatch.chdir(work / 'killed')
     monkeypatch.setattr(sys, 'argv', ['timm-lossattn', *flags(work)])
-    torch.set_num_threads(1)
     assert main(flags(work)) == 0
     assert set(written) == {f'{s:06d}.parquet' for s in range(SHARDS)} - kept
     for name in ('report.parquet', 'index.html'):

@@ -1,6 +1,5 @@
 """train/reproduce.py: the paper's numbers, one real run, and what is not run."""
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -173,9 +172,14 @@ def test_recipe_of_the_paper(model, recipe):
     assert paper.recipe_of(model, 'fast') == 'fast'
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """For the trainings, which run in processes of their own."""
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+
+
 def data(folder, tmp_path):
     """Flags of train.py: two classes, one epoch."""
-    os.environ['OMP_NUM_THREADS'] = '1'
     return ['--', '--dataset', f'hfds/{folder}', '--data-dir', str(tmp_path), '--input-key', 'image', '--val-split',
             'validation', '--num-classes', '2', '--batch-size', '8', '--workers', '0', '--device', 'cpu']
 

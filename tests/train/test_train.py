@@ -39,6 +39,13 @@ def main(*flags):
     return train_script.main([*map(str, flags)])
 
 
+def loss_of_the_best(run, folder, tmp_path):
+    """Validation loss of the model that a run saved in hub/, as validate.py measures it in one process."""
+    assert validate.main(['--model', f'local-dir:{run / "hub"}', '--data-dir', str(folder), '--val-split', 'val',
+                          '--workers', '0', '--device', 'cpu', '--results-file', str(tmp_path / 'best.json')]) == 0
+    return json.loads((tmp_path / 'best.json').read_text())['loss']
+
+
 @pytest.fixture(scope='module')
 def run(folder, tmp_path_factory):
     """Folder of a finished two-epoch run with EMA."""
@@ -65,6 +72,15 @@ def test_run_writes_its_files(run):
     assert result['best']['top1'] == max(e['eval']['top1'] for e in result['epochs'])
     model = timm.create_model('resnet18_lossattn_conv_nano', num_classes=2, checkpoint_path=str(run / 'last.pth.tar'))
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
+def test_the_model_that_was_evaluated_is_saved(run, folder, tmp_path):
+    """With EMA: the best epoch's numbers are those of the weights in hub/, not of the ones that trained."""
+    best = json.loads((run / 'result.json').read_text())['best']
+    assert loss_of_the_best(run, folder, tmp_path) == pytest.approx(best['loss'], abs=1e-5)
+    checkpoint = torch.load(run / 'model_best.pth.tar', weights_only=True)
+    name = 'head.fc.weight'
+    assert float((checkpoint['state_dict'][name] - checkpoint['state_dict_ema'][name]).abs().max()) > 1e-3
 
 
 def test_resume(run, folder, tmp_path):

@@ -15,6 +15,7 @@ __all__ = [
     'CIFAR100_LABELS',
     'NANO_CAPS',
     'NANO_CONV',
+    'TINY_IMAGENET_LABELS',
     'TINY_IMAGENET_MINI_LABELS',
     'create_patch_classifier',
     'patch_model_cfg',
@@ -33,6 +34,31 @@ CIFAR100_LABELS = (  # the Hub's uoft-cs/cifar100 calls the crab "cra"
     'skyscraper', 'snail', 'snake', 'spider', 'squirrel', 'streetcar', 'sunflower', 'sweet_pepper', 'table', 'tank',
     'telephone', 'television', 'tiger', 'tractor', 'train', 'trout', 'tulip', 'turtle', 'wardrobe', 'whale',
     'willow_tree', 'wolf', 'woman', 'worm')
+TINY_IMAGENET_LABELS = (  # the first name of each of its synsets, in their order
+    'goldfish', 'European fire salamander', 'bullfrog', 'tailed frog', 'American alligator', 'boa constrictor',
+    'trilobite', 'scorpion', 'black widow', 'tarantula', 'centipede', 'goose', 'koala', 'jellyfish', 'brain coral',
+    'snail', 'slug', 'sea slug', 'American lobster', 'spiny lobster', 'black stork', 'king penguin', 'albatross',
+    'dugong', 'Chihuahua', 'Yorkshire terrier', 'golden retriever', 'Labrador retriever', 'German shepherd',
+    'standard poodle', 'tabby', 'Persian cat', 'Egyptian cat', 'cougar', 'lion', 'brown bear', 'ladybug', 'fly', 'bee',
+    'grasshopper', 'walking stick', 'cockroach', 'mantis', 'dragonfly', 'monarch', 'sulphur butterfly', 'sea cucumber',
+    'guinea pig', 'hog', 'ox', 'bison', 'bighorn', 'gazelle', 'Arabian camel', 'orangutan', 'chimpanzee', 'baboon',
+    'African elephant', 'lesser panda', 'abacus', 'academic gown', 'altar', 'apron', 'backpack', 'bannister',
+    'barbershop', 'barn', 'barrel', 'basketball', 'bathtub', 'beach wagon', 'beacon', 'beaker', 'beer bottle',
+    'bikini', 'binoculars', 'birdhouse', 'bow tie', 'brass', 'broom', 'bucket', 'bullet train', 'butcher shop',
+    'candle', 'cannon', 'cardigan', 'cash machine', 'CD player', 'chain', 'chest', 'Christmas stocking',
+    'cliff dwelling', 'computer keyboard', 'confectionery', 'convertible', 'crane', 'dam', 'desk', 'dining table',
+    'drumstick', 'dumbbell', 'flagpole', 'fountain', 'freight car', 'frying pan', 'fur coat', 'gasmask', 'go-kart',
+    'gondola', 'hourglass', 'iPod', 'jinrikisha', 'kimono', 'lampshade', 'lawn mower', 'lifeboat', 'limousine',
+    'magnetic compass', 'maypole', 'military uniform', 'miniskirt', 'moving van', 'nail', 'neck brace', 'obelisk',
+    'oboe', 'organ', 'parking meter', 'pay-phone', 'picket fence', 'pill bottle', 'plunger', 'pole', 'police van',
+    'poncho', 'pop bottle', "potter's wheel", 'projectile', 'punching bag', 'reel', 'refrigerator', 'remote control',
+    'rocking chair', 'rugby ball', 'sandal', 'school bus', 'scoreboard', 'sewing machine', 'snorkel', 'sock',
+    'sombrero', 'space heater', 'spider web', 'sports car', 'steel arch bridge', 'stopwatch', 'sunglasses',
+    'suspension bridge', 'swimming trunks', 'syringe', 'teapot', 'teddy', 'thatch', 'torch', 'tractor',
+    'triumphal arch', 'trolleybus', 'turnstile', 'umbrella', 'vestment', 'viaduct', 'volleyball', 'water jug',
+    'water tower', 'wok', 'wooden spoon', 'comic book', 'plate', 'guacamole', 'ice cream', 'ice lolly', 'pretzel',
+    'mashed potato', 'cauliflower', 'bell pepper', 'mushroom', 'orange', 'lemon', 'banana', 'pomegranate', 'meat loaf',
+    'pizza', 'potpie', 'espresso', 'alp', 'cliff', 'coral reef', 'lakeside', 'seashore', 'acorn')
 TINY_IMAGENET_MINI_LABELS = (
     'goldfish', 'king penguin', 'ladybug', 'monarch', 'gazelle', 'lifeboat', 'trolleybus', 'umbrella', 'orange',
     'banana')
@@ -44,14 +70,15 @@ NANO_CAPS = partial(CapsulePatchLayers, primary=(32, 2), secondary=(64, 16))
 
 def patch_model_cfg(size: int = 32, **kwargs: Any) -> dict[str, Any]:
     """default_cfg for images of size × size pixels: CIFAR-10 (32), Tiny ImageNet (64), ImageNet (224)."""
-    num_classes, pool_size = {32: (10, (6, 6)), 64: (200, (6, 6)), 224: (1000, (5, 5))}[size]
+    num_classes, pool_size, label_names = {
+        32: (10, (6, 6), CIFAR10_LABELS), 64: (200, (6, 6), TINY_IMAGENET_LABELS), 224: (1000, (5, 5), None)}[size]
     return {
         'num_classes': num_classes, 'input_size': (3, size, size), 'pool_size': pool_size,
         'crop_pct': 1.0 if size < 224 else 0.875, 'interpolation': 'bicubic', 'fixed_input_size': False,
         'mean': CIFAR_MEAN if size == 32 else IMAGENET_DEFAULT_MEAN,
         'std': CIFAR_STD if size == 32 else IMAGENET_DEFAULT_STD,
         'first_conv': 'backbone.stem.conv', 'classifier': 'head.fc', 'license': 'apache-2.0',
-        'label_names': CIFAR10_LABELS if size == 32 else None,
+        'label_names': label_names,
         'paper_name': 'Loss-based Attention for Interpreting Image-level Prediction of Convolutional Neural Networks',
         **kwargs,
     }

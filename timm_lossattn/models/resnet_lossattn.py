@@ -142,6 +142,7 @@ default_cfgs = generate_default_cfgs(with_published({
     'resnet18_lossattn_caps_nano.cifar10': patch_model_cfg(),
     'resnet18_lossattn_conv_nano_s2.tiny_imagenet_mini': patch_model_cfg(  # ten of its classes
         size=64, num_classes=10, label_names=TINY_IMAGENET_MINI_LABELS),
+    'resnet18_lossattn_conv_nano_s2.tiny_imagenet': patch_model_cfg(size=64),
     'resnet18_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
     'resnet50_cifar.cifar10': patch_model_cfg(pool_size=(4, 4)),
 }))
