@@ -52,6 +52,7 @@ from timm_lossattn.text import one_line
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / 'train'))  # for lib, which evaluates
 from lib.evaluate import evaluate_dataset  # noqa: E402
+from lib.model import replace_convolutions  # noqa: E402
 from lib.options import DataOptions  # noqa: E402
 from lib.record import environment  # noqa: E402
 
@@ -136,8 +137,7 @@ def evaluate(model: Any, options: Options, flags: dict[str, Any]) -> dict[str, A
         input_key=flags.get('input_key'), target_key=flags.get('target_key'),
         in_chans=getattr(model, 'in_chans', None), batch_size=250, workers=1)
     if options.winograd:
-        from lib.winograd import use_winograd  # brings torch's compiler
-        use_winograd(model)
+        replace_convolutions(model)
     measured = evaluate_dataset(model, data, options.device)
     low, high = wilson_interval(round(measured['top1'] / 100 * measured['images']), int(measured['images']))
     return {key: measured[key] for key in ('loss', 'top1', 'top5', 'images')} | {
