@@ -12,7 +12,8 @@ hub/weights/ARCH.TAG: model.safetensors, config.json, README.md, example.png (of
 and result.json, which is that of the run with the accuracy after conversion, and where it was measured, under
 "shipped", the card's words under "card" and, if the run started from another run's checkpoint or (--pretrained) from
 weights of hub/weights, their result.json under "initial". With --in-package the weights go into timm_lossattn/weights
-instead, for small models. If anything is wrong, whatever is there stays as it was.
+instead, for small models. All of it is made before any of it is put in place: if something is wrong, whatever is there
+stays as it was.
 """
 import argparse
 import json
@@ -123,7 +124,10 @@ def model_of_run(options: Options, result: dict[str, Any]) -> Any:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f'RUN: {options.checkpoint} does not fit {result["model"]}: {error}') from error
-    differ = model_differences(options.name, model)
+    try:
+        differ = model_differences(options.name, model)
+    except ValueError as error:
+        raise ValueError(f'ARCH.TAG: {error}') from error
     if differ:
         raise ValueError(f'RUN: differs from {options.name} as it is registered in {", ".join(differ)}')
     return model
@@ -243,9 +247,10 @@ def move(filled: Path, name: str, file: Path) -> None:
     """
     folder = WEIGHTS / name
     targets = {made.name: folder / made.name for made in filled.iterdir()} | {WEIGHTS_NAME: file}
-    for made, target in targets.items():
+    contents = {target: (filled / made).read_bytes() for made, target in targets.items()}
+    for target, content in contents.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(target, (filled / made).read_bytes())
+        replace_file(target, content)
     for other in {packaged_file(name), folder / WEIGHTS_NAME, folder / EXAMPLE} - set(targets.values()):
         other.unlink(missing_ok=True)
 

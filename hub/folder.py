@@ -138,8 +138,10 @@ def check_pair(source: str, folder: Path, result: dict[str, Any] | None, config:
         ValueError: they do not.
     """
     try:
+        if 'pretrained_cfg' not in config:  # timm once wrote all of it without this level, and still reads that
+            raise ValueError(f'RUN_OR_FOLDER: config.json of {source} has no pretrained_cfg; write it again with '
+                             'timm.models.save_for_hf')
         here = config['architecture'], config['num_classes']
-        _ = config['pretrained_cfg']['input_size']  # timm once wrote all of it without this level
         if result is None:
             return
         trained = result['model'].split('.')[0], result['args']['num_classes']
@@ -206,10 +208,10 @@ def draw_example(folder: Path, model: Any, example: str | None, multi_label: boo
     buffer = io.BytesIO()
     try:
         explanation = explain(model, example, multi_label=multi_label)
-        figure = explanation.figure(title=f'{Path(example).name} · {full_name(model)}')
-        figure.savefig(buffer, format='png')
     except (TypeError, ValueError) as error:  # TypeError: of a model that is none of timm's usual kind
         raise ValueError(f'--example: {error}') from error
+    figure = explanation.figure(title=f'{Path(example).name} · {full_name(model)}')
+    figure.savefig(buffer, format='png')
     replace_file(folder / EXAMPLE, buffer.getvalue())
 
 

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 
 from card import TAG, Words
@@ -99,9 +99,10 @@ def check_folder(job: Job) -> None:
 def is_card(file: Path) -> bool:
     """Whether a file is a card as ``make_card`` makes it."""
     try:
-        return TAG in (ModelCard.load(file).data.tags or [])
+        tags = (metadata_load(file) or {}).get('tags')
     except Exception:  # no file, or what YAML's reader raises
         return False
+    return isinstance(tags, list) and TAG in tags
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:

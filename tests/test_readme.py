@@ -105,16 +105,17 @@ def test_overlay():
 
 
 def printed_commands(document, beginning):
-    """What a document prints after a beginning, to the end of the line or of the code in it; two groups each."""
+    """What a document prints after a beginning, whose only group is the name, to the end of the line or of its code."""
     text = re.sub('<!--.*?-->', '', (ROOT / document).read_text().replace('\\\n', ' '))
     return [(name, shlex.split(rest, comments=True))
-            for name, rest in re.findall(rf'(?:{beginning})([^`\n]*)', text)]
+            for name, rest in re.findall(rf'{beginning}([^`\n]*)', text)]
 
 
 @pytest.mark.parametrize('document', [*DOCUMENTS, *OTHERS])
 def test_commands_parse(document):
     """The command line has every flag of every `timm-lossattn` command that a document prints, and every panel."""
-    found = printed_commands(document, r'timm-lossattn |-m timm_lossattn\.cli )((?:explain|report|check|export|list)\b')
+    found = printed_commands(
+        document, r'(?:timm-lossattn |-m timm_lossattn\.cli )(explain|report|check|export|list)\b')
     assert found or document not in ('README.md', 'docs/explain.md', 'docs/gallery.md', 'docs/report.md')
     for name, arguments in found:
         if arguments or name == 'list':  # else it is only named
@@ -126,7 +127,9 @@ class Parsed(BaseException):
     """What ends a script after its command line was read; no handler of errors takes it."""
 
 
-HISTORICAL = ['train/export_weights.py']  # MODEL_CARD.md has the command at the commit that it names
+ELSEWHERE = [
+    'train/export_weights.py',  # MODEL_CARD.md has the command at the commit that it names
+    'train/train.py']  # test_training_commands_parse
 
 
 @pytest.mark.parametrize('document', [*DOCUMENTS, *OTHERS])
@@ -138,19 +141,19 @@ def test_script_commands_parse(document, monkeypatch):
         parse(*args, **kwargs)
         raise Parsed
 
-    monkeypatch.setattr(ArgumentParser, 'parse_args', parse_and_stop)
-    found = printed_commands(document, r'python )((?:train|hub)/\w+\.py')
+    found = printed_commands(document, r'python ((?:train|hub)/\w+\.py)')
     assert found or document not in (*OTHERS, 'docs/blood_cells.md', 'docs/leaderboard.md', 'docs/publish.md')
     for script, arguments in found:
-        if script in HISTORICAL:
+        if script in ELSEWHERE:
             continue
         main = inspect.unwrap(importlib.import_module(Path(script).stem).main)  # without its handler of errors
-        monkeypatch.setattr('sys.argv', [script, *arguments])
-        with pytest.raises(Parsed):
-            main()
-        if '--' in arguments:  # flags of train.py
+        with monkeypatch.context() as patch:
+            patch.setattr('sys.argv', [script, *arguments])
+            patch.setattr(ArgumentParser, 'parse_args', parse_and_stop)
             with pytest.raises(Parsed):
-                parse_args(arguments[arguments.index('--') + 1:])
+                main()
+        if '--' in arguments:  # flags of train.py, which also looks whether they go together
+            parse_args(arguments[arguments.index('--') + 1:])
 
 
 def test_gallery_is_drawn():
@@ -177,7 +180,7 @@ def test_gallery_draws_again(tmp_path, monkeypatch):
     draw(drawn['gallery/bird.jpg'], tmp_path / 'again.jpg')
     with Image.open(tmp_path / 'again.jpg') as again, Image.open(ROOT / 'docs' / 'gallery' / 'bird.jpg') as there:
         assert again.size == there.size
-        assert np.abs(np.asarray(again, dtype=float) - np.asarray(there)).mean() < 0.3  # fonts differ a little
+        assert np.abs(np.asarray(again, dtype=float) - np.asarray(there)).mean() < 1  # fonts differ a little
 
 
 def test_numbers_of_the_pictures():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from timm_lossattn import explain
+from timm_lossattn.attention.routing_head import CapsuleVotes
 from timm_lossattn.evaluation.constant_boxes import (
     ConstantBoxes,
     cross_fitted_accuracy,
@@ -19,6 +20,7 @@ from timm_lossattn.evaluation.intervals import Interval, mean_interval
 from timm_lossattn.evaluation.localization import THRESHOLDS, MaxBoxAccV2, boxes_above
 from timm_lossattn.evaluation.metrics import BoxLocalization
 from timm_lossattn.evaluation.randomization import cascading_randomization, learned_modules
+from timm_lossattn.models.patch_layers import CapsuleLength
 
 
 def flood_boxes(scaled, threshold):
@@ -189,13 +191,17 @@ def test_cascading_randomization():
 
 @pytest.mark.parametrize('name', ['resnet18_lossattn_caps_nano', 'resnet18_routing_caps', 'vgg11_bn_attn_conv'])
 def test_all_heads_begin_anew(name):
-    """Thresholds of capsules, votes of routing, attention: with the same seed the numbers of a new model."""
+    """Thresholds of capsules, votes of routing, attention: nothing stays, and the spread is that of a new model."""
     model = timm.create_model(name, width_mult=1. if 'nano' in name else 1 / 8)
     for _, module in learned_modules(model):
+        new = [float(parameter.detach().norm()) for parameter in module.parameters(recurse=False)]
         for parameter in module.parameters(recurse=False):
             nn.init.constant_(parameter, 7.)
         module.reset_parameters()
-        assert not any((parameter == 7.).any() for parameter in module.parameters(recurse=False))
+        for parameter, norm in zip(module.parameters(recurse=False), new):
+            assert not (parameter == 7.).any()
+            if isinstance(module, (CapsuleLength, CapsuleVotes)):
+                assert float(parameter.detach().norm()) == pytest.approx(norm, rel=0.05)
 
 
 def test_randomization_refuses():

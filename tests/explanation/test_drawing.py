@@ -128,7 +128,7 @@ def test_places_in_the_picture():
 
 @pytest.mark.parametrize(('name', 'held'), [
     ('test_resnet', None), ('test_convnext', "the head's 1/σ"),
-    ('mobilenetv3_small_050', "the head's gates, and any 1/σ,"), ('test_mambaout', "the head's gates, and any 1/σ,")])
+    ('mobilenetv3_small_050', "the head's gates and any 1/σ"), ('test_mambaout', "the head's gates and any 1/σ")])
 def test_what_is_held(name, held):
     """A head that is not affine adds up with one factor held: picture and numbers say which."""
     explanation = explain(timm.create_model(f'lossattn.{name}').eval(), [Image.new('RGB', (64, 64))])

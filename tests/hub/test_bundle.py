@@ -338,7 +338,7 @@ def test_examples_are_current(name, example, tmp_path):
     there = hub_folder.WEIGHTS / name / hub_folder.EXAMPLE
     with Image.open(tmp_path / hub_folder.EXAMPLE) as again, Image.open(there) as kept:
         assert again.size == kept.size
-        assert np.abs(np.asarray(again, dtype=float) - np.asarray(kept)).mean() < 0.3  # fonts differ a little
+        assert np.abs(np.asarray(again, dtype=float) - np.asarray(kept)).mean() < 1  # fonts differ a little
 
 
 def test_error_names_the_command():

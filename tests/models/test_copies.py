@@ -203,6 +203,15 @@ def test_replica(name, monkeypatch):
             use(X)
 
 
+def test_wrapped_in_place(stock, monkeypatch):
+    """fully_shard gives a model a subclass of its own and forbids copies: forward goes on as before."""
+    model = loss_attention(stock)
+    before = model(X)
+    monkeypatch.setattr('timm_lossattn.models.any_timm.analyse', None)
+    model.__class__ = type('FSDPModel', (type(model),), {})
+    assert torch.equal(model(X), before)
+
+
 def test_stock_view_has_the_same_modules(stock):
     model = loss_attention(stock)
     view = stock_view(model)

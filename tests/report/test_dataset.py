@@ -138,9 +138,11 @@ def test_bad_names(model, name, message):
 
 
 def test_empty_folder(model, tmp_path):
-    """A folder without an image."""
-    with pytest.raises(ValueError, match=rf'^DATASET: no images in the folder {tmp_path}, nor in folders of it\.$'):
-        opened(model, tmp_path)
+    """A folder, or the split of it, without an image."""
+    for searched in (tmp_path, tmp_path / 'validation'):
+        searched.mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=rf'^DATASET: no images in the folder {searched}, nor in folders of it\.$'):
+            opened(model, tmp_path)
 
 
 def test_upright_and_opaque(model, tmp_path):

@@ -216,6 +216,8 @@ def test_variants(folder, tmp_path, flags, loss_terms):
     (('--recipe', 'sgd/cifar10', '--scale', '0.5', '1'), '--crop-padding: is in place of --scale and --ratio'),
     (('--recipe', 'fast/cifar10', '--train-size-schedule', 'progressive'),
      '--train-size-schedule: needs --train-img-sizes'),
+    (('--train-img-sizes', '16', '24', '--train-size-random-mix', '0.5'),
+     '--train-size-random-mix: is of --train-size-schedule progressive'),
     (('--model-kwargs', 'no_such_argument=1'), 'no_such_argument'),
     (('--eval-metric', 'top7', '--cache-dataset'), "--eval-metric: 'top7' is none of loss, top1, top5"),
     (('--grow-from', 'resnet18_lossattn_conv_nano', '--pretrained'), '--grow-from: goes with none of --pretrained'),

@@ -100,8 +100,8 @@ def check_model(name: str, pretrained: bool = False, receptive_field: bool = Tru
         except NoPatchSum:
             pretrained = False  # weights would not change it, so none are downloaded
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=[]):  # with devices each GPU would be started
+            torch.default_generator.manual_seed(0)
             stock = create_stock(name, pretrained, kwargs)
             about |= dict(family=type(stock).__module__.rsplit('.', 1)[-1],
                           parameters_million=sum(p.numel() for p in stock.parameters()) / 1e6)

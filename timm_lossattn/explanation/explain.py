@@ -21,7 +21,7 @@ Source = Union[Preprocessed, Image.Image, np.ndarray, str, Path]
 
 __all__ = ['explain', 'patch_model']
 
-HELD = {'B': "the head's 1/σ", 'C': "the head's gates, and any 1/σ,"}  # by ``patch_kind``
+HELD = {'B': "the head's 1/σ", 'C': "the head's gates and any 1/σ"}  # by ``patch_kind``
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -94,7 +93,7 @@ class Explanation:
         count = f'{len(self)} image' + ('s' if len(self) > 1 else '')
         return f'<Explanation of {count}, {self.grid[0]}×{self.grid[1]} patches: {"; ".join(said)}{more}>'
 
-    @cached_property
+    @property
     def evidence(self) -> torch.Tensor:
         """(B, M) what each patch adds to the target's lead; the sum over M is that lead, to rounding.
 
@@ -111,7 +110,7 @@ class Explanation:
         """
         return evidence_along(self.prediction.contributions, self.direction)
 
-    @cached_property
+    @property
     def direction(self) -> torch.Tensor:
         """(B, K) the direction v in the space of the logits z that is explained: the evidence sums to v·z.
 

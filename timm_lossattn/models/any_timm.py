@@ -225,7 +225,7 @@ class LossAttentionMixin(Base):
         To go through all modules, as ``forward_patches`` does, takes 1 to 2 ms: too long for each forward. Compiled
         code looks at nothing: after such a change the model is to be called once before it is compiled.
         """
-        if not torch.compiler.is_compiling() and not same_settings(self, self._structure_then['']):
+        if not torch.compiler.is_compiling() and not same_settings(self, self._structure_then[''][1]):
             self._look_anew()
 
     @torch.jit.ignore

@@ -23,15 +23,14 @@ def structure(model: nn.Module) -> dict[str, Any]:
     return {name: (type(module).__qualname__, settings(module)) for name, module in model.named_modules()}
 
 
-def same_settings(module: nn.Module, then: tuple[str, dict[str, Any]]) -> bool:
-    """Whether a module has the class and the settings that it had then.
+def same_settings(module: nn.Module, before: dict[str, Any]) -> bool:
+    """Whether a module has the settings that it had before.
 
     An attribute that is new is no setting unless its class has it too: no code of the model's reads it, a counter that
     a training loop keeps there, say.
     """
-    name, before = then
     now = settings(module)
-    return type(module).__qualname__ == name and all(
+    return all(
         key in now and now[key] == value for key, value in before.items()) and not any(
         hasattr(type(module), key) for key in now.keys() - before.keys())
 
@@ -39,4 +38,6 @@ def same_settings(module: nn.Module, then: tuple[str, dict[str, Any]]) -> bool:
 def unchanged(model: nn.Module, then: dict[str, Any]) -> bool:
     """Whether a model has the modules and settings of that ``structure``."""
     modules = dict(model.named_modules())
-    return modules.keys() == then.keys() and all(same_settings(modules[name], then[name]) for name in then)
+    return modules.keys() == then.keys() and all(
+        type(modules[name]).__qualname__ == kind and same_settings(modules[name], before)
+        for name, (kind, before) in then.items())

@@ -315,8 +315,9 @@ def open_images(
         except ImportError as error:
             raise ImportError(f"{error.name} is not installed: pip install 'timm-lossattn[report]'") from None
         except Exception as error:  # unknown names, splits and columns, no network: many kinds
-            if folder and 'Found 0 images' in str(error):  # timm goes on with its own list of endings
-                raise ValueError(f'DATASET: no images in the folder {name}, nor in folders of it.') from None
+            empty = re.search(r'Found 0 images in subfolders of (.*)\. Supported', str(error))
+            if folder and empty:  # timm goes on with its own list of endings, which is not ours
+                raise ValueError(f'DATASET: no images in the folder {empty[1]}, nor in folders of it.') from None
             hint = '; where the Hub is out of reach, hfds/FOLDER takes a copy on disk' if from_hub else ''
             place = repr(name) + (f', split {wanted!r}' if remote or split else '')
             raise ValueError(f'DATASET: cannot open {place}: {one_line(error)}{hint}') from error

@@ -26,7 +26,7 @@ from .grow import grow_from
 from .options import EvalOptions, TrainOptions
 from .process import Process
 
-__all__ = ['built_as', 'count_gmacs', 'create_model', 'load_trained', 'model_args']
+__all__ = ['built_as', 'count_gmacs', 'create_model', 'load_trained', 'model_args', 'replace_convolutions']
 
 _logger = logging.getLogger('train')
 
