@@ -138,7 +138,7 @@ def check_pair(source: str, folder: Path, result: dict[str, Any] | None, config:
         ValueError: they do not.
     """
     try:
-        if 'pretrained_cfg' not in config:  # timm once wrote all of it without this level, and still reads that
+        if isinstance(config, dict) and 'pretrained_cfg' not in config:  # timm wrote it so once, and still reads it
             raise ValueError(f'RUN_OR_FOLDER: config.json of {source} has no pretrained_cfg; write it again with '
                              'timm.models.save_for_hf')
         here = config['architecture'], config['num_classes']

@@ -152,7 +152,7 @@ def test_errors(shipped, tmp_path, capsys, monkeypatch):
     expect(capsys, 'is damaged', source('g', config_json=b'{"archi'), *flags)
     config = json.loads((shipped / 'config.json').read_text())
     flat = {key: config[key] for key in ('architecture', 'num_classes')} | config['pretrained_cfg']  # timm's older form
-    expect(capsys, "is damaged: KeyError('pretrained_cfg')", source('i', config_json=json.dumps(flat).encode()), *flags)
+    expect(capsys, 'has no pretrained_cfg; write it again', source('i', config_json=json.dumps(flat).encode()), *flags)
     expect(capsys, 'is damaged', source('j', config_json=b'[]'), *flags)
     expect(capsys, 'is no folder, and no arch.tag', 'resnet18.a1_in1k', *flags)
     expect(capsys, f'{NANO}.mine is not registered', shipped, *flags, '--tag', 'mine')
