@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from gallery import commands, draw
@@ -181,6 +182,26 @@ def test_gallery_draws_again(tmp_path, monkeypatch):
     with Image.open(tmp_path / 'again.jpg') as again, Image.open(ROOT / 'docs' / 'gallery' / 'bird.jpg') as there:
         assert again.size == there.size
         assert np.abs(np.asarray(again, dtype=float) - np.asarray(there)).mean() < 1  # fonts differ a little
+
+
+def test_numbers_of_tiny_imagenet():
+    """The table of TRAINING.md has the numbers of the two commands above it, and the paper's."""
+    text = (ROOT / 'train' / 'TRAINING.md').read_text()
+    kept = [json.loads((ROOT / 'train' / 'results' / 'tiny_imagenet' / f'{name}.json').read_text())
+            for name in ('shipped', 'shipped_xi1')]
+    measures = ['localization_ap', 'patch_precision', 'patch_recall', 'patch_f']
+    rows = {name: ' | '.join(f'{found[key]:.2f}' for key in ('top1', *measures))
+            for name, found in zip(('ξ = 0.1, as they ship', 'ξ = 1'), kept)}
+    none = ' | '.join(f'{kept[0][key + "_all_patches"]:.2f}' for key in measures)
+    rows['no choice: all patches, or a box around them'] = f'– | {none}'
+    rows['no choice: the best centred square'] = f'– | {kept[0]["localization_ap_centred_square"]:.2f} | – | – | –'
+    paper = yaml.safe_load((ROOT / 'tests' / 'data' / 'paper_results.yaml').read_text())['table_4_tiny_imagenet_64px']
+    rows["the paper's ResNet18 in full size, ξ = 0.1"] = ' | '.join(
+        f'{value:.2f}' for value in paper['resnet18_lossattn_conv_s2'])
+    for name, row in rows.items():
+        assert f'| {name} | {row} |' in text
+    for found in kept:
+        assert found['command'] in text.replace('\\\n    ', '')
 
 
 def test_numbers_of_the_pictures():
