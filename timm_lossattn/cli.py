@@ -214,6 +214,8 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
     trained = sorted(name for name in timm.list_pretrained('lossattn.*') if fnmatch(name, pattern))
     rows = [(name, [n.split('.', 1)[1] for n in timm.list_pretrained(name)]) for name in list_patch_models(pattern)]
     for name, tags in rows + [(backbone, [tag]) for backbone, _, tag in (name.rpartition('.') for name in trained)]:
+        default = getattr(timm.get_pretrained_cfg(name.split('.')[0]), 'tag', '')
+        tags.sort(key=default.__ne__)  # the weights that a name without tag stands for come first
         model: Any = timm.create_model(f'{name}.{tags[0]}' if tags else name, device='meta')
         height, width = model.default_cfg['input_size'][1:]
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
