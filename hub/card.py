@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
+from timm_lossattn.explanation import held_of
 from timm_lossattn.files import sha256_of
 from timm_lossattn.loading import full_name
 from timm_lossattn.models.pretrained import WEIGHTS_NAME
@@ -150,7 +151,7 @@ def make_card(
         data, template_path=str(TEMPLATE), name=name, architecture=f'`{full_name(model)}`',
         picture='example.png' if (folder / 'example.png').exists() else None,
         ours=is_of_package(config['architecture']), patches=patches,
-        head=model.patch_weights.description if patches else '',
+        head=model.patch_weights.description if patches else '', held=held_of(model),
         weighted=patches and model.patch_weights.informative, multi_label=flags.get('multi_label'),
         parameters=f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
         input_size=f'{size[0]} × {size[1]} × {size[2]}', num_classes=config['num_classes'],

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train 20 steps in one process or, under torchrun, in several, on the same global batches; save the weights and the
-gradients of the first step.
+gradients of the first step, of each model in FOLDER/NAME.pt.
 
-    python tests/ddp_steps.py one.pt [lossattn.test_resnet]
-    torchrun --nproc-per-node 2 tests/ddp_steps.py two.pt
+    python tests/ddp_steps.py one resnet18_lossattn_conv_nano lossattn.test_resnet
+    torchrun --nproc-per-node 2 tests/ddp_steps.py two resnet18_lossattn_conv_nano lossattn.test_resnet
 
 Batch norm has fixed statistics: PyTorch computes those of the global batch on GPUs only.
 """
@@ -25,10 +25,18 @@ from timm_lossattn import LossAttentionTask
 STEPS, GLOBAL_BATCH = 20, 16
 
 
-def main(file: str, name: str = 'resnet18_lossattn_conv_nano') -> None:
+def main(folder: str, *names: str) -> None:
     _, rank, world_size = world_info_from_env()
     if world_size > 1:
         dist.init_process_group('gloo')
+    for name in names:
+        train(Path(folder, f'{name}.pt'), name, rank, world_size)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def train(file: Path, name: str, rank: int, world_size: int) -> None:
+    """A file of the weights and gradients, written by the first process."""
     torch.manual_seed(0)
     model = freeze_batch_norm_2d(timm.create_model(name, num_classes=4))
     size = (12, 12) if name == 'resnet18_lossattn_conv_nano' else (64, 64)
@@ -51,8 +59,6 @@ def main(file: str, name: str = 'resnet18_lossattn_conv_nano') -> None:
         optimizer.zero_grad()
     if rank == 0:
         torch.save({**task.get_eval_model().state_dict(), **gradients}, file)
-    if world_size > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == '__main__':

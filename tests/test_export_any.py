@@ -18,7 +18,7 @@ BACKBONES = {  # name of the test -> backbone, its arguments, the kind of its he
     'A_ceil': ('test_resnet', {}, 'A', True),
     'B': ('test_convnext', {}, 'B', True),
     'B_tokens': ('test_vit', {'global_pool': 'avg', 'img_size': 64}, 'B', False),
-    'C': ('mobilenetv3_small_050', {}, 'C', True),
+    'C': ('test_mambaout', {}, 'C', True),
 }
 
 
@@ -48,8 +48,8 @@ def exports(tmp_path_factory):
     return export_once
 
 
-@pytest.mark.parametrize('format', ['onnx', 'torch.export'])
-@pytest.mark.parametrize('case', BACKBONES)
+@pytest.mark.parametrize(('case', 'format'), [
+    *((case, 'onnx') for case in BACKBONES), ('A', 'torch.export'), ('B', 'torch.export'), ('C', 'torch.export')])
 def test_outputs(case, format, exports):
     """Those of eager, evidence that of ``explain``: other batches, heights and widths than it was written at."""
     model, file, report = exports(case, format)
@@ -65,6 +65,8 @@ def test_outputs(case, format, exports):
     assert os.listdir(file.parent) == [file.name]
     metadata = read_metadata(file, format)
     assert metadata['dynamic_size'] is True
+    assert (metadata['architecture'], metadata['xi']) == (f'lossattn.{BACKBONES[case][0]}', 0.1)
+    assert (metadata['held'] is None) == (model.patch_kind == 'A')
     assert metadata['patch_grid'] == list(model.patch_grid(64, 64))
 
 
@@ -135,6 +137,14 @@ def test_errors(tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match=r'img_size: .* does not take images of 256×256 pixels'):
         export_model(model, 'a.pt2', 'torch.export', img_size=256)
     assert os.listdir() == ['weights.pth']
+
+
+def test_padding_by_the_size(tmp_path):
+    """TensorFlow's, in whose formulas the exporter loses itself: refused at once; one size goes."""
+    model = timm.create_model('lossattn.tf_efficientnet_lite0', num_classes=3).eval()
+    with pytest.raises(ValueError, match='dynamic_size: conv_stem pads by the size of the image'):
+        export_model(model, tmp_path / 'model.pt2', 'torch.export', img_size=64, dynamic_size=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_says_little(tmp_path):

@@ -21,7 +21,7 @@ from .evaluation.check import check_model
 from .evaluation.check_all import check_all, read_checks
 from .explanation import class_labels, explain
 from .explanation.drawing import PANELS
-from .explanation.labels import find_class
+from .explanation.labels import find_class, spaced
 from .explanation.preprocessing import image_endings
 from .export import FORMATS, OUTPUTS, check_target, export_model
 from .files import fitting, unique_stems
@@ -168,7 +168,7 @@ def true_class(label: str, file: Path, labels: Sequence[str]) -> int:
     if name in labels:
         return list(labels).index(name)
     if label not in ('folder', 'name'):
-        return find_class('--label', name.replace('_', ' '), labels)
+        return find_class('--label', name, labels)
     if label == 'folder' and name.isdecimal() and int(name) < len(labels):
         return int(name)
     found = [k for k, other in enumerate(labels) if spaced(other) == spaced(name)]
@@ -176,11 +176,6 @@ def true_class(label: str, file: Path, labels: Sequence[str]) -> int:
         raise ValueError(f'--label: no class {printable(name)!r}, as the {label} of {printable(file.name)} says; give '
                          'the class itself.')
     return found[0]
-
-
-def spaced(name: str) -> str:
-    """A class's name as folders and files may write it too: in any case, with "_" for spaces."""
-    return name.replace('_', ' ').casefold()
 
 
 def run_export(args: argparse.Namespace, console: Console) -> int:

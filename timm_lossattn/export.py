@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .explanation import class_labels, input_config
+from .explanation import class_labels, held_of, input_config
 from .explanation.evidence import direction_over_rivals, evidence_along
 from .files import replacing
+from .loading import full_name
 from .models.any_timm import LossAttentionMixin
 from .models.copies import without_graph
 from .text import one_line
@@ -98,7 +99,8 @@ def export_model(
 
     Raises:
         ValueError: unknown format, extension or folder that does not fit, no patch model, or a size or an opset that
-            is not possible, TorchScript of a model that it cannot read, or dynamic_size of one that takes one size.
+            is not possible, TorchScript of a model that it cannot read, or dynamic_size of one that takes one size or
+            pads by the size as TensorFlow does.
         ImportError: packages of the extra ``export`` are missing.
         RuntimeError: the exporter failed, or the file does not compute what the model does.
     """
@@ -131,10 +133,12 @@ def export_model(
         raise ValueError(f'img_size: {type(model).__name__} does not take images of {height}×{width} pixels '
                          f'({one_line(error, 120)}).') from error
     if dynamic_size:
+        check_padding(module)
         other, wanted_other = other_sizes(module, batches[0])
         batches, expected = [*batches, *other], [*expected, *wanted_other]
     metadata = {
-        'architecture': getattr(model, 'pretrained_cfg', {}).get('architecture'),
+        'architecture': full_name(model), 'held': held_of(model) or None,
+        'xi': model.patch_weights.xi if model.patch_weights.informative else None,
         'labels': class_labels(model, model.num_classes), **config, 'input_size': input_size,
         'dynamic_size': dynamic_size, 'patch_grid': model.patch_grid(height, width),
         'patch_boxes': model.patch_boxes(height, width).tolist(),
@@ -156,6 +160,17 @@ def export_model(
                 differences[len(x)] = {
                     name: max(delta, before.get(name, 0.)) for name, delta in compare(computed, wanted).items()}
     return ExportReport(file, format, written_opset, size, input_size, differences, dynamic_size)
+
+
+def check_padding(module: nn.Module) -> None:
+    """ValueError for TensorFlow's padding, by the size, whose formulas grow with each layer that has a stride.
+
+    torch.export had not ended after minutes, nor with whole-number arithmetic and multiples of 32 as sizes.
+    """
+    for name, part in module.named_modules():
+        if type(part).__name__.endswith('Same'):  # timm's Conv2dSame, MaxPool2dSame and their like
+            raise ValueError(f'dynamic_size: {name.removeprefix("model.")} pads by the size of the image, as in '
+                             'TensorFlow, which PyTorch does not export in reasonable time; give one img_size instead.')
 
 
 def other_sizes(module: nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:

@@ -35,6 +35,7 @@ from timm_lossattn.models.probe import split_patches
 
 try:
     from scipy.optimize import minimize_scalar
+    from scipy.stats import binomtest
     from torchmetrics.functional.classification import binary_calibration_error
 
     from timm_lossattn.evaluation.intervals import Interval, mean_interval
@@ -57,8 +58,7 @@ class PoolOptions(DataOptions):
 
 def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact p of so many gains and losses, if both were as likely."""
-    n, k = gained + lost, min(gained, lost)
-    return min(1., 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.
 
 
 def temperature(logits: torch.Tensor, y: torch.Tensor) -> float:

@@ -6,7 +6,8 @@
 A folder holds result.json of train.py, test.json and boxed.json of validate.py --results-file on images held out and
 on images with boxes, and compare.json and images.jsonl of compare_explanations.py on the latter. Two folders may hold
 the same training, weighed in two ways. The interval of the accuracy is Wilson's, 95 %; the others are bootstrap over
-images. The differences are to the first way, image by image. *all patches*: all of them taken, by what the way calls
+images. The differences are to the first way, image by image; those of α to its evidence, because α may be the same
+everywhere there. *all patches*: all of them taken, by what the way calls
 them; *patches in the object*: the precision of a choice that knows neither image nor class. Rows that need no model are
 those of the first way.
 """
@@ -26,7 +27,7 @@ from timm_lossattn.report.summary import wilson_interval
 PATCHES = {'patch_precision': 'patch precision', 'patch_recall': 'patch recall', 'patch_f': 'patch F'}
 MEASURES = {'energy': 'energy', 'pointing': 'pointing', 'boxes': 'MaxBoxAccV2'}
 TOOLS = {'ours': 'evidence', 'α alone': 'α alone', 'Grad-CAM': 'Grad-CAM'}
-NO_MODEL = ('random', 'centre', 'box: whole image', 'box: best centred square')
+NO_MODEL = ('random', 'centre', 'box: whole image', 'box: all patches', 'box: best centred square')
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -81,7 +82,8 @@ def markdown(ways: dict[str, dict[str, Any]], command: str) -> str:
             *([row.removeprefix('box: '), *(cell(ways[first], row, key) for key in MEASURES)] for row in NO_MODEL)]),
         '', f'Differences to {first}, image by image; bold where zero lies outside of the interval:',
         *table(['map', *(f'{title} ↑' for title in MEASURES.values())], [
-            [f'{name}: {title}', *(difference(ways[name], ways[first], tool, key).as_difference() for key in MEASURES)]
+            [f'{name}: {title}{" less evidence" * (tool == "α alone")}',
+             *(difference(ways[name], ways[first], tool, key).as_difference() for key in MEASURES)]
             for name in others for tool, title in TOOLS.items()]),
         '', 'Commands:', '', '```bash',
         *dict.fromkeys(command for way in ways.values() for command in (
@@ -97,9 +99,13 @@ def cell(way: dict[str, Any], row: str, measure: str) -> str:
 
 
 def difference(way: dict[str, Any], other: dict[str, Any], tool: str, measure: str) -> Interval:
-    """Of two ways, for the images that both have; the threshold of boxes is chosen for each."""
+    """Of two ways, for the images that both have; the threshold of boxes is chosen for each.
+
+    α is compared with the other way's evidence.
+    """
     both = sorted(way['images'].keys() & other['images'].keys())
-    values, others = (column([one['images'][i] for i in both], tool, measure) for one in (way, other))
+    values = column([way['images'][i] for i in both], tool, measure)
+    others = column([other['images'][i] for i in both], 'ours' if tool == 'α alone' else tool, measure)
     return mean_interval(values - others)
 
 

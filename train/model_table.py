@@ -123,11 +123,8 @@ def leaderboard_table() -> str:
             lines.append(baseline(result, 'α alone', f'α alone of {model}, {weights}'))
     if results:
         lines += [baseline(results[0], row, row) for row in ('random', 'centre')]
-        square = results[0]['image'].get('box: best centred square', {}).get('boxes')
-        if square:
-            half = (square['high'] - square['low']) / 2
-            lines.append('| best centred square | – | – | – |' + ' – |' * (len(BOARD) - 1)
-                         + f' {square["mean"]:.3f} ± {half:.3f} |')
+        lines += [baseline(results[0], f'box: {box}', f'{box}, as a box')
+                  for box in ('whole image', 'all patches', 'best centred square')]
     lines += ['', 'Commands:', '', '```bash', *(result['command'] for result in results), '```']
     return '\n'.join([*lines, '', END])
 

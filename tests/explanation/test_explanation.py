@@ -104,6 +104,23 @@ def test_versus():
             e.versus(wrong)
 
 
+@pytest.mark.parametrize('against', ['rest', 'mean'])
+def test_independent_classes_have_no_rivals(against):
+    e = explain(planted(), torch.zeros(2, 3, *SIZE), multi_label=True)
+    assert e.versus(1).versus(against).against is None
+    assert e.versus(against).answer().startswith('class 2, its logit: ')
+
+
+def test_notes_have_names_of_their_own(tmp_path):
+    """They are arguments of no function on the way, and no field of the numbers."""
+    e = explain(planted(), torch.zeros(2, 3, *SIZE))
+    e.save(tmp_path / 'out', index=3)
+    assert json.loads((tmp_path / 'out' / '0.json').read_text())['index'] == 3
+    with pytest.raises(ValueError, match='data: this is a field'):
+        e.save(tmp_path / 'other', data='my set')
+    assert list((tmp_path / 'other').iterdir()) == []
+
+
 def test_leave_one_out():
     """With ξ = 0 it is what the model's own weights make of the other patches alone."""
     torch.manual_seed(0)

@@ -92,6 +92,11 @@ def test_close_names_of_many_classes():
         find_class('--target', 'taby', labels)
 
 
+@pytest.mark.parametrize('value', ['Aquarium_Fish', 'aquarium fish', 'aquarium', 'FISH'])
+def test_underscores_are_spaces(value):
+    assert find_class('target', value, ['apple', 'aquarium_fish', 'baby']) == 1
+
+
 @pytest.mark.parametrize(('tag', 'data'), [
     ('clip_laion2b_augreg_ft_in12k_in1k', 'ImageNet-1k'), ('a1_in1k', 'ImageNet-1k'), ('fb_in22k', 'ImageNet-22k')])
 def test_training_data_of_timm_tags(tag, data):
@@ -121,6 +126,14 @@ def test_known_classes():
     assert known_classes(['cat', 'dog'], 'PETS') == 'knows 2 classes of PETS: cat, dog'  # there is none between them
     assert known_classes(['cell']) == 'knows 1 class: cell'
     assert known_classes([f'class {k}' for k in range(1000)]) == 'knows 1,000 classes, without names'
+
+
+def test_names_given_with_a_model():
+    """The registered ones are those of weights that are not loaded; those that the caller gives are kept."""
+    name = 'resnet18_lossattn_conv_nano'
+    cfg = {**timm.get_pretrained_cfg(name).to_dict(), 'num_classes': 3, 'label_names': list('abc')}
+    assert class_labels(timm.create_model(name, num_classes=3, pretrained_cfg=cfg), 3) == list('abc')
+    assert class_labels(timm.create_model(name, num_classes=10), 10)[0] == 'class 0'
 
 
 def test_equal_names():

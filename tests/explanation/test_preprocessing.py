@@ -7,7 +7,7 @@ from PIL import Image
 
 import timm_lossattn  # noqa: F401  (registers the models)
 from timm_lossattn.explanation import explain
-from timm_lossattn.explanation.preprocessing import Preprocessing, input_config, open_image, preprocess
+from timm_lossattn.explanation.preprocessing import Preprocessing, input_config, open_image, preprocess, to_rgb
 
 NANO = 'resnet18_lossattn_conv_nano'
 
@@ -50,6 +50,12 @@ def test_transparent_color(tmp_path, mode, transparent):
     pixels = opened(image, tmp_path / 'a.png', **kwargs)
     assert pixels[0, 0].tolist() == [255 if transparent else 9] * 3
     assert pixels[1, 3].tolist() == [60] * 3
+
+
+def test_premultiplied_grey():
+    """A mode of Pillow that no file has."""
+    image = Image.new('LA', (2, 1), (77, 255)).convert('La')
+    assert np.asarray(to_rgb(image)).tolist() == [[[77] * 3] * 2]
 
 
 def test_cmyk_jpeg(tmp_path):

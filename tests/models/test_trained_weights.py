@@ -91,6 +91,18 @@ def test_other_weights_of_a_file(tmp_path):
     assert torch.equal(model.classifier.bias, state['classifier.bias'])
 
 
+def test_cfg_beside_the_name():
+    """timm drops the tag then: the cfg says which backbone it is, or else nothing is taken in its place."""
+    cfg = timm.get_pretrained_cfg('test_resnet.r160_in1k')
+    stock = sum(p.numel() for p in timm.create_model('test_resnet').parameters())
+    for given in (cfg, cfg.to_dict()):
+        model = timm.create_model('lossattn.test_resnet', pretrained_cfg=given)
+        assert sum(p.numel() for p in model.parameters()) == stock
+        assert full_name(model) == 'lossattn.test_resnet.r160_in1k'
+    with pytest.raises(ValueError, match='give backbone=NAME'):
+        timm.create_model('lossattn.test_resnet', pretrained_cfg={'num_classes': 7, 'input_size': (3, 64, 64)})
+
+
 def test_missing_file(monkeypatch):
     """An installation without the weights says so."""
     monkeypatch.setattr('timm_lossattn.models.lossattn.with_published', lambda cfgs: cfgs)

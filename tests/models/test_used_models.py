@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.layers import SelectAdaptivePool2d
 from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -179,6 +180,20 @@ def test_refused_once_changed_by_hand(use):
     assert torch.equal(model(x), before)
     assert model.patch_kind == 'B'
     assert (model.patch_grid(160, 160), model.patch_refusal) == ((10, 10), '')
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_head_changed_by_hand(train):
+    """A forward pass looks at it as forward_patches does: statistics are those of pooled vectors, not of patches."""
+    model = timm.create_model('lossattn.test_resnet', num_classes=5).train(train)
+    model.fc = nn.Sequential(nn.BatchNorm1d(model.num_features), nn.Linear(model.num_features, 5)).train(train)
+    other = copy.deepcopy(model)
+    other._check_patches('forward_patches')
+    torch.testing.assert_close(model(X), other.forward_patches(X).logits)
+    assert int(model.fc[0].num_batches_tracked) == int(other.fc[0].num_batches_tracked) == train
+    model.global_pool = SelectAdaptivePool2d(pool_type='max', flatten=True)
+    with pytest.raises(ValueError, match='no sum over patches'):
+        model(X)
 
 
 def test_average_of_a_model_changed_by_hand():

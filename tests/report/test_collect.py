@@ -25,7 +25,7 @@ from timm_lossattn.report.table import ReportTable
 
 ROOT = Path(__file__).parents[2]
 NANO = 'resnet18_lossattn_conv_nano'
-IMAGES, BATCH = 330, 2
+IMAGES, BATCH = 170, 2
 SHARDS = -(-IMAGES // (BATCH * collecting.BATCHES))
 
 

@@ -295,13 +295,18 @@ def test_boxes_of_other_files(model, folder, tmp_path):
 
 
 def test_fingerprint(model, folder, tmp_path):
-    """Names of files count, whether timm or torchvision reads the folder; where it lies does not."""
+    """Names and sizes of files count, whether timm or torchvision reads the folder; where it lies does not."""
     def found(where):
         readers = opened(model, where), opened(model, 'torch/folder', root=str(where))
         return [images.fingerprint() for images, *_ in readers]
 
     first = found(folder)
     moved = folder.rename(tmp_path / 'moved')
+    assert found(moved) == first
+    content = (moved / 'bird' / '0.png').read_bytes()
+    (moved / 'bird' / '0.png').write_bytes(content + b'.')
+    assert all(a != b for a, b in zip(found(moved), first))
+    (moved / 'bird' / '0.png').write_bytes(content)
     assert found(moved) == first
     (moved / 'bird' / '0.png').rename(moved / 'bird' / 'other.png')
     assert all(a != b for a, b in zip(found(moved), first))

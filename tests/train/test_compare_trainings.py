@@ -24,8 +24,8 @@ def way(folder, top1, energies, precision):
         'command': 'compare', 'image': {
             'ours': {'energy': {'mean': mean, 'low': mean - .01, 'high': mean + .01, 'n': len(energies)}},
             'random': {'energy': {'mean': 0.25, 'low': None, 'high': None, 'n': 3}}}}))
-    lines = [{'kind': 'asked'}, *({'kind': 'image', 'index': i, 'rows': {'ours': {'energy': energy}}}
-                                  for i, energy in enumerate(energies))]
+    lines = [{'kind': 'asked'}, *({'kind': 'image', 'index': i, 'rows': {
+        'ours': {'energy': energy}, 'α alone': {'energy': energy + 0.5}}} for i, energy in enumerate(energies))]
     (folder / 'images.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     return folder
 
@@ -52,6 +52,7 @@ def test_table(tmp_path, capsys):
     assert summary['random'] == ['0.250', '–', '–']
     assert differences['other: evidence'][0].startswith('**+0.10')
     assert differences['third: evidence'][0].startswith('+0.000 [-0.0')
+    assert differences['other: α alone less evidence'][0].startswith('**+0.60')  # not to the first way's own α
     assert text.count('compare\n') == 1
     for name in 'abc':
         for command in ('train', 'validate --val-split test', 'validate'):

@@ -187,7 +187,7 @@ def data(folder, tmp_path):
 def test_one_row(folder, tmp_path, capfd, monkeypatch):
     """The row that was asked for is run once; the others say that they were not; a second call runs nothing."""
     command = ['--table', '2', '--rows', 'resnet18_cifar', '--columns', 'CIFAR-10', '--runs', '1', '--output',
-               str(tmp_path / 'out'), *data(folder, tmp_path), '--epochs', '2']
+               str(tmp_path / 'out'), *data(folder, tmp_path), '--epochs', '2', '--width-mult', '0.125']
     assert reproduce.main(command) == 0, capfd.readouterr().err
     (file,) = (tmp_path / 'out').glob('resnet18_cifar-cifar10-sgd-seed0-*/result.json')  # a mark of the other flags
     result = json.loads(file.read_text())
@@ -223,7 +223,8 @@ def test_one_picture(folder, tmp_path, capfd):
     out = tmp_path / 'out'
     assert reproduce.main([
         '--figure', '4', '--rows', 'ResNet18, convolutional, Tiny ImageNet', '--runs', '4', '--output', str(out),
-        *data(folder, tmp_path), '--epochs', '1', '--input-size', '3', '24', '24']) == 0, capfd.readouterr().err
+        *data(folder, tmp_path), '--epochs', '1', '--input-size', '3', '24', '24', '--width-mult', '0.125']) == 0, \
+        capfd.readouterr().err
     rows = printed_rows((out / 'figure4.md').read_text())
     (run,) = (file.parent.name for file in out.glob('*/result.json'))
     picture = f'figure4-{run}.png'

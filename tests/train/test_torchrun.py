@@ -13,6 +13,8 @@ from test_train import QUICK, ROOT, loss_of_the_best
 
 import train as train_script
 
+MODELS = ('resnet18_lossattn_conv_nano', 'lossattn.test_resnet')
+
 
 def torchrun(*command):
     """Two processes on this machine."""
@@ -21,31 +23,39 @@ def torchrun(*command):
         capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
 
 
-@pytest.mark.parametrize('name', ['resnet18_lossattn_conv_nano', 'lossattn.test_resnet'])
-def test_two_processes_train_like_one(tmp_path, name):
-    """Same global batches, 20 steps, with frozen batch norm: the gradients of the first, and the weights at the end."""
-    script = ROOT / 'tests' / 'ddp_steps.py'
-    one, two = tmp_path / 'one.pt', tmp_path / 'two.pt'
-    done = [subprocess.run([sys.executable, str(script), str(one), name], capture_output=True, text=True),
-            torchrun(script, two, name)]
+@pytest.fixture(scope='module')
+def steps(tmp_path_factory):
+    """Folders with what tests/ddp_steps.py saves, of one process and of two."""
+    script, root = ROOT / 'tests' / 'ddp_steps.py', tmp_path_factory.mktemp('steps')
+    folders = root / 'one', root / 'two'
+    for folder in folders:
+        folder.mkdir()
+    done = [subprocess.run([sys.executable, str(script), str(folders[0]), *MODELS], capture_output=True, text=True),
+            torchrun(script, folders[1], *MODELS)]
     assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
-    one, two = torch.load(one), torch.load(two)
+    return folders
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_two_processes_train_like_one(steps, name):
+    """Same global batches, 20 steps, with frozen batch norm: the gradients of the first, and the weights at the end."""
+    one, two = (torch.load(folder / f'{name}.pt') for folder in steps)
     assert one.keys() == two.keys()
     assert max(float(t.abs().max()) for key, t in one.items() if key.startswith('gradient of ')) > 1e-2
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5, msg=lambda m, n=key: f'{n}: {m}')
 
 
-@pytest.mark.parametrize('cache', [('--model-ema',), ('--cache-dataset', '--dist-bn', 'broadcast'), (
+@pytest.mark.parametrize('flags', [('--model-ema', '--dist-bn', 'broadcast'), (
     '--cache-dataset', '--no-patch-loss', '--validation-batch-size', '7', '--checkpoint-minutes', '0', '--batch-size',
     '2')])
-def test_torchrun(folder, tmp_path, cache):
+def test_torchrun(folder, tmp_path, flags):
     """One writer; metrics of the saved model over all 15 images, of which the last batch has none for rank 1."""
     shutil.copytree(folder, tmp_path / 'data')
     next((tmp_path / 'data' / 'val' / 'left').iterdir()).unlink()
     folder = tmp_path / 'data'
     done = torchrun(Path(train_script.__file__), '--data-dir', folder, *QUICK, '--epochs', '1', '--output', tmp_path,
-                    '--experiment', 'x', *cache)
+                    '--experiment', 'x', *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / 'x' / 'result.json').read_text())
     assert result['hardware'].startswith('2 × ')

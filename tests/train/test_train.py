@@ -1,7 +1,9 @@
 """train/train.py end to end on images made here, as a user runs it: in a process of its own."""
 import csv
+import importlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -164,13 +166,26 @@ def test_classes_without_names(tmp_path):
     ('train', 'tqdm', 'train'), ('validate', 'yaml', 'train'), ('prepare', 'pyarrow', 'train'),
     ('prepare', 'datasets', 'train'), ('figures', 'matplotlib', 'viz'), ('compare_explanations', 'captum', 'compare'),
     ('compare_explanations', 'torchmetrics', 'compare')])
-def test_missing_packages(script, module, extra):
+def test_missing_packages(script, module, extra, monkeypatch, capsys):
     """One line that names the extra."""
-    code = (f'import runpy, sys; sys.path.insert(0, "train"); sys.modules[{module!r}] = None; '
-            f'sys.argv = ["x"]; runpy.run_path("train/{script}.py", run_name="__main__")')
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
+    def loaded(*packages):
+        return [name for name in sys.modules if any(f'{name}.'.startswith(f'{package}.') for package in packages)]
+
+    monkeypatch.setattr(sys, 'argv', ['x'])
+    for name in {module, *loaded(module)}:
+        monkeypatch.setitem(sys.modules, name, None)
+    ours = 'lib', 'timm_lossattn.evaluation'  # which look for the packages
+    monkeypatch.setattr('timm_lossattn.evaluation', importlib.import_module('timm_lossattn.evaluation'))  # put back
+    kept = {name: sys.modules.pop(name) for name in loaded(*ours)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / 'train' / f'{script}.py'), run_name='__main__')
+    finally:
+        for name in loaded(*ours):
+            del sys.modules[name]
+        sys.modules.update(kept)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith('error: ')
     assert 'is not installed' in line
     assert extra in line.partition('pip install')[2]

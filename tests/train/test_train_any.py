@@ -198,6 +198,15 @@ def test_frozen_model_of_the_paper(architecture, given):
         freeze_backbone(timm.create_model(BACKBONE, num_classes=0))
 
 
+def test_frozen_within_a_wrapper():
+    """What torch.compile returns: the names are those of the model, which stays frozen by itself too."""
+    model = timm.create_model('test_resnet', num_classes=3)
+    assert freeze_backbone(torch.compile(model, backend='eager')) == ['fc.weight', 'fc.bias']
+    model.eval()
+    model.train()
+    assert not model.bn1.training
+
+
 def test_frozen_part_that_goes():
     """reset_classifier takes the attention pooling of a ViT out; what is left of the backbone stays in eval mode."""
     model = timm.create_model('test_vit', global_pool='map', num_classes=3)
@@ -208,7 +217,7 @@ def test_frozen_part_that_goes():
     assert not model.blocks.training
 
 
-@pytest.mark.parametrize('backbone', [BACKBONE, 'test_convnext', 'mobilenetv3_small_050'])
+@pytest.mark.parametrize('backbone', [BACKBONE, 'test_convnext', 'test_mambaout'])
 @pytest.mark.parametrize('frozen', [False, True])
 def test_compiled_task_in_train_mode(backbone, frozen):
     """The same loss and gradients as without torch.compile; what is Python in the head runs as Python."""

@@ -239,6 +239,33 @@ def test_wrong_target_shape(multi_label, shape):
     assert str(tuple(shape)) in str(error.value)
 
 
+def test_one_class():
+    """Its softmax is 1 whatever the logit is: refused, but for classes that are independent."""
+    one = PatchPrediction(*(tensor[..., :1] if tensor.dim() == 3 or name == 'logits' else tensor
+                            for name, tensor in prediction()._asdict().items()))
+    with pytest.raises(ValueError, match='multi_label must be True'):
+        LossAttentionLoss()(one, torch.zeros(B, dtype=torch.int64), 0.1)
+    assert LossAttentionLoss(multi_label=True)(one, torch.ones(B, 1), 0.1)[2] > 0
+
+
+@pytest.mark.parametrize('ignored', [-100, 255])
+def test_ignored_images(ignored):
+    """Images without a label count in neither term."""
+    p = prediction()
+    loss = LossAttentionLoss(nn.CrossEntropyLoss(ignore_index=ignored, label_smoothing=0.1))
+    some = loss(p, torch.tensor([4, ignored, 2]), 0.5)
+    alone = loss(PatchPrediction(*(tensor[[0, 2]] for tensor in p)), torch.tensor([4, 2]), 0.5)
+    torch.testing.assert_close(some, alone)
+
+
+def test_smoothing_of_jsd():
+    """timm's loss keeps it in the cross entropy that it has inside."""
+    p, soft = prediction(), LossAttentionLoss(smoothing=0.1)
+    jsd = LossAttentionLoss(timm.loss.JsdCrossEntropy(num_splits=3, smoothing=0.1))
+    assert jsd.smoothing == 0.1
+    torch.testing.assert_close(jsd.patch_loss(p, INDICES), soft.patch_loss(p, INDICES))
+
+
 @pytest.mark.parametrize('smoothing', [-0.1, 1., 1.5, math.nan])
 def test_smoothing_out_of_range(smoothing):
     """Smoothing outside [0, 1): ValueError that names it."""

@@ -12,14 +12,13 @@ from timm.utils import unwrap_model
 from ..models.any_timm import loss_attention
 from ..prediction import PatchPrediction
 from ..text import shorten
-from .evidence import AGAINST
 from .explanation import Explanation
 from .labels import Classes, by_index, class_labels, classes_of, training_data
 from .preprocessing import Preprocessed, input_config, open_image, preprocess, to_rgb, upright
 
 Source = Union[Preprocessed, Image.Image, np.ndarray, str, Path]
 
-__all__ = ['explain', 'patch_model']
+__all__ = ['explain', 'held_of', 'patch_model']
 
 HELD = {'B': "the head's 1/σ", 'C': "the head's gates and any 1/σ"}  # by ``patch_kind``
 
@@ -111,9 +110,14 @@ def explain(
         true_class=None if true_class is None else classes_of('true_class', true_class, B, names),
         data=training_data(model, names) if labels is None else '',
         independent=independent,
-        held=HELD.get(getattr(model, 'patch_kind', ''), ''),
+        held=held_of(model),
     )
-    return explanation.versus(None if independent and isinstance(against, str) and against in AGAINST else against)
+    return explanation.versus(against)
+
+
+def held_of(model: Any) -> str:
+    """What of a patch model's head is held as for the whole image, so that contributions add up; '' if nothing is."""
+    return HELD.get(getattr(model, 'patch_kind', ''), '')
 
 
 def patch_model(model: Any) -> Any:

@@ -145,12 +145,13 @@ class Explanation:
 
         Args:
             against: 'rest', 'mean', a class (name or index) for all images or one for each, or None, see ``evidence``.
+                Where classes are independent 'rest' and 'mean' mean nothing, and are None.
 
         Raises:
             ValueError: no such class, or the target itself.
         """
         if against is None or (isinstance(against, str) and against in AGAINST):
-            return replace(self, against=cast(Against, against))
+            return replace(self, against=None if self.independent else cast(Against, against))
         classes = classes_of('against', against, len(self), self.labels)
         if bool((classes == self.target).any()):
             raise ValueError('against must differ from the target, which is the predicted class unless it is '
@@ -305,9 +306,16 @@ class Explanation:
         self._require_finite(index)
         return numbers_of(self, index, all_classes)
 
-    def to_json(self, index: int = 0, all_classes: bool = False, **notes: Any) -> str:
-        """``to_dict`` as JSON, after whatever notes are given (a file name, say)."""
-        return json.dumps({**notes, **self.to_dict(index, all_classes)}, indent=1)
+    def to_json(self, index: int = 0, all_classes: bool = False, /, **notes: Any) -> str:
+        """``to_dict`` as JSON, after whatever notes are given (a file name, say).
+
+        Raises:
+            ValueError: what ``to_dict`` raises, or a note has the name of one of its fields.
+        """
+        numbers = self.to_dict(index, all_classes)
+        if taken := [name for name in notes if name in numbers]:
+            raise ValueError(f'{taken[0]}: this is a field of the numbers; give the note another name.')
+        return json.dumps({**notes, **numbers}, indent=1)
 
     def save(
             self, folder: str | Path, names: Sequence[str] | None = None,
@@ -330,7 +338,8 @@ class Explanation:
             Paths of the B pictures, in the order of the images; the numbers lie beside them.
 
         Raises:
-            ValueError: not B names or titles, or a name that is no plain file name or occurs twice.
+            ValueError: not B names or titles, a name that is no plain file name or occurs twice, or a note with the
+                name of a field.
             ImportError: matplotlib is not installed.
         """
         B, folder = len(self), Path(folder)

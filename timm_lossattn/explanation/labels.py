@@ -12,7 +12,8 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..text import shorten
 
-__all__ = ['DATA', 'Classes', 'class_labels', 'classes_of', 'data_of', 'find_class', 'known_classes', 'training_data']
+__all__ = ['DATA', 'Classes', 'class_labels', 'classes_of', 'data_of', 'find_class', 'known_classes', 'spaced',
+           'training_data']
 
 
 class Data(NamedTuple):
@@ -112,8 +113,15 @@ def known_classes(labels: Sequence[str], data: str = '') -> str:
     return f'{count}: {(" … " if len(labels) > 2 else ", ").join(ends[:len(labels)])}'
 
 
+def spaced(name: str) -> str:
+    """A class's name as folders, files and users may write it too: in any case, with "_" for spaces."""
+    return name.replace('_', ' ').casefold()
+
+
 def find_class(name: str, value: str, labels: Sequence[str]) -> int:
     """Index of a class given as text: its name, its index, its name in another case, or whole words of one name only.
+
+    "_" and a space are the same.
 
     Raises:
         ValueError: no such class, or words of several; the message begins with ``name`` and lists what is close.
@@ -122,7 +130,7 @@ def find_class(name: str, value: str, labels: Sequence[str]) -> int:
         return list(labels).index(value)
     if value.isdecimal() and int(value) < len(labels):
         return int(value)
-    folded, wanted = [label.casefold() for label in labels], value.casefold().strip()
+    folded, wanted = [spaced(label) for label in labels], spaced(value).strip()
     found = [k for k, label in enumerate(folded) if label == wanted] or [
         k for k, label in enumerate(folded) if wanted and re.search(rf'(?<!\w){re.escape(wanted)}(?!\w)', label)]
     if len(found) == 1:

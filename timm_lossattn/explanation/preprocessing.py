@@ -77,7 +77,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         elif image.mode.startswith('I;16') or grey.max() > 255:
             grey = grey / 257.  # 16-bit PNGs
         image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-    if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
+    if image.mode == 'La':  # Pillow takes it to no other mode
+        image = image.convert('LA')
+    if image.mode in ('RGBA', 'LA', 'PA', 'RGBa') or 'transparency' in image.info:
         image = image.convert('RGBA')
         background = Image.new('RGBA', image.size, 'white')
         image = Image.alpha_composite(background, image)

@@ -29,7 +29,7 @@ from .probe import (
     join_patches,
     split_patches,
 )
-from .structure import same_settings, structure, unchanged
+from .structure import structure, surface_unchanged, unchanged
 
 __all__ = ['LossAttentionMixin', 'loss_attention']
 
@@ -96,7 +96,7 @@ class LossAttentionMixin(Base):
         """
         if self.num_classes > 0 and self.patches_differ:
             if not torch.jit.is_scripting():
-                self._notice_settings()
+                self._notice_changes()
             if self.patch_refusal:
                 raise ValueError(self.patch_refusal)
             x = self.pooled_features(x)
@@ -219,13 +219,15 @@ class LossAttentionMixin(Base):
             any(module.training for module in self.modules()) or any(users for _, users in users_hooks(self))))
 
     @torch.jit.ignore
-    def _notice_settings(self) -> None:
-        """Look anew if the model's own settings were changed by hand, as ``global_pool``.
+    def _notice_changes(self) -> None:
+        """Look anew if the model was changed by hand: its own settings, as ``global_pool``, or parts, as ``fc``.
 
-        To go through all modules, as ``forward_patches`` does, takes 1 to 2 ms: too long for each forward. Compiled
-        code looks at nothing: after such a change the model is to be called once before it is compiled.
+        To go through all modules, as ``forward_patches`` does, takes 1 to 2 ms: too long for a forward pass, but not
+        for a training step. Compiled code looks at nothing: after such a change the model is to be called once before
+        it is compiled.
         """
-        if not torch.compiler.is_compiling() and not same_settings(self, self._structure_then[''][1]):
+        same = unchanged if self.training else surface_unchanged
+        if not torch.compiler.is_compiling() and not same(self, self._structure_then):
             self._look_anew()
 
     @torch.jit.ignore

@@ -98,6 +98,8 @@ def create_patch_classifier(variant: str, pretrained: bool, num_stages: int, **k
 
 def without_labels(model: Any, kwargs: Mapping[str, Any]) -> Any:
     """A model without the registered class names, those of weights that are not loaded, or with the names given."""
-    labels = (kwargs.get('pretrained_cfg_overlay') or {}).get('label_names', ())
+    given = kwargs.get('pretrained_cfg') or {}  # a tag, or a whole cfg of the caller's or of a folder
+    own = {} if isinstance(given, str) else given if isinstance(given, dict) else given.to_dict()
+    labels = {**own, **(kwargs.get('pretrained_cfg_overlay') or {})}.get('label_names', ())
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'label_names': labels}
     return model

@@ -88,6 +88,9 @@ def backbone_of(
         cfg: None; a tag, which is the backbone's name unless that is given; or a whole cfg: of a published model, or
             what timm's scripts look up under the name of this entry point.
         overlay: entries that win over those of the cfg.
+
+    Raises:
+        ValueError: they contradict each other, or do not say which backbone.
     """
     if isinstance(cfg, PretrainedCfg):
         cfg = cfg.to_dict()
@@ -106,6 +109,10 @@ def backbone_of(
             looked_up = looked_up.to_dict()
             overlay = {**{key: value for key, value in cfg.items() if looked_up.get(key) != value}, **(overlay or {})}
             cfg = None
+    elif cfg and backbone is None:  # timm leaves the tag out of lossattn.NAME where a cfg is given
+        backbone = cfg.get('architecture')
+        if not backbone:
+            raise ValueError('pretrained_cfg does not say of which architecture it is; give backbone=NAME as well.')
     return backbone or DEFAULT_BACKBONE, cfg or None, overlay or None
 
 

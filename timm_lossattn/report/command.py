@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ..explanation import Preprocessing, class_labels, input_config
+from ..explanation import Preprocessing, class_labels, held_of, input_config
 from ..explanation.preprocessing import PREPROCESSING
 from ..files import sha256_of, weights_digest
 from ..loading import full_name, load_patch_model
@@ -91,7 +91,7 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     height, width = config['input_size'][1:]
     notes = {
         'model': name, 'checkpoint': args.checkpoint, 'pool': type(model.patch_weights).__name__,
-        'xi': model.patch_weights.xi if model.patch_weights.informative else None,
+        'xi': model.patch_weights.xi if model.patch_weights.informative else None, 'held': held_of(model),
         'grid': list(model.patch_grid(height, width)), 'input_size': [width, height],
         'patch_boxes': model.patch_boxes(height, width).tolist(), 'labels': labels, 'note': note,
         'dataset': args.dataset, 'split': images.split, 'labelled': images.labelled, 'boxed': images.boxed,

@@ -3,7 +3,9 @@ import csv
 import hashlib
 import io
 import operator
+import os
 import re
+import tarfile
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -145,13 +147,17 @@ class ReportImages(Dataset):
         return Item(index, file, self.label(target), source.x, image.size, source.scale, source.offset, boxes)
 
     def fingerprint(self) -> str:
-        """Digest of what a resumed run must find again: the number of images, and where they are files their names."""
+        """Digest of what a resumed run must find again: the number of images, and of files their names and sizes."""
         digest = hashlib.sha256(str(len(self)).encode())
         reader = getattr(self.images, 'reader', None)
-        if hasattr(reader, 'samples') or getattr(self.images, 'samples', None):
-            names: Any = reader.filenames() if reader is not None else map(self.file, range(len(self)))
-            for name in names:
-                digest.update(b'\0' + name.encode(errors='surrogateescape'))
+        samples: Any = getattr(self.images if reader is None else reader, 'samples', None) or ()
+        names: Any = map(self.file, range(len(samples))) if reader is None else reader.filenames() if samples else ()
+        for name, (file, *_) in zip(names, samples):
+            try:
+                size = file.size if isinstance(file, tarfile.TarInfo) else os.path.getsize(file)
+            except OSError:  # it will be named as one that cannot be read
+                size = -1
+            digest.update(f'\0{name}\0{size}'.encode(errors='surrogateescape'))
         return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from timm.utils import unwrap_model
 from torch import nn
 
 __all__ = ['freeze_backbone']
@@ -41,14 +42,15 @@ def freeze_backbone(model: Any) -> list[str]:
     are off. Dropout between the last of them and the classifier is the classifier's and stays on.
 
     Args:
-        model: of timm or of this package, with a classifier.
+        model: of timm or of this package, with a classifier; or a wrapper of one, as torch.compile's.
 
     Returns:
-        Names of the parameters that are left to train.
+        Names, in the model without wrapper, of the parameters that are left to train.
 
     Raises:
         ValueError: the model has no classifier with parameters.
     """
+    model = unwrap_model(model)
     heads = classifiers(model)
     if not heads:
         raise ValueError(f'{type(model).__name__} has no classifier to train.')

@@ -1,6 +1,7 @@
 """The losses of the paper (Eqs. 9 and 10), the margin loss of dynamic routing, and the ramp-up of γ."""
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Optional
 
 import torch
@@ -44,8 +45,8 @@ class LossAttentionLoss(nn.Module):
         multi-label (Eq. 10):  Σ_k BCE(z, y) + γ · mean_i Σ_m α_im · min_{k: y_ik = 1} −log σ(p_imk)
 
     BCE is summed over classes and averaged over images; an image without a positive label has no patch term. Gradients
-    flow through α. Label smoothing is the same in the patch term as in the image term; class weights of a criterion
-    count in the image term alone. All in float32.
+    flow through α. Label smoothing is the same in the patch term as in the image term, and images of the criterion's
+    ``ignore_index`` count in neither; class weights of a criterion count in the image term alone. All in float32.
 
     Args:
         criterion: image loss (logits, target) -> scalar, e.g. any of ``timm.loss``. By default cross entropy with
@@ -67,11 +68,13 @@ class LossAttentionLoss(nn.Module):
         super().__init__()
         if multi_label and smoothing:
             raise ValueError(f'smoothing: Eq. 10 has none; leave it out with multi_label, got {smoothing!r}.')
-        for name in ('smoothing', 'label_smoothing'):  # timm's name, torch's name
-            own = getattr(criterion, name, None)
+        parts = {'criterion': criterion,  # and the one inside timm's JsdCrossEntropy
+                 'criterion.cross_entropy_loss': getattr(criterion, 'cross_entropy_loss', None)}
+        for (place, part), name in product(parts.items(), ('smoothing', 'label_smoothing')):  # timm's, torch's name
+            own = getattr(part, name, None)
             if own is not None and smoothing not in (None, own):
                 raise ValueError(
-                    f'smoothing: {smoothing!r} contradicts criterion.{name} = {own!r}; give one of the two.')
+                    f'smoothing: {smoothing!r} contradicts {place}.{name} = {own!r}; give one of the two.')
             smoothing = smoothing if own is None else own
         smoothing = smoothing or 0.
         if not 0. <= smoothing < 1.:
@@ -81,6 +84,7 @@ class LossAttentionLoss(nn.Module):
         if criterion is None:
             criterion = summed_bce if multi_label else nn.CrossEntropyLoss(label_smoothing=smoothing)
         self.criterion = criterion
+        self.ignore_index = int(getattr(criterion, 'ignore_index', -100))  # torch's default
         self.smooths_probabilities = isinstance(criterion, nn.CrossEntropyLoss)  # timm's losses do not
 
     def forward(
@@ -97,9 +101,11 @@ class LossAttentionLoss(nn.Module):
             Three scalars: total loss, image term, patch term (before γ).
 
         Raises:
-            ValueError: the target has neither shape.
+            ValueError: the target has neither shape, or there is a single class and multi_label is False.
         """
         B, K = prediction.logits.shape
+        if K == 1 and not self.multi_label:  # the softmax of one logit is 1 whatever it is
+            raise ValueError('multi_label must be True for a model of one class, whose cross entropy is always 0.')
         indices = target.dim() == 1 and not self.multi_label
         if target.shape != ((B,) if indices else (B, K)):
             raise ValueError(
@@ -120,7 +126,9 @@ class LossAttentionLoss(nn.Module):
         elif target.dim() == 1:
             nll = F.cross_entropy(
                 p.transpose(1, 2), target.unsqueeze(1).expand(p.shape[:2]), reduction='none',
-                label_smoothing=self.smoothing)  # (B, M)
+                ignore_index=self.ignore_index, label_smoothing=self.smoothing)  # (B, M)
+            counted = target != self.ignore_index
+            return (prediction.alpha.to(p.dtype) * nll).sum(dim=1).sum() / counted.sum()
         else:
             y = target.to(p.dtype).unsqueeze(1)
             if self.smooths_probabilities:

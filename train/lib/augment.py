@@ -14,6 +14,7 @@ class BatchAugment:
 
     With ``crop_padding``, the paper's augmentation: zero padding and a random window of the original size. Without, a
     random resized crop as torchvision's: an area in ``scale`` and an aspect ratio in ``ratio``, sampled bilinearly.
+    What is wider or higher than the image is cut to it, where torchvision draws again: such a crop is smaller.
 
     Args:
         size: height and width of the batches.

@@ -2,8 +2,8 @@
 
     changed = use_gathered(model)       # the same parameters, state-dict keys and results, to rounding
 
-PyTorch's own convolution (oneDNN) is fast for 3×3 filters, but slow for a 9×9 filter with stride 4, above all its
-weight gradient in bfloat16 (measured: TRAINING.md, "Speed and memory"). Here the windows of an image are copied into
+PyTorch's own convolution (oneDNN) is fast for 3×3 filters, but slow for a 9×9 filter with stride 4 in bfloat16
+(training steps are measured in TRAINING.md, "Speed and memory"). Here the windows of an image are copied into
 the rows of a matrix, (B · H' · W', 9 · 9 · C), and output and both gradients are products with it. In channels-last
 layout the copy moves whole runs of C numbers, and with stride 4 each number goes to at most nine windows.
 """
