@@ -15,7 +15,7 @@ from timm_lossattn.report.summary import wilson_interval
 
 DATA = os.environ.get('LOSSATTN_DATA')
 LARGE = 3_000_000  # bytes: such models are not in the package, and one takes a quarter of an hour for 10,000 images
-FEW = {True: 50, False: 1000}  # images of large models and of the others where LOSSATTN_SLOW is not set
+FEW = {True: 100, False: 1000}  # images of large models and of the others where LOSSATTN_SLOW is not set
 LABEL_COLUMNS = {'cifar10': 'label', 'cifar100': 'fine_label'}
 SHIPPED = [name for name in list_patch_models() if timm.models.is_model_pretrained(name)]
 

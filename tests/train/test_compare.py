@@ -48,7 +48,7 @@ SMALL = ['--batch-size', '2', '--ig-steps', '8', '--rows', '2', '--steps', '4', 
 
 def test_compare(flags, tmp_path, capsys):
     """Every tool has every measure, ours adds up, pixel tools stand twice, and constant boxes stand beside them."""
-    run = [*flags, *SMALL, '--images', '2', '--single-deletion', '--spread', '2', '--output', str(tmp_path)]
+    run = [*flags, *SMALL, '--images', '4', '--single-deletion', '--spread', '2', '--output', str(tmp_path)]
     assert compare_explanations.main(run) == 0
     table = json.loads((tmp_path / 'compare.json').read_text())['image']
     tools = ['ours', 'α alone', 'Grad-CAM', 'HiResCAM', 'LayerCAM', 'random', 'centre']
@@ -66,14 +66,14 @@ def test_compare(flags, tmp_path, capsys):
     assert table['ours']['complete']['mean'] <= 1e-5
     assert 'complete' not in table['random']
     lines = (tmp_path / 'images.jsonl').read_text().splitlines()
-    assert len(lines) == 1 + 1 + 2
+    assert len(lines) == 1 + 1 + 4
     text = (tmp_path / 'compare.md').read_text()
     assert text in capsys.readouterr().out
     assert 'Ours less theirs' in text
     assert (tmp_path / 'compare.png').read_bytes().startswith(b'\x89PNG')
 
     # cut off in the middle of a line, it goes on and comes to the same numbers; another question is another file
-    (tmp_path / 'images.jsonl').write_text('\n'.join(lines[:3]) + '\n' + lines[3][:40])
+    (tmp_path / 'images.jsonl').write_text('\n'.join(lines[:4]) + '\n' + lines[4][:40])
     assert compare_explanations.main(run) == 0
     again = json.loads((tmp_path / 'compare.json').read_text())
     assert again['image']['ours'] == table['ours']

@@ -222,12 +222,10 @@ class LossAttentionMixin(Base):
     def _notice_changes(self) -> None:
         """Look anew if the model was changed by hand: its own settings, as ``global_pool``, or parts, as ``fc``.
 
-        To go through all modules, as ``forward_patches`` does, takes 1 to 2 ms: too long for a forward pass, but not
-        for a training step. Compiled code looks at nothing: after such a change the model is to be called once before
-        it is compiled.
+        To go through all modules, as ``forward_patches`` does, takes 1 to 2 ms: too long for each forward. Compiled
+        code looks at nothing: after such a change the model is to be called once before it is compiled.
         """
-        same = unchanged if self.training else surface_unchanged
-        if not torch.compiler.is_compiling() and not same(self, self._structure_then):
+        if not torch.compiler.is_compiling() and not surface_unchanged(self, self._structure_then):
             self._look_anew()
 
     @torch.jit.ignore
