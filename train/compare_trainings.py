@@ -7,9 +7,8 @@ A folder holds result.json of train.py, test.json and boxed.json of validate.py 
 on images with boxes, and compare.json and images.jsonl of compare_explanations.py on the latter. Two folders may hold
 the same training, weighed in two ways. The interval of the accuracy is Wilson's, 95 %; the others are bootstrap over
 images. The differences are to the first way, image by image; those of α to its evidence, because α may be the same
-everywhere there. *all patches*: all of them taken, by what the way calls
-them; *patches in the object*: the precision of a choice that knows neither image nor class. Rows that need no model are
-those of the first way.
+everywhere there. *all patches*: all of them taken, by what the way calls them; *patches in the object*: the precision
+of a choice that knows neither image nor class. Rows that need no model are those of the first way.
 """
 import argparse
 import json

@@ -119,6 +119,7 @@ class LossAttentionLoss(nn.Module):
     def patch_loss(self, prediction: PatchPrediction, target: torch.Tensor) -> torch.Tensor:
         """mean_i Σ_m α_im l_im, the second term of Eqs. 9 and 10 without γ."""
         p = upcast(prediction.patch_logits)  # (B, M, K)
+        images: int | torch.Tensor = len(p)
         if self.multi_label:
             positive = (target > 0.5).unsqueeze(1)  # (B, 1, K)
             nll = (-F.logsigmoid(p)).masked_fill(~positive, torch.inf).amin(dim=2)  # (B, M)
@@ -127,14 +128,13 @@ class LossAttentionLoss(nn.Module):
             nll = F.cross_entropy(
                 p.transpose(1, 2), target.unsqueeze(1).expand(p.shape[:2]), reduction='none',
                 ignore_index=self.ignore_index, label_smoothing=self.smoothing)  # (B, M)
-            counted = target != self.ignore_index
-            return (prediction.alpha.to(p.dtype) * nll).sum(dim=1).sum() / counted.sum()
+            images = (target != self.ignore_index).sum()
         else:
             y = target.to(p.dtype).unsqueeze(1)
             if self.smooths_probabilities:
                 y = y * (1. - self.smoothing) + self.smoothing / p.shape[2]
             nll = -(y * p.log_softmax(dim=-1)).sum(dim=-1)  # (B, M)
-        return (prediction.alpha.to(p.dtype) * nll).sum(dim=1).mean()
+        return (prediction.alpha.to(p.dtype) * nll).sum() / images
 
 
 def summed_bce(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
