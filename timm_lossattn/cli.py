@@ -21,6 +21,7 @@ from .evaluation.check import check_model
 from .evaluation.check_all import check_all, read_checks
 from .explanation import class_labels, explain
 from .explanation.drawing import PANELS
+from .explanation.explain import HELD
 from .explanation.labels import find_class, spaced
 from .explanation.preprocessing import image_endings
 from .export import FORMATS, OUTPUTS, check_target, export_model
@@ -87,8 +88,8 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
     question += '' if against is None else f'-vs-{class_slug(against, labels)}'
     if args.multi_label and args.label is not None:
         raise ValueError('--label: one class is the true one, which does not go with --multi-label.')
-    if args.label not in (None, 'folder', 'name'):
-        true_class(args.label, Path(), labels)  # said once, not for each image
+    own = args.label in ('folder', 'name')  # each image's own class, or one for all
+    truth = None if own or args.label is None else find_class('--label', args.label, labels)
     unknown = [name for name in args.panels.split(',') if name not in PANELS]
     if unknown:
         raise ValueError(f'--panels: no panel {unknown[0]!r}; choose some of {",".join(PANELS)}.')
@@ -113,7 +114,7 @@ def run_explain(args: argparse.Namespace, console: Console) -> int:
         raise ValueError(f'--out: {out / foreign[0]} is there and no explanation; choose another folder.')
     for path, stem in zip(paths, stems):
         try:
-            truth = None if args.label is None else true_class(args.label, path, labels)
+            truth = true_class(args.label, path, labels) if own else truth
             explanation = explain(model, path, target, multi_label=args.multi_label, true_class=truth)
             if against is not None and int(explanation.target) == against:
                 raise ValueError(f'--against: {path.name}: {labels[against]} is what it is classified as; choose '
@@ -156,19 +157,17 @@ def not_ours(out: Path, stem: str) -> str | None:
 
 
 def true_class(label: str, file: Path, labels: Sequence[str]) -> int:
-    """The class that an image shows: as the user gives it, its folder's name, or the end of its own after the last "_".
+    """The class that an image shows by its folder's name, or the end of its own after the last "_".
 
-    These two are whole labels in any case, "_" for a space, or of a folder an index: a folder "apple" is no custard
-    apple, and an image IMG_0012 not of class 12.
+    It is a whole label in any case, "_" for a space, or of a folder an index: a folder "apple" is no custard apple, and
+    an image IMG_0012 not of class 12.
 
     Raises:
         ValueError: the model has no such class.
     """
-    name = {'folder': Path(os.path.abspath(file)).parent.name, 'name': file.stem.rpartition('_')[2]}.get(label, label)
+    name = Path(os.path.abspath(file)).parent.name if label == 'folder' else file.stem.rpartition('_')[2]
     if name in labels:
         return list(labels).index(name)
-    if label not in ('folder', 'name'):
-        return find_class('--label', name, labels)
     if label == 'folder' and name.isdecimal() and int(name) < len(labels):
         return int(name)
     found = [k for k, other in enumerate(labels) if spaced(other) == spaced(name)]
@@ -238,9 +237,11 @@ def run_check(args: argparse.Namespace, console: Console) -> int:
     found = check_model(args.model, args.pretrained, receptive_field=args.pretrained, **args.model_kwargs)
     table = Table(title=found.name, title_justify='left', show_header=False)
     rows = {
-        'kind': {'A': 'A: the head is affine', 'B': 'B: the head normalises the pooled vector; 1/σ is held',
-                 'C': 'C: the head has activations; the gates of the whole image are held',
-                 'D': 'D: the logits are no sum over patches', 'error': 'unknown: an error'}[found.kind]}
+        'kind': {'A': 'A: the head is affine', 'B': 'B: the head normalises the pooled vector',
+                 'C': 'C: the head has activations', 'D': 'D: the logits are no sum over patches',
+                 'error': 'unknown: an error'}[found.kind]}
+    if found.kind in HELD:
+        rows['held for an image'] = HELD[found.kind]
     if found.parameters_million is not None:  # of a model that was not built they are not known
         rows['parameters'] = f'{found.parameters_million:.2f} million'
     if found.kind in ('D', 'error'):

@@ -16,7 +16,6 @@ import copy
 import multiprocessing
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -35,6 +34,7 @@ from lib.gathered import use_gathered
 from lib.model import count_gmacs
 from lib.record import command_line, environment, print_table
 from lib.script import script
+from lib.timing import by_turns, ratio
 from lib.winograd import use_winograd
 from timm_lossattn import LossAttentionLoss, LossAttentionTask
 from timm_lossattn.attention import CapsuleLossAttentionHead
@@ -87,27 +87,6 @@ def autocast(options: BenchmarkOptions) -> Any:
     return torch.autocast(torch.device(options.device).type, dtype=DTYPES[options.dtype])
 
 
-def by_turns(functions: dict[str, Callable[[], Any]], options: BenchmarkOptions) -> dict[str, list[float]]:
-    """Seconds of each function in each turn; every other turn goes backwards, and the first ones do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(options.warmup + options.repeats):
-        for name, function in list(functions.items())[::1 if i % 2 else -1]:
-            if options.device.startswith('cuda'):
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            if options.device.startswith('cuda'):
-                torch.cuda.synchronize()
-            if i >= options.warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], name: str, other: str) -> float:
-    """Median over the turns of the one's time over the other's."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[other]))
-
-
 def step_function(task: Any, x: torch.Tensor, y: torch.Tensor, options: BenchmarkOptions) -> Callable[[], None]:
     """A training step: forward, loss, backward, SGD."""
     optimizer = torch.optim.SGD(task.parameters(), lr=1e-6, momentum=0.9)
@@ -151,7 +130,7 @@ def measure_speed(options: BenchmarkOptions) -> dict[str, Any]:
         functions[f'forward_{name}'] = inference(fast)
         if patches:
             functions[f'explain_{name}'] = inference(partial(explain, fast))
-    seconds = by_turns(functions, options)
+    seconds = by_turns(functions, options.warmup, options.repeats, options.device)
     flops = 2e9 * gmacs * options.batch_size
     matmul_flops = 2. * n ** 3
     result['matmul_gflops'] = 1e-9 * matmul_flops / statistics.median(seconds['matmul'])
@@ -194,7 +173,7 @@ def measure_speed(options: BenchmarkOptions) -> dict[str, Any]:
     for name, fast in replaced.items():
         functions[name] = step_function(
             ClassificationTask(fast.train(), nn.CrossEntropyLoss(), verbose=False), x, y, options)
-    seconds = by_turns(functions, options)
+    seconds = by_turns(functions, options.warmup, options.repeats, options.device)
     result['train_images_per_second'] = options.batch_size / statistics.median(seconds['plain'])
     result['train_fraction_of_matmul'] = 3 * flops / matmul_flops * ratio(seconds, 'matmul', 'plain')
     if patches:
@@ -245,7 +224,8 @@ def measure_capsules(options: BenchmarkOptions, channels: int = 512) -> dict[str
 
     for name, a, b in zip(('logits', 'input gradients'), step(layers), step(loops)):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=f'{name} differ')
-    seconds = by_turns({'one': lambda: step(layers), 'loops': lambda: step(loops)}, options)
+    seconds = by_turns({'one': lambda: step(layers), 'loops': lambda: step(loops)}, options.warmup, options.repeats,
+                       options.device)
     return {'batch_size': options.batch_size, 'one_convolution_seconds': statistics.median(seconds['one']),
             'loops_seconds': statistics.median(seconds['loops']), 'loops_over_one': ratio(seconds, 'loops', 'one')}
 

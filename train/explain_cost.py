@@ -19,11 +19,11 @@ import timm
 import torch
 from timm.utils import ParseKwargs
 
-from benchmark import BenchmarkOptions, by_turns, ratio
 from lib.extras import need
-from lib.flags import flag, parse
+from lib.flags import flag, parse, positive_int
 from lib.record import command_line, environment, print_table
 from lib.script import script
+from lib.timing import by_turns, ratio
 from timm_lossattn import explain, loss_attention
 from timm_lossattn.files import write_json
 from timm_lossattn.models.probe import split_patches
@@ -41,9 +41,9 @@ class CostOptions:
     model: str = flag('tf_efficientnet_lite0', 'stock timm model', metavar='NAME')
     model_kwargs: dict[str, Any] = flag({}, nargs='*', action=ParseKwargs, metavar='KEY=VALUE')
     target_layer: str = flag('bn2', 'of Grad-CAM', metavar='NAME')
-    batch_size: int = flag(8, short='-b', metavar='N')
+    batch_size: int = flag(8, short='-b', type=positive_int, metavar='N')
     warmup: int = flag(2, metavar='N')
-    repeats: int = flag(15, metavar='N')
+    repeats: int = flag(15, type=positive_int, metavar='N')
     device: str = flag('cuda' if torch.cuda.is_available() else 'cpu')
     json: Path | None = flag(None, metavar='FILE')
 
@@ -72,11 +72,10 @@ def measure(options: CostOptions) -> dict[str, Any]:
                      reshape_transform=tokens_to_map if patches.patch_layout == 'NLC' else None) as cam:
             cam(input_tensor=x, targets=None)  # the predicted classes, as explain
 
-    turns = BenchmarkOptions(
-        batch_size=options.batch_size, device=options.device, warmup=options.warmup, repeats=options.repeats)
     seconds = by_turns({
         'forward': forward, 'explain': lambda: explain(patches, x), 'explain_stock': lambda: explain(averaged, x),
-        'explain_map': explain_with_map, 'grad_cam': grad_cam}, turns)
+        'explain_map': explain_with_map, 'grad_cam': grad_cam},
+        options.warmup, options.repeats, options.device)
     result: dict[str, Any] = {
         'batch_size': options.batch_size, 'img_size': x.shape[-1], 'patches': rows * cols, 'kind': patches.patch_kind}
     result |= {f'{name}_ms': 1000 * statistics.median(times) for name, times in seconds.items()}

@@ -48,9 +48,9 @@ from lib.position import Recovery
 from lib.process import Process
 from lib.record import command_line, environment, save_hub_folder, trackers, write_summary
 from lib.script import script
+from timm_lossattn.explanation.labels import class_names
 from timm_lossattn.files import replace_file, write_json
 from timm_lossattn.loading import model_config
-from timm_lossattn.report.dataset import class_names
 from timm_lossattn.text import one_line
 
 _logger = logging.getLogger('train')

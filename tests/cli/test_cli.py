@@ -158,9 +158,9 @@ def test_label(tmp_path, capsys, label, true):
     ('folder', 'horse cart/a.png', 0), ('folder', 'Horse_Cart/a.png', 0), ('folder', 'Pickup truck/a.png', 2),
     ('folder', '2/a.png', 2), ('folder', 'horse/a.png', None), ('folder', '4/a.png', None),
     ('name', 'a_horse cart.png', 0), ('name', 'a_CRAB.png', 1), ('name', 'crab.png', 1), ('name', 'IMG_0002.png', None),
-    ('name', 'a_horse.png', None), ('horse', 'a.png', 0), ('custard_apple', 'a.png', 3), ('2', 'a.png', 2)])
+    ('name', 'a_horse.png', None)])
 def test_labels_of_names_are_whole(label, file, expected):
-    """A word or a running number in the name of a file is no class; of what the user types it is."""
+    """A word or a running number in the name of a file is no class."""
     labels = ['horse cart', 'crab', 'pickup_truck', 'custard apple']
     if expected is None:
         with pytest.raises(ValueError, match=r"^--label: no class '.*', as the (folder|name) of "):

@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 import timm_lossattn  # noqa: F401  (registers the models)
 from fake_patch_model import SIZE, planted
 from timm_lossattn.explanation import class_labels, explain
-from timm_lossattn.explanation.labels import data_of, find_class, known_classes, training_data
+from timm_lossattn.explanation.labels import class_names, data_of, find_class, known_classes, training_data
 from timm_lossattn.loading import full_name, load_patch_model
 
 NANO = 'resnet18_lossattn_conv_nano'
@@ -186,3 +186,10 @@ def test_folder_of_a_trained_model(tmp_path):
         explanation = explain(model, CELL)
         assert explanation.data == 'PBC (blood cells)'
         assert explanation.labels[int(explanation.predicted)] == 'eosinophil'
+
+
+@pytest.mark.parametrize(('numbers', 'names'), [
+    ((1, 0), ['b', 'a']), ((0, 0), ['a']), ((0, 2), []), ((1, 2), [])])
+def test_class_names(numbers, names):
+    """In the order of their numbers; none where numbers are missing."""
+    assert class_names(SimpleNamespace(class_to_idx=dict(zip('ab', numbers)))) == names

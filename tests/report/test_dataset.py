@@ -2,7 +2,6 @@
 import shutil
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -15,7 +14,7 @@ import timm_lossattn  # noqa: F401  (registers the models)
 from timm_lossattn.cli import main
 from timm_lossattn.explanation import Preprocessing, class_labels, explain, input_config, preprocess
 from timm_lossattn.models.entrypoints import CIFAR10_LABELS
-from timm_lossattn.report.dataset import class_names, match_classes, open_images, read_boxes
+from timm_lossattn.report.dataset import match_classes, open_images, read_boxes
 from timm_lossattn.report.table import ReportTable
 
 NANO = 'resnet18_lossattn_conv_nano'
@@ -187,13 +186,6 @@ def test_imagenet_of_torchvision(tmp_path):
     assert [(images[i].file, images[i].label) for i in range(2)] == [
         (str(Path('val', wnid, f'{wnid}.png')), k) for wnid, k in zip(wnids, (134, 517))]
     assert note == ''
-
-
-@pytest.mark.parametrize(('numbers', 'names'), [
-    ((1, 0), ['b', 'a']), ((0, 0), ['a']), ((0, 2), []), ((1, 2), [])])
-def test_class_names(numbers, names):
-    """In the order of their numbers; none where numbers are missing."""
-    assert class_names(SimpleNamespace(class_to_idx=dict(zip('ab', numbers)))) == names
 
 
 @pytest.mark.parametrize('label', [0.7, 2., '1', 'cat', [1], None, float('nan')])

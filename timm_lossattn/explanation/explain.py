@@ -18,7 +18,7 @@ from .preprocessing import Preprocessed, input_config, open_image, preprocess, t
 
 Source = Union[Preprocessed, Image.Image, np.ndarray, str, Path]
 
-__all__ = ['explain', 'held_of', 'patch_model']
+__all__ = ['HELD', 'explain', 'held_of', 'patch_model']
 
 HELD = {'B': "the head's 1/σ", 'C': "the head's gates and any 1/σ"}  # by ``patch_kind``
 

@@ -1,4 +1,4 @@
-"""Classes and their names: of a model's weights, and as a user gives them."""
+"""Classes and their names: of a model's weights, of a data set, and as a user gives them."""
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..text import shorten
 
-__all__ = ['DATA', 'Classes', 'class_labels', 'classes_of', 'data_of', 'find_class', 'known_classes', 'spaced',
-           'training_data']
+__all__ = ['DATA', 'Classes', 'class_labels', 'class_names', 'classes_of', 'data_of', 'find_class', 'known_classes',
+           'spaced', 'training_data']
 
 
 class Data(NamedTuple):
@@ -58,6 +58,19 @@ def class_labels(model: Any, num_classes: int) -> list[str]:
         count = Counter(labels)
         labels = [label if count[label] == 1 else f'{label} ({k})' for k, label in enumerate(labels)]
     return labels
+
+
+def class_names(images: Any) -> list[str]:
+    """Names of a data set's classes in the order of their numbers 0, 1, ..., of several for one class the first; or
+    nothing, also if numbers are missing, for names after a gap would be those of other classes."""
+    reader = getattr(images, 'reader', images)
+    index = (getattr(reader, 'wnid_to_idx', None)  # torchvision's ImageNet: its class_to_idx has one 'crane' for two
+             or getattr(reader, 'class_to_idx', None)
+             or getattr(reader, 'class_name_to_idx', None) or {})  # of tar files
+    names: dict[int, str] = {}
+    for name, k in index.items():
+        names.setdefault(k, name)
+    return [names[k] for k in range(len(names))] if {*names} == {*range(len(names))} else []
 
 
 def by_index(names: dict[Any, str], num_classes: int) -> list[str]:

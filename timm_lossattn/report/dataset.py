@@ -19,12 +19,12 @@ from timm.data import ImageNetInfo, create_dataset, infer_imagenet_subset
 from torch.utils.data import Dataset, IterableDataset
 
 from ..explanation import Preprocessed, Preprocessing
-from ..explanation.labels import numbered
+from ..explanation.labels import class_names, numbered
 from ..explanation.preprocessing import image_endings, to_rgb, upright
 from ..hub_access import hub_or_cache
 from ..text import one_line, printable, shorten
 
-__all__ = ['Item', 'ReportImages', 'class_names', 'match_classes', 'open_images', 'read_boxes', 'split_readable']
+__all__ = ['Item', 'ReportImages', 'match_classes', 'open_images', 'read_boxes', 'split_readable']
 
 STREAMS = ('hfids', 'wds', 'tfds')
 SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test', 'testing'}  # no classes
@@ -149,15 +149,13 @@ class ReportImages(Dataset):
     def fingerprint(self) -> str:
         """Digest of what a resumed run must find again: the number of images, and of files their names and sizes."""
         digest = hashlib.sha256(str(len(self)).encode())
-        reader = getattr(self.images, 'reader', None)
-        samples: Any = getattr(self.images if reader is None else reader, 'samples', None) or ()
-        names: Any = map(self.file, range(len(samples))) if reader is None else reader.filenames() if samples else ()
-        for name, (file, *_) in zip(names, samples):
+        source = getattr(self.images, 'reader', self.images)
+        for index, (file, *_) in enumerate(getattr(source, 'samples', None) or ()):
             try:
                 size = file.size if isinstance(file, tarfile.TarInfo) else os.path.getsize(file)
             except OSError:  # it will be named as one that cannot be read
                 size = -1
-            digest.update(f'\0{name}\0{size}'.encode(errors='surrogateescape'))
+            digest.update(f'\0{self.file(index)}\0{size}'.encode())
         return digest.hexdigest()
 
 
@@ -261,19 +259,6 @@ def imagenet_synsets(model: Any) -> list[str]:
     subset = infer_imagenet_subset(cfg) if cfg.get('label_names') is None or cfg['label_names'] else None
     found = list(ImageNetInfo(subset).label_names()) if subset else []
     return found if len(found) == model.num_classes else []
-
-
-def class_names(images: Any) -> list[str]:
-    """Names of a data set's classes in the order of their numbers 0, 1, ..., of several for one class the first; or
-    nothing, also if numbers are missing, for names after a gap would be those of other classes."""
-    reader = getattr(images, 'reader', images)
-    index = (getattr(reader, 'wnid_to_idx', None)  # torchvision's ImageNet: its class_to_idx has one 'crane' for two
-             or getattr(reader, 'class_to_idx', None)
-             or getattr(reader, 'class_name_to_idx', None) or {})  # of tar files
-    names: dict[int, str] = {}
-    for name, k in index.items():
-        names.setdefault(k, name)
-    return [names[k] for k in range(len(names))] if {*names} == {*range(len(names))} else []
 
 
 def open_images(

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from timm_lossattn.explanation import Preprocessing, class_labels
-from timm_lossattn.report.dataset import class_names
+from timm_lossattn.explanation.labels import class_names
 
 from .data import input_config, open_dataset
 from .model import load_trained

@@ -169,11 +169,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, typed: set[
         parser.error('--crop-padding: is in place of --scale and --ratio; `crop_padding: null` in a --config file '
                      "switches off a recipe's")
     scheduled = sorted(typed & {'train_size_schedule', 'train_size_schedule_spread', 'train_size_random_mix'})
-    if scheduled and not args.train_img_sizes:
-        parser.error(f'--{scheduled[0].replace("_", "-")}: needs --train-img-sizes')
-    mixed = [name for name in scheduled if name != 'train_size_schedule']
-    if mixed and args.train_size_schedule != 'progressive':
-        parser.error(f'--{mixed[0].replace("_", "-")}: is of --train-size-schedule progressive')
+    for name in scheduled:
+        if not args.train_img_sizes:
+            parser.error(f'--{name.replace("_", "-")}: needs --train-img-sizes')
+        if name != 'train_size_schedule' and args.train_size_schedule != 'progressive':
+            parser.error(f'--{name.replace("_", "-")}: is of --train-size-schedule progressive')
     if padded and args.train_img_sizes and not args.cache_dataset:
         parser.error('--crop-padding: goes with --train-img-sizes only if --cache-dataset is there too')
     for name, (low, high) in RANGES.items():

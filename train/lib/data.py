@@ -20,8 +20,8 @@ from torch.utils.data import IterableDataset
 from torchvision import datasets as torchvision_datasets
 from torchvision.transforms import v2
 
+from timm_lossattn.explanation.labels import class_names
 from timm_lossattn.hub_access import hub_or_cache
-from timm_lossattn.report.dataset import class_names
 
 from .augment import BatchAugment
 from .cached_loader import CachedLoader, cache_images

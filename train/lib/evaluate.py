@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from timm_lossattn.explanation import explain, square_box
-from timm_lossattn.report.dataset import class_names
+from timm_lossattn.explanation.labels import class_names
 
 from .boxes import boxed_loader, has_boxes, open_boxed
 from .data import create_eval_loader, input_config, open_dataset
