@@ -234,6 +234,10 @@ def run_check(args: argparse.Namespace, console: Console) -> int:
         return run_check_all(args, console)
     if args.out:
         raise ValueError('--out belongs to --all; the table of one model is printed.')
+    taken = sorted({'name', 'pretrained', 'receptive_field'} & {*args.model_kwargs})
+    if taken:
+        raise ValueError(f'--model-kwargs: {taken[0]} is none of the model\'s arguments'
+                         + ('; for its weights: --pretrained.' if taken == ['pretrained'] else '.'))
     found = check_model(args.model, args.pretrained, receptive_field=args.pretrained, **args.model_kwargs)
     table = Table(title=found.name, title_justify='left', show_header=False)
     rows = {

@@ -133,8 +133,11 @@ def classes_in(state: Mapping[str, torch.Tensor], name: str) -> int:
     cfg = default_cfg(name)
     classifier = (cfg.classifier if cfg is not None else None) or ()
     weights = [state.get(f'{layer}.weight') for layer in ([classifier] if isinstance(classifier, str) else classifier)]
-    return next((len(weight) for weight in weights  # linear, or a convolution of 1×1
-                 if weight is not None and (weight.dim() == 2 or weight.shape[2:] == (1, 1))), -1)
+    weight = next((weight for weight in weights if weight is not None and weight.dim() in (2, 4)), None)
+    if weight is None:
+        return -1
+    linear = weight.dim() == 2 or weight.shape[2:] == (1, 1)  # else of capsules for routing, (positions, K, O, D)
+    return weight.shape[0 if linear else 1]
 
 
 def is_pickle(file: Path) -> bool:

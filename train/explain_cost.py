@@ -26,6 +26,7 @@ from lib.script import script
 from lib.timing import by_turns, ratio
 from timm_lossattn import explain, loss_attention
 from timm_lossattn.files import write_json
+from timm_lossattn.loading import check_name
 from timm_lossattn.models.probe import split_patches
 
 try:
@@ -51,7 +52,11 @@ class CostOptions:
 def measure(options: CostOptions) -> dict[str, Any]:
     """Median milliseconds of a batch, and ratios."""
     torch.manual_seed(0)
+    check_name(options.model)
     model: Any = timm.create_model(options.model, **options.model_kwargs).eval().to(options.device)
+    if options.target_layer not in dict(model.named_modules()):
+        raise ValueError(f'--target-layer: {options.model} has no layer {options.target_layer!r}; on top it has '
+                         f'{", ".join(name for name, _ in model.named_children())}')
     x = torch.randn(options.batch_size, *model.default_cfg['input_size'], device=options.device)
     patches, averaged = loss_attention(model), loss_attention(model, pool='avg')
     rows, cols = patches.patch_grid(*x.shape[-2:])

@@ -72,6 +72,16 @@ def test_checkpoint_of_timm(tmp_path, flags):
     assert json.loads((tmp_path / f'{CAT.stem}.json').read_text())['labels'][0] == 'class 0'
 
 
+def test_classes_of_class_capsules(tmp_path):
+    """Their weights, one set for each position, say as well how many classes there are."""
+    torch.manual_seed(0)
+    state = timm.create_model('resnet18_routing_caps', width_mult=0.125, num_classes=5).state_dict()
+    torch.save(state, tmp_path / 'five.pth')
+    model = load_model('resnet18_routing_caps', tmp_path / 'five.pth', width_mult=0.125)
+    assert model.num_classes == 5
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
 def test_size_of_a_checkpoint_of_timm(tmp_path):
     """--img-size of timm's train.py is what images are brought to; its model is made without it."""
     for name, size, changed in (('test_resnet', 64, {}), ('test_vit', 96, {}), ('test_vit3', 96, {'img_size': 96})):

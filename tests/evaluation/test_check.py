@@ -182,6 +182,8 @@ def test_command(capsys):
     assert 'class token decides' in ' '.join(capsys.readouterr().out.split())
     assert main(['check', 'test_vit', '--model-kwargs', 'global_pool=avg', 'fc_norm=False']) == 0
     capsys.readouterr()
+    assert main(['check', 'test_vit', '--model-kwargs', 'pretrained=True']) == 2
+    assert "--model-kwargs: pretrained is none of the model's arguments" in capsys.readouterr().err
     assert main(['check', 'lossattn.tf_efficientnet_lite0.pbc', '--pretrained']) == 0  # weights of the package
     assert re.search(r'\d+ % of the influence on the middle patch comes from its box, half from a square of \d+ pixels',
                      ' '.join(re.sub('[│┃]', ' ', capsys.readouterr().out).split()))

@@ -28,6 +28,19 @@ def test_own_copy():
     assert e.source(0).image.tobytes() == before
 
 
+def test_equal_logits():
+    """The first of equal classes is the predicted one, in the JSON's first five and in the picture's next ones too."""
+    model = timm.create_model(NANO).eval()
+    torch.nn.init.zeros_(model.head.fc.weight)
+    torch.nn.init.zeros_(model.head.fc.bias)
+    e = explain(model, torch.randn(2, 3, 32, 32))
+    assert e.predicted.tolist() == [0, 0]
+    assert e.ranked().tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert [row['class'] for row in e.to_dict(1)['top5']] == [0, 1, 2, 3, 4]
+    assert int(e.why_not().against[0]) == 1
+    assert e.ranked(20).shape == (2, 10)
+
+
 def test_save(tmp_path):
     """A picture and the numbers for each image; wrong counts are refused before anything is written."""
     e = explain(timm.create_model(NANO).eval(), torch.zeros(2, 3, 32, 32))

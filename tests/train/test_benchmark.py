@@ -1,9 +1,10 @@
-"""benchmark.py: what it measures of a model, and what it refuses."""
+"""benchmark.py and explain_cost.py: what they measure of a model, and what they refuse."""
 import json
 
 import pytest
 
 import benchmark
+import explain_cost
 
 
 def test_benchmark(tmp_path, capsys):
@@ -30,3 +31,18 @@ def test_benchmark(tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert benchmark.main(['--capsules', '--dtype', 'bfloat16', '--device', 'cpu']) == 2  # it would not have been so
     assert '--dtype: --capsules measures' in capsys.readouterr().err
+
+
+def test_explain_cost(tmp_path, capsys):
+    """Every ratio is there; a layer that the model has not is one line."""
+    file = tmp_path / 'cost.json'
+    assert explain_cost.main(['--model', 'test_resnet', '--target-layer', 'layer4', '--batch-size', '1', '--repeats',
+                              '1', '--warmup', '0', '--device', 'cpu', '--json', str(file)]) == 0
+    result = json.loads(file.read_text())
+    for name in ('explain', 'explain_stock', 'explain_map'):
+        assert result[f'{name}_over_forward'] > 0
+        assert result[f'grad_cam_over_{name}'] > 0
+    capsys.readouterr()
+    assert explain_cost.main(['--model', 'test_resnet', '--device', 'cpu']) == 2
+    assert "--target-layer: test_resnet has no layer 'bn2'; on top it has conv1, " in capsys.readouterr().err
+    assert explain_cost.main(['--model', 'no_such_model']) == 2

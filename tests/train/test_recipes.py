@@ -34,6 +34,13 @@ def test_dictionaries_are_merged():
     assert kwargs == {'filter_bias_and_bn': False, 'nesterov': True}
 
 
+def test_empty_dictionary_in_a_config(tmp_path):
+    """A key without a value is none at all."""
+    (tmp_path / 'config.yaml').write_text('model_kwargs:\nopt_kwargs:\n')
+    options = command.parse_args(['--recipe', 'sgd', '--config', str(tmp_path / 'config.yaml')])
+    assert (options.model_kwargs, options.opt_kwargs) == ({}, {'filter_bias_and_bn': False})
+
+
 def test_patch_term_of_routing():
     """--patch-loss adds a term to the margin loss; it does not take its place."""
     options = command.parse_args(['--model', 'resnet18_routing_caps', '--width-mult', '0.125', '--device', 'cpu',

@@ -84,6 +84,16 @@ def test_classifier_of_the_file(stock, model, classes):
     assert (classes == 3) is (weight.shape == before.shape and torch.equal(weight, before))
 
 
+def test_classifier_of_a_file_of_class_capsules(tmp_path):
+    """--pretrained-path keeps it."""
+    model = ('--model', 'resnet18_routing_caps', '--width-mult', '0.125')
+    before = create_model(parse_args([*model]), Process()).state_dict()
+    torch.save(before, tmp_path / 'weights.pth')
+    options = parse_args([*model, '--pretrained', '--pretrained-path', str(tmp_path / 'weights.pth')])
+    after = create_model(options, Process()).state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
 @pytest.mark.parametrize('name', ['whole', 'frozen'])
 def test_resume(runs, folder, stock, name):
     """Another epoch; what was frozen still is."""

@@ -188,11 +188,10 @@ def signed(values: Any) -> str:
 
 def footnotes(explanation: Any, index: int, canvas: Canvas) -> list[tuple[str, str]]:
     """What stands under the panels, each with its colour."""
-    labels, logits = explanation.labels, explanation.prediction.logits[index]
-    predicted = int(explanation.predicted[index])  # of equal logits topk may name another one first
-    order = [k for k in logits.topk(min(4, len(labels))).indices.tolist() if k != predicted][:3]
+    labels = explanation.labels
     probabilities = explanation.probabilities[index].tolist()
-    others = ', '.join(f'{shorten(labels[k], 24)} {percent(probabilities[k])}' for k in order)
+    following = explanation.ranked(4)[index, 1:].tolist()
+    others = ', '.join(f'{shorten(labels[k], 24)} {percent(probabilities[k])}' for k in following)
     height, width = explanation.input_size
     hint = explanation.unlike_training(index)
     knows = hint or f'The model {known_classes(labels, explanation.data)}; it reads {width}×{height} pixels.'

@@ -10,7 +10,6 @@ def numbers_of(explanation: Any, index: int, all_classes: bool) -> dict[str, Any
     """See ``Explanation.to_dict``, which imports this file."""
     source, labels, prediction = explanation.source(index), explanation.labels, explanation.prediction
     target = int(explanation.target[index])
-    top = prediction.logits[index].topk(min(5, len(labels)))  # of probabilities that round to 1 the largest logit
     rivals = (-explanation.direction[index]).topk(min(5, len(labels)))
     compared = len(labels) > 1 and explanation.against is not None
     other: Any = explanation.why_not() if compared else None  # against one class
@@ -29,8 +28,8 @@ def numbers_of(explanation: Any, index: int, all_classes: bool) -> dict[str, Any
         'held': explanation.held or None,
         'logits': prediction.logits[index].tolist(),
         'top5': [
-            {'class': k, 'label': labels[k], 'probability': float(explanation.probabilities[index, k]), 'logit': z}
-            for z, k in zip(*(t.tolist() for t in top))],
+            {'class': k, 'label': labels[k], 'probability': float(explanation.probabilities[index, k]),
+             'logit': float(prediction.logits[index, k])} for k in explanation.ranked()[index].tolist()],
         'target': {'class': target, 'label': labels[target]},
         'against': explanation.against if explanation.against is None or isinstance(explanation.against, str) else {
             'class': int(explanation.against[index]), 'label': labels[int(explanation.against[index])]},

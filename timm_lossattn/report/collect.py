@@ -54,12 +54,9 @@ def explain_batch(model: Any, items: list[Item], x: torch.Tensor) -> dict[str, A
     """
     explanation = explain(model, x)
     prediction, files = explanation.prediction, [item.file or item.index for item in items]
-    # by logits, for probabilities below 1e-45 are all 0
-    top_classes = prediction.logits.topk(min(5, len(explanation.labels)), dim=1).indices
+    top_classes = explanation.ranked()  # by logits, for probabilities below 1e-45 are all 0
     top_probabilities = explanation.probabilities.gather(1, top_classes)
-    # of equal logits one is the prediction, and topk may name another one first
-    order = torch.cat([explanation.target[:, None], top_classes], dim=1)
-    runner_up = torch.stack([row[row != row[0]][0] for row in order])
+    runner_up = top_classes[:, 1]
     label = torch.tensor([-1 if item.label is None else item.label for item in items])
     wrong = (label >= 0) & (label != explanation.target)
     against_label = explanation.versus(torch.where(wrong, label, runner_up)).evidence

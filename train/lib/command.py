@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
     parser.set_defaults(**recipe | given)
     args = parser.parse_args(argv)
     for name in ('opt_kwargs', 'model_kwargs'):  # key by key: what is not given stays as the recipe has it
-        setattr(args, name, recipe.get(name, {}) | getattr(args, name))
+        setattr(args, name, recipe.get(name, {}) | (getattr(args, name) or {}))
     if recipe:
         scale_schedule(args, recipe, set(given))
     whole_batches, padded = args.cache_dataset, args.crop_padding is not None

@@ -45,10 +45,10 @@ def load_trained(options: EvalOptions, device: torch.device | str = 'cpu', patch
     """
     if options.winograd and torch.device(device).type != 'cpu':
         raise ValueError(f'--winograd: is for the CPU, not for --device {device}')
-    given = {'xi': options.xi, 'num_classes': options.num_classes, 'in_chans': options.in_chans}
+    flags = {'xi': options.xi, 'num_classes': options.num_classes, 'in_chans': options.in_chans}
+    given = options.model_kwargs | {name: value for name, value in flags.items() if value is not None}
     model = (load_patch_model if patches else load_model)(
-        options.model, options.checkpoint, device,
-        **{key: value for key, value in given.items() if value is not None}, **options.model_kwargs)
+        options.model, options.checkpoint, device, **given)
     if options.winograd:
         replace_convolutions(model)
     return model
