@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lib.boxes import boxed_loader, fixed_order, open_patch_model
 from lib.flags import flag, parse, positive_int
+from lib.markdown import markdown_table
 from lib.options import EvalOptions
 from lib.record import command_line, environment
 from lib.script import script
@@ -72,11 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output.with_name(f'{options.output.name}.json'), {
         'model': options.name, 'images': len(order), 'command': command, 'precisions': rows, **environment()})
-    lines = [f'`{options.name}`, {len(order):,} images: `{command}`', '',
-             '| precision | error, median | largest | same top class |', '|---|--:|--:|--:|']
-    lines += [f'| {name} | {row["median"]:.1e} | {row["largest"]:.1e} | {100 * row["agreement"]:.1f} % |'
-              for name, row in rows.items()]
-    text = '\n'.join(lines) + '\n'
+    text = '\n'.join([f'`{options.name}`, {len(order):,} images: `{command}`', '', *markdown_table(
+        ['precision', 'error, median', 'largest', 'same top class'],
+        [[name, f'{row["median"]:.1e}', f'{row["largest"]:.1e}', f'{100 * row["agreement"]:.1f} %']
+         for name, row in rows.items()])]) + '\n'
     replace_file(options.output.with_name(f'{options.output.name}.md'), text.encode())
     print(text)
     return 0

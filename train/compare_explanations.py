@@ -40,6 +40,7 @@ from lib.comparison import Judge, Settings, grid_entries
 from lib.explainers import OURS, Question, create_tools
 from lib.flags import flag, parse, positive_int
 from lib.image_records import SPREAD, Records, Table, means_and_differences
+from lib.markdown import markdown_table
 from lib.options import EvalOptions
 from lib.plots import ORANGE, draw_box, images_of, panels, save, show_heat
 from lib.record import command_line, environment
@@ -165,21 +166,18 @@ def markdown(tables: dict[str, Table], records: Records, scalar: str, command: s
         what = f'{len(entries):,} images' if kind == 'image' else f'{len(entries)} grids of {kind[5:]}×{kind[5:]}'
         lines += [f'{what}, what is explained: the {scalar}; `{command}`', '']
         titles = [f'{MEASURES[m][0]} {"↑" if MEASURES[m][1] > 0 else "↓"}' for m in measures]
-        lines += ['| | ' + ' | '.join(titles) + ' |', '|---|' + '--:|' * len(titles)]
-        for row, cells in table.items():
-            shown = [shown_mean(entries, row, m, cells[m][0]) if m in cells else '–' for m in measures]
-            lines.append(f'| {row} | ' + ' | '.join(shown) + ' |')
+        lines += markdown_table(['', *titles], [
+            [row, *(shown_mean(entries, row, m, cells[m][0]) if m in cells else '–' for m in measures)]
+            for row, cells in table.items()])
         compared = [m for m in measures if m not in ('complete', 'ms')]
         if compared:
             like = ' (of spread maps, ours spread)' if any(row.endswith(SPREAD) for row in table) else ''
-            lines += ['', f'Ours less theirs{like}, with 95 % intervals; bold where zero lies outside:', '',
-                      '| | ' + ' | '.join(titles[measures.index(m)] for m in compared) + ' |',
-                      '|---|' + '--:|' * len(compared)]
-        for row, cells in table.items() if compared else ():
-            if row != OURS and any(cells[m][1] for m in compared if m in cells):
-                differences = [cells[m][1] if m in cells else None for m in compared]
-                shown = ['–' if one is None else one.as_difference() for one in differences]
-                lines.append(f'| {row} | ' + ' | '.join(shown) + ' |')
+            lines += ['', f'Ours less theirs{like}, with 95 % intervals; bold where zero lies outside:', '']
+            differences = {row: [cells[m][1] if m in cells else None for m in compared]
+                           for row, cells in table.items() if row != OURS}
+            lines += markdown_table(['', *(titles[measures.index(m)] for m in compared)], [
+                [row, *('–' if one is None else one.as_difference() for one in found)]
+                for row, found in differences.items() if any(found)])
         lines.append('')
     return '\n'.join(lines)
 

@@ -26,6 +26,7 @@ from lib.boxes import boxed_loader, open_boxed
 from lib.data import input_config
 from lib.extras import need
 from lib.flags import flag, parse, positive_int
+from lib.markdown import markdown_table
 from lib.options import DataOptions
 from lib.record import command_line, environment
 from lib.script import script
@@ -132,27 +133,28 @@ def row(image: dict[str, torch.Tensor], stock: dict[str, torch.Tensor]) -> dict[
 
 def markdown(result: dict[str, Any]) -> str:
     """Two tables: accuracy, and confidence."""
-    rows = [(f'`{name}` | mean (stock)' if key == 'stock' else f' | ξ = {float(key):g}', key != 'stock', found)
+    rows = [([f'`{name}`', 'mean (stock)'] if key == 'stock' else ['', f'ξ = {float(key):g}'], key != 'stock', found)
             for name, model in result['models'].items() for key, found in model['rows'].items()]
 
     def difference(found: dict[str, Any], key: str, form: str) -> str:
         return f'{Interval.from_dict(found[key]):{form}}'
 
     accuracy = [
-        f'| {name} | {found["top1"]:.1f} | '
-        + (f'{difference(found, "difference", "+.1f")} | {found["gained"]} / {found["lost"]} | {found["p"]:.2f}'
-           if changed else '– | – | –') + f' | {found["zero_patches"]:.0f} |' for name, changed, found in rows]
+        [*name, f'{found["top1"]:.1f}',
+         *([difference(found, 'difference', '+.1f'), f'{found["gained"]} / {found["lost"]}', f'{found["p"]:.2f}']
+           if changed else '–––'),
+         f'{found["zero_patches"]:.0f}'] for name, changed, found in rows]
     confidence = [
-        f'| {name} | {found["confidence"]["right"]:.0f} | {found["confidence"]["wrong"]:.0f} | '
-        f'{found["calibration_error"]:.1f} | ' + ' | '.join(
-            f'{found[key]:.3f} | {difference(found, f"{key}_difference", "+.3f") if changed else "–"}'
-            for key in LOSSES) + f' | {found["temperature"]:.2f} |' for name, changed, found in rows]
+        [*name, f'{found["confidence"]["right"]:.0f}', f'{found["confidence"]["wrong"]:.0f}',
+         f'{found["calibration_error"]:.1f}', *(cell for key in LOSSES for cell in (
+             f'{found[key]:.3f}', difference(found, f'{key}_difference', '+.3f') if changed else '–')),
+         f'{found["temperature"]:.2f}'] for name, changed, found in rows]
     return '\n'.join([
         f'{result["images"]} images, timm {timm.__version__}: `{result["command"]}`', '',
-        '| model | pooling | top-1 (%) | difference, 95 % | gained / lost | p | patches at zero (%) |',
-        '|---|---|--:|--:|--:|--:|--:|', *accuracy, '',
-        '| model | pooling | confidence, right (%) | wrong (%) | calibration error (%) | log loss | difference, 95 % '
-        '| log loss at T | difference, 95 % | T |', '|---|---|--:|--:|--:|--:|--:|--:|--:|--:|', *confidence, ''])
+        *markdown_table(['model', 'pooling', 'top-1 (%)', 'difference, 95 %', 'gained / lost', 'p',
+                         'patches at zero (%)'], accuracy, 'llrrrrr'), '',
+        *markdown_table(['model', 'pooling', 'confidence, right (%)', 'wrong (%)', 'calibration error (%)', 'log loss',
+                         'difference, 95 %', 'log loss at T', 'difference, 95 %', 'T'], confidence, 'llrrrrrrrr'), ''])
 
 
 @script

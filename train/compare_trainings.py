@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.image_records import column
+from lib.markdown import markdown_table
 from lib.record import command_line
 from lib.script import script
 from timm_lossattn.evaluation.intervals import Interval, mean_interval
@@ -47,12 +48,6 @@ def read(folder: Path) -> dict[str, Any]:
     return found | {'images': {line['index']: line for line in lines if line['kind'] == 'image'}}
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Markdown; the first column is text."""
-    return ['', f'| {" | ".join(head)} |', '|---|' + '--:|' * (len(head) - 1),
-            *(f'| {" | ".join(row)} |' for row in rows)]
-
-
 def accuracy(measured: dict[str, Any]) -> str:
     """Top-1 in percent with its interval."""
     top1, images = measured['top1'], measured['images']
@@ -67,7 +62,8 @@ def markdown(ways: dict[str, dict[str, Any]], command: str) -> str:
     lines = [
         f'Top-1 in percent of {test["images"]:,} images; the rest of {boxed["images"]} images with boxes, patches in '
         f'percent. One run of each training, n = 1; `{command}`',
-        *table(['way', 'top-1 (%)', 'log loss', *PATCHES.values(), 'seconds an epoch', 'training images/s'], [
+        '', *markdown_table([
+            'way', 'top-1 (%)', 'log loss', *PATCHES.values(), 'seconds an epoch', 'training images/s'], [
             *([name, accuracy(way['test']), f'{way["test"]["loss"]:.3f}',
                *(f'{way["boxed"][key]:.1f}' for key in PATCHES),
                f'{way["result"]["epochs"][-1]["seconds"]:.0f}',
@@ -75,12 +71,12 @@ def markdown(ways: dict[str, dict[str, Any]], command: str) -> str:
             *([f'{name}: all patches', '–', '–', *(f'{way["boxed"][f"{key}_all_patches"]:.1f}' for key in PATCHES),
                '–', '–'] for name, way in ways.items()),
             ['patches in the object', '–', '–', f'{boxed["patches_in_object"]:.1f}', *'––––']]),
-        *table(['map', *(f'{title} ↑' for title in MEASURES.values())], [
+        '', *markdown_table(['map', *(f'{title} ↑' for title in MEASURES.values())], [
             *([f'{name}: {title}', *(cell(way, tool, key) for key in MEASURES)]
               for name, way in ways.items() for tool, title in TOOLS.items()),
             *([row.removeprefix('box: '), *(cell(ways[first], row, key) for key in MEASURES)] for row in NO_MODEL)]),
         '', f'Differences to {first}, image by image; bold where zero lies outside of the interval:',
-        *table(['map', *(f'{title} ↑' for title in MEASURES.values())], [
+        '', *markdown_table(['map', *(f'{title} ↑' for title in MEASURES.values())], [
             [f'{name}: {title}{" less evidence" * (tool == "α alone")}',
              *(difference(ways[name], ways[first], tool, key).as_difference() for key in MEASURES)]
             for name in others for tool, title in TOOLS.items()]),

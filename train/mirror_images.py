@@ -30,6 +30,7 @@ from tqdm import tqdm
 from lib.boxes import boxed_loader, fixed_order, open_patch_model
 from lib.extras import need
 from lib.flags import flag, parse, positive_int
+from lib.markdown import markdown_table
 from lib.options import EvalOptions
 from lib.record import command_line, environment
 from lib.script import script
@@ -102,19 +103,20 @@ def main(argv: list[str] | None = None) -> int:
     half = [half_box(model, x, axis) for axis in AXES.values()]
     found = {name: mean_interval(torch.cat([batch[name] for batch in batches])) for name in batches[0]}
     command = command_line(argv)
-    lines = [f'`{options.name}`, {len(order):,} images, top-1 {100 * found["top1"].mean:.1f} %: `{command}`', '',
-             '| pixels | top-1 of mirror images | evidence beside its boxes | with an image that moves it moves | '
-             'α beside its boxes | α moves |', '|---|--:|--:|--:|--:|--:|']
+    rows = []
     for name, axis in AXES.items():
         cells = [name, f'{100 * found[f"top1, {name}"].mean:.1f} %']
         for kind in ('evidence', 'α'):
             cells += [f'{found[f"{kind}, {name}"]:+.1f}', f'{found[f"{kind}, moved {name}"]:+.1f} of {half[axis]}']
-        lines.append(f'| {" | ".join(cells)} |')
+        rows.append(cells)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output.with_name(f'{options.output.name}.json'), {
         'model': options.name, 'weights': repr(model.patch_weights), 'images': len(order), 'command': command,
         **{name: mean.to_dict() for name, mean in found.items()}, **environment()})
-    text = '\n'.join(lines) + '\n'
+    text = '\n'.join([
+        f'`{options.name}`, {len(order):,} images, top-1 {100 * found["top1"].mean:.1f} %: `{command}`', '',
+        *markdown_table(['pixels', 'top-1 of mirror images', 'evidence beside its boxes',
+                         'with an image that moves it moves', 'α beside its boxes', 'α moves'], rows)]) + '\n'
     replace_file(options.output.with_name(f'{options.output.name}.md'), text.encode())
     print(text)
     return 0

@@ -18,11 +18,12 @@ import timm
 import torch
 
 from lib.history import commands_of, hardware_of, runs_of
+from lib.markdown import END, markdown_table, replace_section
 from lib.model import count_gmacs
 from timm_lossattn.files import replace_file
 from timm_lossattn.loading import list_patch_models
 
-BEGIN, END = '<!-- begin: python train/model_table.py -->', '<!-- end -->'
+BEGIN = '<!-- begin: python train/model_table.py -->'
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'train' / 'results'
 WEIGHTS = ROOT / 'hub' / 'weights'
@@ -39,23 +40,21 @@ def weights(name: str) -> str:
 
 
 def model_table() -> str:
-    """The table, with its markers."""
-    lines = [BEGIN, '', '| model | input | parameters (M) | GMACs | weights, top-1 |', '|---|---|--:|--:|---|']
+    """The models of this package."""
+    rows = []
     for name in list_patch_models():
         model: Any = timm.create_model(name, device='meta').eval()
         size = model.default_cfg['input_size']
         gmacs = count_gmacs(model, torch.empty(1, *size, device='meta'))
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        lines.append(f'| `{name}` | {size[1]}×{size[2]} | {parameters:.2f} | {gmacs:.2f} | '
-                     f'{weights(name)} |')
-    return '\n'.join([*lines, '', END])
+        rows.append([f'`{name}`', f'{size[1]}×{size[2]}', f'{parameters:.2f}', f'{gmacs:.2f}', weights(name)])
+    return '\n'.join(markdown_table(['model', 'input', 'parameters (M)', 'GMACs', 'weights, top-1'], rows, 'llrrl'))
 
 
 def weights_table() -> str:
     """Everything in hub/weights: what was measured on the weights, and how they were made."""
-    lines = [BEGIN, '', '| weights | top-1 | top-5 | images | file | epochs | seed | hours | on |',
-             '|---|--:|--:|--:|--:|--:|--:|--:|---|']
-    commands = []
+    rows: list[list[str]] = []
+    commands: list[str] = []
     for file in sorted(WEIGHTS.glob('*/result.json')):
         name, result = file.parent.name, json.loads(file.read_text())
         shipped = result['shipped']
@@ -63,28 +62,29 @@ def weights_table() -> str:
         epochs = ' + '.join(str(len(run['epochs'])) for run in runs)
         seeds = ', '.join(str(run['seed']) for run in runs)
         seconds = sum(run['seconds'] for run in runs)
-        lines.append(
-            f'| `{name}` | {shipped["top1"]:.2f} % | {shipped["top5"]:.2f} % | {shipped["images"]:,} | '
-            f'{shipped["bytes"] / 1e6:.2f} MB | {epochs} | {seeds} | '
-            f'{seconds / 3600:.2f} | {hardware_of(result)} |')
+        rows.append([
+            f'`{name}`', f'{shipped["top1"]:.2f} %', f'{shipped["top5"]:.2f} %', f'{shipped["images"]:,}',
+            f'{shipped["bytes"] / 1e6:.2f} MB', epochs, seeds, f'{seconds / 3600:.2f}', hardware_of(result)])
         commands += ['', f'`{name}`:', '', '```bash']
         for command in commands_of(result):
             commands += wrap(command)
         commands.append('```')
-    return '\n'.join([*lines, *commands, '', END])
+    head = ['weights', 'top-1', 'top-5', 'images', 'file', 'epochs', 'seed', 'hours', 'on']
+    return '\n'.join(markdown_table(head, rows, 'lrrrrrrrl') + commands)
 
 
 def receptive_field_table() -> str:
     """What train/receptive_field.py measured."""
-    lines = [BEGIN, '', '| model | patch box | influence inside | half of it within | 90 % within | pixels with any |',
-             '|---|--:|--:|--:|--:|--:|']
+    rows = []
     for file in sorted((RESULTS / 'explanations').glob('receptive_field_*.json')):
         r = json.loads(file.read_text())
         side = r['patch_box'][2] - r['patch_box'][0]
-        lines.append(
-            f'| `{r["model"]}` | {side}×{side} | {100 * r["share_in_patch_box"]:.0f} % | {r["side_half"]}×'
-            f'{r["side_half"]} | {r["side_90"]}×{r["side_90"]} | {100 * r["pixels_with_influence"]:.0f} % |')
-    return '\n'.join([*lines, '', END])
+        rows.append([
+            f'`{r["model"]}`', f'{side}×{side}', f'{100 * r["share_in_patch_box"]:.0f} %',
+            f'{r["side_half"]}×{r["side_half"]}', f'{r["side_90"]}×{r["side_90"]}',
+            f'{100 * r["pixels_with_influence"]:.0f} %'])
+    head = ['model', 'patch box', 'influence inside', 'half of it within', '90 % within', 'pixels with any']
+    return '\n'.join(markdown_table(head, rows))
 
 
 BOARD = (  # title, kind of entry, measure, row of the comparison
@@ -96,37 +96,33 @@ BOARD = (  # title, kind of entry, measure, row of the comparison
 
 def leaderboard_table() -> str:
     """A row for each model of train/results/leaderboard, for its α alone, and for what needs no model."""
-    lines = [BEGIN, '', '| model | weights of patches | accuracy (%) | grids, 3×3 and 2×2 | '
-             + ' | '.join(f'{title} ↑' for title, *_ in BOARD) + ' |', '|---|---|--:|--:|' + '--:|' * len(BOARD)]
     results = [json.loads(file.read_text()) for file in sorted((RESULTS / 'leaderboard').glob('*/compare.json'))]
 
-    def cells(result: dict[str, Any], rows: dict[str, str]) -> str:
+    def cells(result: dict[str, Any], rows: dict[str, str]) -> list[str]:
         found = [result.get(kind, {}).get(rows.get(row, row), {}).get(measure) for _, kind, measure, row in BOARD]
-        return ' | '.join(f'{one["mean"]:.3f} ± {(one["high"] - one["low"]) / 2:.3f}' if one else '–' for one in found)
+        return [f'{one["mean"]:.3f} ± {(one["high"] - one["low"]) / 2:.3f}' if one else '–' for one in found]
 
-    def names(result: dict[str, Any]) -> tuple[str, str]:
-        return f'`{result["model"].removeprefix("lossattn.")}`', pool_name(result['weights'])
+    def names(result: dict[str, Any]) -> list[str]:
+        return [f'`{result["model"].removeprefix("lossattn.")}`', pool_name(result['weights'])]
 
-    def baseline(result: dict[str, Any], row: str, title: str) -> str:
-        return f'| {title} | – | – | – | {cells(result, {"ours": row, "ours, spread": f"{row}, spread"})} |'
+    def baseline(result: dict[str, Any], row: str, title: str) -> list[str]:
+        return [title, '–', '–', '–', *cells(result, {'ours': row, 'ours, spread': f'{row}, spread'})]
 
     def counts(result: dict[str, Any]) -> str:
         return ', '.join(str(result[kind]['ours']['grid']['n']) for kind in ('grid 3', 'grid 2'))
 
-    for result in results:
-        model, weights = names(result)
-        accuracy = f'{100 * result["accuracy"]:.1f}'
-        lines.append(f'| {model} | {weights} | {accuracy} | {counts(result)} | {cells(result, {})} |')
+    rows = [[*names(result), f'{100 * result["accuracy"]:.1f}', counts(result), *cells(result, {})]
+            for result in results]
     for result in results:
         if not result['weights'].startswith('Mean'):  # whose α is the same everywhere
-            model, weights = names(result)
-            lines.append(baseline(result, 'α alone', f'α alone of {model}, {weights}'))
+            rows.append(baseline(result, 'α alone', f'α alone of {", ".join(names(result))}'))
     if results:
-        lines += [baseline(results[0], row, row) for row in ('random', 'centre')]
-        lines += [baseline(results[0], f'box: {box}', f'{box}, as a box')
-                  for box in ('whole image', 'all patches', 'best centred square')]
-    lines += ['', 'Commands:', '', '```bash', *(result['command'] for result in results), '```']
-    return '\n'.join([*lines, '', END])
+        rows += [baseline(results[0], row, row) for row in ('random', 'centre')]
+        rows += [baseline(results[0], f'box: {box}', f'{box}, as a box')
+                 for box in ('whole image', 'all patches', 'best centred square')]
+    head = ['model', 'weights of patches', 'accuracy (%)', 'grids, 3×3 and 2×2', *(f'{title} ↑' for title, *_ in BOARD)]
+    return '\n'.join([*markdown_table(head, rows, 'll' + 'r' * (len(head) - 2)),
+                      '', 'Commands:', '', '```bash', *(result['command'] for result in results), '```'])
 
 
 def pool_name(weights: str) -> str:
@@ -166,11 +162,9 @@ def main() -> None:
             if table:
                 print(table)
             continue
-        text = path.read_text()
         if table:
-            before, rest = text.split(BEGIN)
-            text = before + table + rest.split(END, 1)[1]
-        replace_file(path, with_included_files(text).encode())
+            replace_section(path, BEGIN, table)
+        replace_file(path, with_included_files(path.read_text()).encode())
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ import torch
 from lib.boxes import collate_boxes, fixed_order, open_patch_model
 from lib.extras import need
 from lib.flags import flag, parse, positive_int
+from lib.markdown import markdown_table
 from lib.options import EvalOptions
 from lib.plots import COLORS, panels, save
 from lib.record import command_line, environment
@@ -69,10 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         **{name: [{'layer': layer, **mean.to_dict()} for layer, mean in curve] for name, curve in curves.items()},
         **environment()})
     lines = [f'{len(x)} images, rank correlation with the map of the trained model, 95 % interval over images; '
-             f'`{command}`', '', '| | after the classifier | half of the layers | all layers |', '|---|--:|--:|--:|']
-    for name, curve in curves.items():
-        shown = [curve[0], curve[len(curve) // 2], curve[-1]]
-        lines.append(f'| {name} | ' + ' | '.join(str(mean) for _, mean in shown) + ' |')
+             f'`{command}`', '', *markdown_table(
+                 ['', 'after the classifier', 'half of the layers', 'all layers'],
+                 [[name, *(str(mean) for _, mean in (curve[0], curve[len(curve) // 2], curve[-1]))]
+                  for name, curve in curves.items()])]
     text = '\n'.join(lines) + '\n'
     replace_file(options.output / 'randomization.md', text.encode())
     figure, ((ax,),) = panels(1, 1, 8, 4)

@@ -30,6 +30,7 @@ import yaml
 
 import timm_lossattn  # noqa: F401  (registers the models)
 from lib.command import recipe_names
+from lib.markdown import markdown_table
 from lib.paper import BASELINES, NANO, Cell, Cells, Job, RunOptions, all_cells, pictures, sweep_cells, table_cells
 from lib.paper_report import draw_sweeps, draw_table, header, markdown
 from lib.script import script
@@ -270,9 +271,8 @@ def reproduce_pictures(
     undrawn = first_error(
         partial(draw_picture, number, job.folder(0, options), files[name]) for name, job in jobs.items()
         if is_finished(job.folder(0, options)) and not files[name].is_file())
-    lines = ['| | picture |', '|---|---|']
-    lines += [f'| {name} | {f"![{name}]({picture.name})" if picture.is_file() else "not run"} |'
-              for name, picture in files.items()]
+    shown = {name: f'![{name}]({picture.name})' if picture.is_file() else 'not run' for name, picture in files.items()}
+    lines = markdown_table(['', 'picture'], list(shown.items()), 'll')
     text = header(title, argv) + '\n'.join(lines) + '\n'
     replace_file(file.with_suffix('.md'), text.encode())
     return text, failure or undrawn

@@ -15,15 +15,14 @@ from typing import Any
 
 import timm
 
+from lib.markdown import markdown_table, replace_section
 from lib.script import script
 from timm_lossattn.evaluation.check_all import LIMIT_MILLION, models_to_check, read_checks
-from timm_lossattn.files import replace_file
 
 DOCUMENT = Path(__file__).parents[1] / 'docs' / 'timm_models.md'
 CHECKS = Path(__file__).parent / 'results' / 'check_all.jsonl'
 BEGIN_KINDS, BEGIN_FAMILIES = (
     f'<!-- begin: python train/survey.py --write, by {what} -->' for what in ('kind', 'family'))
-END = '<!-- end -->'
 KINDS = {
     'A': 'A', 'B': 'B', 'C': 'C', 'D': 'D', 'error': 'not known: an error',
     'large': f'over {LIMIT_MILLION:.0f} million parameters, not checked'}
@@ -44,11 +43,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     counts = ', '.join(f'{kinds[kind]} of kind {kind}' for kind in 'ABCD')
     average = ', '.join(f'{rescued[kind]} of kind {kind}' for kind in 'ABC')
     failed = f', {kinds["error"]} not checked for an error' if kinds['error'] else ''
-    lines = [
-        f'{len(rows)} families of timm {timm.__version__}: {counts}{failed}. '
-        f'Of kind D, with `global_pool="avg"`: {average}.',
-        '', '| family | smallest model | kind | features | patches | additive error | against stock | if refused |',
-        '|---|---|---|---|---|--:|--:|---|']
+    text = (f'{len(rows)} families of timm {timm.__version__}: {counts}{failed}. '
+            f'Of kind D, with `global_pool="avg"`: {average}.')
+    cells = []
     for family, row in sorted(rows.items()):
         best, note = row, ''
         if row['kind'] in ('D', 'error'):
@@ -59,9 +56,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         errors = [best.get(key) for key in ('additive_error', 'stock_error')]
         numbers = ['–' if error is None else f'{error:.0e}' for error in errors]
         kind = best['kind'] if best is row else f'D → {best["kind"]}'
-        cells = [family, f'`{row["name"]}`', kind, best.get('layout') or '–', best.get('grid') or '–', *numbers]
-        lines.append(f'| {" | ".join(cells)} | {note or "–"} |')
-    return '\n'.join(lines)
+        cells.append([family, f'`{row["name"]}`', kind, best.get('layout') or '–', best.get('grid') or '–', *numbers,
+                      note or '–'])
+    head = ['family', 'smallest model', 'kind', 'features', 'patches', 'additive error', 'against stock', 'if refused']
+    return '\n'.join([text, '', *markdown_table(head, cells, 'lllllrrl')])
 
 
 def counts_by_kind(rows: dict[str, dict[str, Any]]) -> str:
@@ -74,19 +72,13 @@ def counts_by_kind(rows: dict[str, dict[str, Any]]) -> str:
             f'those of kind A, B and C the largest additive error is {numbers[0]:.0e}, the largest difference from the '
             f'stock logits {numbers[1]:.0e}; {sum(not row["strict"] for row in exact)} have another state dict than '
             'the stock model.')
-    lines = [text, '', '| kind | models | published checkpoints | why |', '|---|--:|--:|---|']
+    cells = []
     for kind, title in KINDS.items():
         names = [name for name, row in rows.items() if row['kind'] == kind]
         reasons = Counter(rows[name]['why'] for name in names if rows[name]['why'])
         why = '; '.join(f'{reason} ({number})' for reason, number in reasons.most_common())
-        lines.append(f'| {title} | {len(names)} | {sum(checkpoints[name] for name in names)} | {why or "–"} |')
-    return '\n'.join(lines)
-
-
-def write_section(begin: str, text: str) -> None:
-    """Put a text between its marks in the document."""
-    before, rest = DOCUMENT.read_text().split(begin)
-    replace_file(DOCUMENT, f'{before}{begin}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}'.encode())
+        cells.append([title, str(len(names)), str(sum(checkpoints[name] for name in names)), why or '–'])
+    return '\n'.join([text, '', *markdown_table(['kind', 'models', 'published checkpoints', 'why'], cells, 'lrrl')])
 
 
 @script
@@ -101,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     for begin, text in ((BEGIN_KINDS, counts_by_kind(checks)), (BEGIN_FAMILIES, table(smallest(checks)))):
         print(f'{text}\n')
         if args.write:
-            write_section(begin, text)
+            replace_section(DOCUMENT, begin, text)
     return 0
 
 

@@ -5,6 +5,7 @@ import pytest
 import timm
 
 import survey
+from lib.markdown import END
 from timm_lossattn.evaluation.check import Check
 from timm_lossattn.evaluation.check_all import models_to_check
 
@@ -79,8 +80,8 @@ def test_write_leaves_the_rest_of_the_document(checks, tmp_path, monkeypatch):
     def around(text):
         """What stands before, between and behind the two tables."""
         first, rest = text.split(survey.BEGIN_KINDS)
-        between, last = rest.split(survey.END, 1)[1].split(survey.BEGIN_FAMILIES)
-        return first, between, last.split(survey.END, 1)[1]
+        between, last = rest.split(END, 1)[1].split(survey.BEGIN_FAMILIES)
+        return first, between, last.split(END, 1)[1]
     assert around(after) == around(before)
     assert '| A | 2 |' in after
     assert '3 families' in after

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .markdown import markdown_table
 from .paper import Cell, Cells
 from .plots import COLORS, panels, save
 
@@ -27,16 +28,16 @@ def markdown(cells: Cells) -> str:
         units |= {name: f' ({cell.unit})' for name, cell in row.items() if cell is not None and cell.unit != '%'}
     names = [title for name, chosen in columns.items()
              for title in ([name, f'{name}, best test epoch'] if chosen else [name + units.get(name, '')])]
-    lines = ['| | ' + ' | '.join(names) + ' |', '|---|' + '---|' * len(names)]
+    rows = []
     for name, row in cells.items():
-        texts = []
+        texts = [name]
         for column, chosen in columns.items():
             cell = row[column]
             texts.append('–' if cell is None else cell.text())
             if chosen:
                 texts.append('–' if cell is None else cell.ours(cell.best))
-        lines.append(f'| {name} | ' + ' | '.join(texts) + ' |')
-    return '\n'.join(lines) + '\n'
+        rows.append(texts)
+    return '\n'.join(markdown_table(['', *names], rows, 'l' * (1 + len(names)))) + '\n'
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
