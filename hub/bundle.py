@@ -47,7 +47,6 @@ from timm_lossattn import load_model
 from timm_lossattn.files import replace_file, sha256_of, write_json
 from timm_lossattn.loading import read_checkpoint
 from timm_lossattn.models.pretrained import WEIGHTS_NAME, bundled_weights, packaged_file
-from timm_lossattn.report.summary import wilson_interval
 from timm_lossattn.text import one_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +54,7 @@ sys.path.append(str(ROOT / 'train'))  # for lib, which evaluates
 from lib.evaluate import evaluate_dataset  # noqa: E402
 from lib.model import replace_convolutions  # noqa: E402
 from lib.options import DataOptions  # noqa: E402
+from lib.process import default_device  # noqa: E402
 from lib.record import environment  # noqa: E402
 
 MAX_BYTES = 70_000_000  # of a file in the repository
@@ -134,7 +134,7 @@ def model_of_run(options: Options, result: dict[str, Any]) -> Any:
 
 
 def evaluate(model: Any, options: Options, flags: dict[str, Any]) -> dict[str, Any]:
-    """Loss, top-1 with its 95 % interval, and top-5 on the whole split of the run."""
+    """Loss, top-1, top-5 and the number of images of the whole split of the run."""
     data = DataOptions(
         dataset=options.dataset or flags.get('dataset') or '',
         data_dir=None if options.dataset else flags.get('data_dir'), val_split=flags['val_split'],
@@ -143,9 +143,7 @@ def evaluate(model: Any, options: Options, flags: dict[str, Any]) -> dict[str, A
     if options.winograd:
         replace_convolutions(model)
     measured = evaluate_dataset(model, data, options.device)
-    low, high = wilson_interval(round(measured['top1'] / 100 * measured['images']), int(measured['images']))
-    return {key: measured[key] for key in ('loss', 'top1', 'top5', 'images')} | {
-        'top1_interval': [100 * low, 100 * high]}
+    return {key: measured[key] for key in ('loss', 'top1', 'top5', 'images')}
 
 
 def beginning(result: dict[str, Any]) -> dict[str, Any] | None:
@@ -290,7 +288,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--in-package', action='store_true', help='the weights ship in the package')
     parser.add_argument('--dataset', metavar='NAME', help="where the run's data lie now, as timm names it; no other "
                         'data: the card names those of the run')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--device', default=default_device())
     parser.add_argument('--winograd', action='store_true', help='evaluate faster on the CPU, equal but for rounding')
     parser.add_argument('--example', metavar='IMAGE', help='image to explain in the card')
     parser.add_argument('--dataset-id', metavar='ID', help='id of the training set on the Hub, for the card')

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
+from timm_lossattn.evaluation.proportion import top1_interval
 from timm_lossattn.explanation import held_of
 from timm_lossattn.files import sha256_of
 from timm_lossattn.loading import full_name
@@ -146,6 +147,7 @@ def make_card(
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         weights = Path(model.pretrained_cfg['file'])
+    shipped = (result or {}).get('shipped', {})
     size, labels = config['pretrained_cfg']['input_size'], config.get('label_names') or []
     return ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=name, architecture=f'`{full_name(model)}`',
@@ -158,7 +160,7 @@ def make_card(
         labels=', '.join(labels) if len(labels) <= 20 else '', megabytes=f'{weights.stat().st_size / 1e6:.2f}',
         sha256=sha256_of(weights),
         measures=[{'name': METRICS[measure][1], 'value': f'{value:.2f}'} for measure, value in found.items()],
-        interval=[f'{bound:.2f}' for bound in (result or {}).get('shipped', {}).get('top1_interval', [])],
+        interval=[f'{bound:.2f}' for bound in top1_interval(shipped)] if 'top1' in shipped else [],
         split=split, dataset_name=words.dataset or f'the images in `{dataset}`',
-        images=result.get('shipped', {}).get('images') if result else None,
+        images=shipped.get('images'),
         note=words.note, source=source, load=load, training=training(result) if result else None)

@@ -3,7 +3,6 @@
 ``make_folder`` makes such a folder of a run of train.py, or of any folder that timm can load; ``copy_bundle`` copies
 one that ``bundle.py`` made and that lies in hub/weights, as it is.
 """
-import io
 import json
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from card import Words, make_card
 from timm_lossattn import explain, load_model
 from timm_lossattn.explanation.labels import by_index
 from timm_lossattn.explanation.preprocessing import PREPROCESSING
-from timm_lossattn.files import replace_file, sha256_of, write_json
+from timm_lossattn.files import replace_file, replacing, sha256_of, write_json
 from timm_lossattn.loading import full_name, list_patch_models
 from timm_lossattn.models.entrypoints import CIFAR10_LABELS
 from timm_lossattn.models.lossattn import TRAINED
@@ -180,18 +179,13 @@ def load_folder(folder: Path, source: str) -> Any:
         raise ValueError(f'RUN_OR_FOLDER: {source}: the weights do not load: {error}') from error
 
 
-def write_config(file: Path, model: Any) -> dict[str, Any]:
-    """config.json of a model with its pretrained weights, as timm and transformers read it.
-
-    Returns:
-        Its content.
-    """
+def write_config(file: Path, model: Any) -> None:
+    """config.json of a model with its pretrained weights, as timm and transformers read it."""
     with tempfile.TemporaryDirectory() as folder:
         save_for_hf(model, folder, safe_serialization=True)
         config = json.loads(Path(folder, CONFIG).read_text())
     tidy_config(config, None)
     write_json(file, config)
-    return config
 
 
 def draw_example(folder: Path, model: Any, example: str | None, multi_label: bool) -> None:
@@ -205,14 +199,13 @@ def draw_example(folder: Path, model: Any, example: str | None, multi_label: boo
         example = str(CIFAR_EXAMPLE)
     if example is None:
         return
-    buffer = io.BytesIO()
     try:
         explanation = explain(model, example, multi_label=multi_label)
     except (TypeError, ValueError) as error:  # TypeError: of a model that is none of timm's usual kind
         raise ValueError(f'--example: {error}') from error
     figure = explanation.figure(title=f'{Path(example).name} · {full_name(model)}')
-    figure.savefig(buffer, format='png')
-    replace_file(folder / EXAMPLE, buffer.getvalue())
+    with replacing(folder / EXAMPLE) as temporary:
+        figure.savefig(temporary, format='png')
 
 
 def write_card(folder: Path, name: str, model: Any) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -19,6 +20,7 @@ from gallery import commands, draw
 from lib.command import parse_args
 from timm_lossattn import explain, load_model
 from timm_lossattn.cli import build_parser
+from timm_lossattn.evaluation.check import check_model
 from timm_lossattn.explanation.drawing import PANELS
 from timm_lossattn.report.table import make_schema
 
@@ -202,6 +204,21 @@ def test_numbers_of_tiny_imagenet():
         assert f'| {name} | {row} |' in text
     for found in kept:
         assert found['command'] in text.replace('\\\n    ', '')
+
+
+def test_numbers_of_photographs():
+    """What the README says of the tripod and of the receptive field is what stock weights with and without say."""
+    text = (ROOT / 'README.md').read_text().replace('\n', ' ')
+    photo = ROOT / 'tests' / 'data' / 'photo_camera.jpg'
+    stock, put_in = (explain(load_model(name), photo, target='tripod', against=None)
+                     for name in ('tf_efficientnet_lite2', 'lossattn.tf_efficientnet_lite2'))
+    assert torch.equal(stock.predicted, stock.target)
+    assert torch.equal(put_in.predicted, put_in.target)
+    assert float(put_in.probabilities[0, put_in.target]) > 0.999
+    stated = f'{100 * float(stock.probabilities[0, stock.target]):.0f} %'
+    assert f'say "tripod", with a probability of {stated} instead of more than 99.9 %' in text
+    share = check_model('lossattn.tf_efficientnet_lite0', pretrained=True).own_share
+    assert f'on a random input: {100 * (1 - share):.0f} % there' in text
 
 
 def test_numbers_of_the_pictures():

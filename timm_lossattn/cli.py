@@ -26,8 +26,9 @@ from .explanation.labels import find_class, spaced
 from .explanation.preprocessing import image_endings
 from .export import FORMATS, OUTPUTS, check_target, export_model
 from .files import fitting, unique_stems
+from .flags import add_device, add_model, add_weights
 from .loading import full_name, list_patch_models, load_patch_model
-from .report.command import add_report_command, add_xi
+from .report.command import add_report_command
 from .script_runner import run_script
 from .text import one_line, percent, printable, shorten
 
@@ -302,11 +303,8 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser('explain', help='which part of each image decided: a PNG and a JSON for each')
     command.add_argument('images', nargs='+', metavar='IMAGE',
                          help='any image that Pillow opens, or a folder of them')
-    command.add_argument('--model', metavar='NAME',
-                         help='any timm model, lossattn.(any timm model), hf-hub:ORG/NAME or local-dir:FOLDER '
-                              f'(default: what --checkpoint says, or {DEFAULT_MODEL})')
-    command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
-    add_xi(command)
+    add_model(command, f'what --checkpoint says, or {DEFAULT_MODEL}')
+    add_weights(command)
     command.add_argument('--target', metavar='CLASS', help='class to explain, name or index (default: predicted)')
     command.add_argument('--against', metavar='CLASS', help='why not this class? the third panel, and the evidence '
                          'in the JSON (default: all others by their softmax; in the panel the true class or the next)')
@@ -319,7 +317,7 @@ def build_parser() -> argparse.ArgumentParser:
                          help=f'of the picture, of {",".join(PANELS)} (default: the first three)')
     command.add_argument('--stacked', action='store_true', help='panels one below the other, for narrow pages')
     command.add_argument('--out', default='explanations', metavar='DIR', help='default: explanations')
-    command.add_argument('--device', default='cpu', metavar='DEVICE', help='default: cpu')
+    add_device(command)
     command.set_defaults(run=run_explain)
 
     add_report_command(commands)
@@ -328,8 +326,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('model', metavar='MODEL', help='name of a model')
     command.add_argument('--format', required=True, metavar='FORMAT', help=', '.join(FORMATS))
     command.add_argument('--out', required=True, metavar='FILE', help=', '.join(e for v in FORMATS.values() for e in v))
-    command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
-    add_xi(command)
+    add_weights(command)
     command.add_argument('--img-size', type=int, metavar='N', help="height and width (default: the weights')")
     command.add_argument('--opset', type=int, metavar='N', help="ONNX operator set (default: the exporter's)")
     command.add_argument(

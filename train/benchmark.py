@@ -32,6 +32,7 @@ from lib.build import default_loss
 from lib.flags import flag, parse, positive_int
 from lib.gathered import use_gathered
 from lib.model import count_gmacs
+from lib.process import default_device
 from lib.record import command_line, environment, print_table
 from lib.script import script
 from lib.timing import by_turns, ratio
@@ -55,7 +56,7 @@ class BenchmarkOptions:
     capsules: bool = flag(False, 'the capsule layers instead of a model')
     batch_size: int = flag(32, short='-b', type=positive_int, metavar='N')
     img_size: int | None = flag(None, metavar='N')
-    device: str = flag('cuda' if torch.cuda.is_available() else 'cpu')
+    device: str = flag(default_device())
     dtype: str = flag('float32', 'autocast dtype', choices=DTYPES)
     channels_last: bool = flag(False)
     torchcompile: bool = flag(False, 'also compiled')

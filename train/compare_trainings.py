@@ -21,8 +21,8 @@ from lib.markdown import markdown_table
 from lib.record import command_line
 from lib.script import script
 from timm_lossattn.evaluation.intervals import Interval, mean_interval
+from timm_lossattn.evaluation.proportion import top1_interval
 from timm_lossattn.files import replace_file
-from timm_lossattn.report.summary import wilson_interval
 
 PATCHES = {'patch_precision': 'patch precision', 'patch_recall': 'patch recall', 'patch_f': 'patch F'}
 MEASURES = {'energy': 'energy', 'pointing': 'pointing', 'boxes': 'MaxBoxAccV2'}
@@ -50,9 +50,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 def accuracy(measured: dict[str, Any]) -> str:
     """Top-1 in percent with its interval."""
-    top1, images = measured['top1'], measured['images']
-    low, high = wilson_interval(round(top1 / 100 * images), images)
-    return f'{top1:.2f} [{100 * low:.2f}, {100 * high:.2f}]'
+    low, high = top1_interval(measured)
+    return f'{measured["top1"]:.2f} [{low:.2f}, {high:.2f}]'
 
 
 def markdown(ways: dict[str, dict[str, Any]], command: str) -> str:

@@ -21,6 +21,7 @@ from timm.utils import ParseKwargs
 
 from lib.extras import need
 from lib.flags import flag, parse, positive_int
+from lib.process import default_device
 from lib.record import command_line, environment, print_table
 from lib.script import script
 from lib.timing import by_turns, ratio
@@ -45,7 +46,7 @@ class CostOptions:
     batch_size: int = flag(8, short='-b', type=positive_int, metavar='N')
     warmup: int = flag(2, metavar='N')
     repeats: int = flag(15, type=positive_int, metavar='N')
-    device: str = flag('cuda' if torch.cuda.is_available() else 'cpu')
+    device: str = flag(default_device())
     json: Path | None = flag(None, metavar='FILE')
 
 

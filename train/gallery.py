@@ -6,7 +6,6 @@
 Each command explains one image; its picture becomes a JPEG under the name that the gallery shows below the command.
 """
 import argparse
-import io
 import re
 import shlex
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from timm_lossattn import cli
-from timm_lossattn.files import replace_file
+from timm_lossattn.files import replacing
 
 ROOT = Path(__file__).parent.parent
 GALLERY = ROOT / 'docs' / 'gallery.md'
@@ -33,11 +32,9 @@ def draw(arguments: list[str], picture: Path) -> None:
         if cli.main([*arguments, '--out', folder]):
             raise ValueError(f'{picture.name}: the command failed')
         (drawn,) = Path(folder).glob('*.png')
-        content = io.BytesIO()
-        with Image.open(drawn) as image:
-            image.convert('RGB').save(content, 'jpeg', quality=86, optimize=True)
-    picture.parent.mkdir(exist_ok=True)
-    replace_file(picture, content.getvalue())
+        picture.parent.mkdir(exist_ok=True)
+        with Image.open(drawn) as image, replacing(picture) as temporary:
+            image.convert('RGB').save(temporary, 'jpeg', quality=86, optimize=True)
 
 
 def main() -> None:

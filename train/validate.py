@@ -12,12 +12,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lib.evaluate import evaluate_dataset
 from lib.flags import flag, parse, positive_int
 from lib.model import load_trained
 from lib.options import EvalOptions
+from lib.process import default_device
 from lib.record import command_line, environment, print_table
 from lib.script import script
 from timm_lossattn.files import write_json
@@ -27,7 +26,7 @@ from timm_lossattn.files import write_json
 class ValidateOptions(EvalOptions):
     """Run."""
     batch_size: int = flag(128, short='-b', type=positive_int, metavar='N')
-    device: str = flag('cuda' if torch.cuda.is_available() else 'cpu')
+    device: str = flag(default_device())
     results_file: Path | None = flag(None, 'write the numbers as JSON', metavar='FILE')
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import timm_lossattn  # noqa: F401  (registers the models)
 from timm_lossattn.explanation import patches_to_pixels, square_box
+from timm_lossattn.explanation.geometry import patch_scores
 
 NANO = 'resnet18_lossattn_conv_nano'
 
@@ -107,3 +108,11 @@ def test_patch_grid_is_that_of_the_feature_map(stride):
         assert len(boxes) == features.shape[-2] * features.shape[-1]
         assert (boxes[:, 2:] <= torch.tensor([width, height])).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_patch_scores():
+    """Means over patches; pixels without a value do not count."""
+    heat = torch.zeros(1, 6, 6)
+    heat[0, 4, 4], heat[0, 0, 0] = 8., torch.nan
+    boxes = torch.tensor([[0, 0, 3, 3], [2, 0, 5, 3], [0, 2, 3, 5], [2, 2, 5, 5]])  # 2×2 patches of 3×3, 2 apart
+    assert patch_scores(heat, boxes)[0].tolist() == pytest.approx([0., 0., 0., 8 / 9])

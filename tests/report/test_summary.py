@@ -14,7 +14,6 @@ from timm_lossattn.report.summary import (
     pick_gallery,
     place_scores,
     summarise,
-    wilson_interval,
 )
 from timm_lossattn.report.table import ReportTable, make_schema, map_array, merge_shards, write_shard
 
@@ -108,17 +107,6 @@ def test_leave_one_out_median(values):
     values = np.array(values)
     expected = [np.median(np.delete(values, i, axis=0), axis=0) for i in range(len(values))]
     np.testing.assert_allclose(leave_one_out_median(values), expected)
-
-
-@pytest.mark.parametrize(('hits', 'n', 'low', 'high'), [
-    (8761, 10000, 0.8695, 0.8824), (0, 10, 0., 0.2775), (10, 10, 0.7225, 1.), (1, 2, 0.0945, 0.9055)])
-def test_wilson_interval(hits, n, low, high):
-    """The limits solve (p̂ − p)² = z² p (1 − p) / n."""
-    found = wilson_interval(hits, n)
-    assert found == (pytest.approx(low, abs=5e-4), pytest.approx(high, abs=5e-4))
-    z = statistics.NormalDist().inv_cdf(0.975)
-    for p in found:
-        assert (hits / n - p) ** 2 == pytest.approx(z ** 2 * p * (1 - p) / n, abs=1e-9)
 
 
 @pytest.mark.parametrize('classes', [2, 3, 10])

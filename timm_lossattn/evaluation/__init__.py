@@ -1,3 +1,4 @@
 """Measures: what patches find (``metrics``), and what any heat map is worth (``pointing``, ``localization``,
-``faithfulness``, ``randomization``), one value an image (``per_image``), with intervals (``intervals``).
+``faithfulness``, ``randomization``), one value an image (``per_image``), with intervals (``intervals``; of a share of
+images ``proportion``).
 """

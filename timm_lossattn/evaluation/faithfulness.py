@@ -11,24 +11,11 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from .per_image import PerImage
 
-__all__ = ['Completeness', 'Deletion', 'Insertion', 'SingleDeletion', 'blank_image', 'patch_scores']
+__all__ = ['Completeness', 'Deletion', 'Insertion', 'SingleDeletion', 'blank_image']
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 Blank = Literal['mean', 'blur']
 CELLS = 4  # a side, of single deletion
-
-
-def patch_scores(heat: torch.Tensor, patch_boxes: torch.Tensor) -> torch.Tensor:
-    """Mean of a heat map over each patch's pixels.
-
-    Args:
-        heat: (B, H, W); NaN where the map says nothing.
-        patch_boxes: (M, 4) integers x0, y0, x1, y1 (exclusive).
-
-    Returns:
-        (B, M).
-    """
-    return torch.stack([heat[:, y0:y1, x0:x1].nanmean(dim=(1, 2)) for x0, y0, x1, y1 in patch_boxes.tolist()], dim=1)
 
 
 def blank_image(images: torch.Tensor, blank: Blank) -> torch.Tensor:

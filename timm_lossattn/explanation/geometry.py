@@ -5,8 +5,8 @@ import numpy as np
 import torch
 
 __all__ = [
-    'cell_edges', 'inside_boxes', 'interpolate', 'patches_to_pixels', 'share_of_positive', 'spread_over_neighbours',
-    'square_box',
+    'cell_edges', 'inside_boxes', 'interpolate', 'patch_scores', 'patches_to_pixels', 'share_of_positive',
+    'spread_over_neighbours', 'square_box',
 ]
 
 
@@ -157,3 +157,16 @@ def square_box(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     start = torch.div(low + high - side, 2, rounding_mode='floor')
     start = start.minimum(limit - side).clamp(min=0)
     return torch.cat([start, (start + side).minimum(limit)])
+
+
+def patch_scores(heat: torch.Tensor, patch_boxes: torch.Tensor) -> torch.Tensor:
+    """Mean of a heat map over each patch's pixels.
+
+    Args:
+        heat: (B, H, W); NaN where the map says nothing.
+        patch_boxes: (M, 4) integers x0, y0, x1, y1 (exclusive).
+
+    Returns:
+        (B, M).
+    """
+    return torch.stack([heat[:, y0:y1, x0:x1].nanmean(dim=(1, 2)) for x0, y0, x1, y1 in patch_boxes.tolist()], dim=1)

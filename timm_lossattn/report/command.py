@@ -14,22 +14,10 @@ from rich.text import Text
 from ..explanation import Preprocessing, class_labels, held_of, input_config
 from ..explanation.preprocessing import PREPROCESSING
 from ..files import sha256_of, weights_digest
+from ..flags import add_device, add_model, add_weights, positive_int
 from ..loading import full_name, load_patch_model
 
-__all__ = ['add_report_command', 'add_xi', 'run_report']
-
-
-def positive(value: str) -> int:
-    """For argparse: an integer of at least 1."""
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f'must be a positive integer, got {value!r}')
-    return int(value)
-
-
-def add_xi(command: argparse.ArgumentParser) -> None:
-    """--xi, for ``load_patch_model``."""
-    command.add_argument('--xi', type=float, metavar='X', help='ξ of loss attention in [0, 1]: the share of the mean '
-                         "from which on a patch has a weight (default: the weights')")
+__all__ = ['add_report_command', 'run_report']
 
 
 def add_report_command(commands: Any) -> None:
@@ -39,11 +27,8 @@ def add_report_command(commands: Any) -> None:
         description='Explains every image of a data set. Run again after a crash, it goes on where it was; started by '
                     'torchrun, its processes share the work.')
     command.add_argument('dataset', metavar='DATASET', help='hfds/NAME, torch/NAME, or a folder of images')
-    command.add_argument('--model', metavar='NAME',
-                         help='any timm model, lossattn.(any timm model), hf-hub:ORG/NAME or local-dir:FOLDER '
-                              '(default: what --checkpoint says)')
-    command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
-    add_xi(command)
+    add_model(command, 'what --checkpoint says')
+    add_weights(command)
     command.add_argument('--out', default='report', metavar='DIR', help='default: report')
     command.add_argument('--split', metavar='NAME', help='default: validation; of a folder without splits all images')
     command.add_argument('--data-dir', metavar='DIR', help='where a torch/ data set lies')
@@ -52,10 +37,10 @@ def add_report_command(commands: Any) -> None:
     command.add_argument('--no-labels', action='store_true', help='names of folders are no classes: predictions alone')
     command.add_argument('--boxes', metavar='CSV', help='ground truth: file, x0, y0, x1, y1 in pixels of the image; '
                                                         'hfds/ data sets may have a column "boxes"')
-    command.add_argument('--gallery', type=positive, default=200, metavar='N', help='images on the page (200)')
-    command.add_argument('--batch-size', type=positive, default=32, metavar='N', help='default: 32')
+    command.add_argument('--gallery', type=positive_int, default=200, metavar='N', help='images on the page (200)')
+    command.add_argument('--batch-size', type=positive_int, default=32, metavar='N', help='default: 32')
     command.add_argument('--workers', type=int, default=2, metavar='N', help='processes that read images (2)')
-    command.add_argument('--device', default='cpu', metavar='DEVICE', help='default: cpu')
+    add_device(command)
     command.set_defaults(run=run_report)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..evaluation.proportion import wilson_interval
 from ..explanation import Preprocessed
 from ..explanation.drawing import WRONG, signed_colors
 from ..explanation.preprocessing import boxes_to_input
 from ..files import replace_file
 from ..text import percent
 from .dataset import ReportImages
-from .summary import MIN_IMAGES, SCORE, Summary, pick_gallery, summarise, wilson_interval
+from .summary import MIN_IMAGES, SCORE, Summary, pick_gallery, summarise
 from .table import ReportTable
 
 try:

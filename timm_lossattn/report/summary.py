@@ -5,18 +5,15 @@ not: a watermark in the corner, a ruler beside the lesion. Natural classes share
 """
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
 from .table import ReportTable
 
-__all__ = ['MIN_IMAGES', 'SCORE', 'Summary', 'leave_one_out_median', 'pick_gallery', 'place_scores', 'summarise',
-           'wilson_interval']
+__all__ = ['MIN_IMAGES', 'SCORE', 'Summary', 'leave_one_out_median', 'pick_gallery', 'place_scores', 'summarise']
 
 SCORE = 3.  # a class is flagged from this score on
 MIN_IMAGES = 10  # with fewer a mean says nothing of a class
-Z = NormalDist().inv_cdf(0.975)
 ERRORS = 3.  # standard errors that a share must be above chance: places and classes are many
 
 
@@ -54,13 +51,6 @@ class Summary:
     place: np.ndarray
     flagged: list[int]
     in_box: tuple[float, int] | None
-
-
-def wilson_interval(hits: int, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion (E. B. Wilson, 1927), in [0, 1]."""
-    p, z2 = hits / n, Z * Z / n
-    middle, half = (p + z2 / 2) / (1 + z2), Z * np.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
-    return max(0., float(middle - half)), min(1., float(middle + half))
 
 
 def leave_one_out_median(values: np.ndarray) -> np.ndarray:

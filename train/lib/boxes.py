@@ -63,13 +63,13 @@ def has_boxes(dataset: Any) -> bool:
     return 'boxes' in box_columns(dataset)
 
 
-def open_boxed(data: DataOptions, num_classes: int, config: dict[str, Any]) -> BoxDataset:
-    """Images of --val-split, with boxes where there are any.
+def open_boxed(data: DataOptions, num_classes: int, config: dict[str, Any], dataset: Any = None) -> BoxDataset:
+    """Images of --val-split, with boxes where there are any; ``dataset`` if it is open already, without boxes.
 
     Raises:
         ValueError: what ``open_dataset`` raises.
     """
-    dataset = open_dataset(data, data.val_split, num_classes)
+    dataset = open_dataset(data, data.val_split, num_classes) if dataset is None else dataset
     if has_boxes(dataset):
         dataset = open_dataset(data, data.val_split, num_classes, additional_features=box_columns(dataset))
     return BoxDataset(dataset, config)

@@ -13,6 +13,7 @@ from timm_lossattn.text import one_line
 
 from .flags import add_flags, options_from
 from .options import TrainOptions
+from .process import default_device
 
 __all__ = ['RECIPES', 'parse_args']
 
@@ -123,11 +124,6 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
         args.smoothing = 0.  # of a recipe; the loss has none
     args.device = args.device or default_device()
     return options_from(TrainOptions, args)
-
-
-def default_device() -> str:
-    """A GPU where there is one."""
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, typed: set[str]) -> None:

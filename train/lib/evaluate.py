@@ -149,8 +149,8 @@ def evaluate_dataset(model: Any, data: DataOptions, device: torch.device | str =
     boxed = hasattr(model, 'forward_patches') and has_boxes(dataset)
     if boxed or data.multi_label:
         need('train', 'torchmetrics')
-    loader: Any = boxed_loader(open_boxed(data, model.num_classes, config), data) if boxed else create_eval_loader(
-        data, process, dataset, config)
+    loader: Any = (boxed_loader(open_boxed(data, model.num_classes, config, dataset), data) if boxed
+                   else create_eval_loader(data, process, dataset, config))
     task = (MultiLabelClassificationTask if data.multi_label else ClassificationTask)(
         model, nn.Identity(), verbose=False, device=process.device)
     precisions: dict[str, Any] = {}

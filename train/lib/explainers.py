@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_lossattn.explanation import explain
 from timm_lossattn.explanation.evidence import evidence_along, leave_one_out
-from timm_lossattn.explanation.geometry import patches_to_pixels
+from timm_lossattn.explanation.geometry import patch_scores, patches_to_pixels
 from timm_lossattn.models.probe import split_patches
 
 from .extras import need
@@ -21,10 +21,8 @@ from .extras import need
 try:
     from captum.attr import InputXGradient, IntegratedGradients
     from pytorch_grad_cam import GradCAM, HiResCAM, LayerCAM
-
-    from timm_lossattn.evaluation.faithfulness import patch_scores
 except ImportError:
-    need('train,compare', 'torchmetrics', 'captum', 'pytorch_grad_cam')
+    need('train,compare', 'captum', 'pytorch_grad_cam')
     raise
 
 __all__ = ['OURS', 'Answer', 'Question', 'create_tools', 'pooled']

@@ -7,16 +7,11 @@ from collections.abc import Sequence
 from dataclasses import MISSING, field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from timm_lossattn.flags import positive_int
+
 __all__ = ['add_flags', 'flag', 'options_from', 'parse', 'positive_int']
 
 Options = TypeVar('Options')
-
-
-def positive_int(text: str) -> int:
-    """For argparse: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'must be an integer of at least 1, got {text!r}')
-    return int(text)
 
 
 def flag(default: Any = None, help: str | None = None, short: str | None = None, **kwargs: Any) -> Any:

@@ -1,5 +1,4 @@
 """Pictures: curves of runs, heat maps over images, boxes."""
-import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from timm_lossattn.files import replace_file
+from timm_lossattn.files import replacing
 
 from .extras import need
 
@@ -34,10 +33,9 @@ def panels(rows: int, columns: int, width: float, height: float, **kwargs: Any) 
 
 def save(figure: Figure, path: Path, dpi: int = 110) -> None:
     """As PNG, whole or not at all; the folder is made."""
-    content = io.BytesIO()
-    figure.savefig(content, dpi=dpi, format='png')
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, content.getvalue())
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format='png')
 
 
 def images_of(x: torch.Tensor, config: Mapping[str, Any]) -> np.ndarray:

@@ -5,10 +5,15 @@ from typing import Any
 import torch
 from timm.utils.distributed import init_distributed_device_so
 
-__all__ = ['Process']
+__all__ = ['Process', 'default_device']
 
 
 CPU = torch.device('cpu')
+
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 @dataclass(frozen=True)
