@@ -3,6 +3,7 @@
 
     python hub/bundle.py output/train/mine ARCH.TAG [--in-package] [--dataset-id ORG/DATASET] [--note TEXT]
     python hub/bundle.py output/train/mine ARCH.TAG --model-kwargs pool=lossattn xi=1   # put in after the training
+    python hub/bundle.py output/train/mine ARCH.TAG --average FILE   # the mean of its weights and these
     python hub/bundle.py --rewrite                  # config.json and card of all, after a change of their words
 
 Takes model_best.pth.tar (EMA weights if it has them) and result.json of the run, refuses a run that
@@ -16,6 +17,7 @@ instead, for small models. All of it is made before any of it is put in place: i
 stays as it was.
 """
 import argparse
+import copy
 import json
 import shlex
 import sys
@@ -51,6 +53,7 @@ from timm_lossattn.text import one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / 'train'))  # for lib, which evaluates
+from lib.average import average_weights, measure_statistics  # noqa: E402
 from lib.evaluate import evaluate_dataset  # noqa: E402
 from lib.model import replace_convolutions  # noqa: E402
 from lib.options import DataOptions  # noqa: E402
@@ -78,6 +81,7 @@ class Options:
         example: image to explain in the card.
         words: for the card.
         model_kwargs: arguments of the model that ships, where it was trained with others.
+        average: checkpoints whose weights are averaged with those of the run.
         command: that was typed, for result.json.
     """
     run: Path
@@ -90,6 +94,7 @@ class Options:
     example: str | None = None
     words: Words = field(default_factory=Words)
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    average: Sequence[str] = ()
     command: str = ''
 
 
@@ -133,16 +138,36 @@ def model_of_run(options: Options, result: dict[str, Any]) -> Any:
     return model
 
 
+def data_of(options: Options, flags: dict[str, Any], split: str) -> DataOptions:
+    """A split of the run's data."""
+    return DataOptions(
+        dataset=options.dataset or flags.get('dataset') or '',
+        data_dir=None if options.dataset else flags.get('data_dir'), val_split=split,
+        input_key=flags.get('input_key'), target_key=flags.get('target_key'), batch_size=250, workers=1)
+
+
+def average(model: Any, options: Options, flags: dict[str, Any]) -> None:
+    """Give the run's model the mean of its weights and the other ones, and batch norms that fit it.
+
+    Raises:
+        ValueError: other weights do not fit.
+    """
+    try:
+        average_weights(model, [read_checkpoint(file)[0] for file in options.average])
+    except RuntimeError as error:
+        raise ValueError(f'--average: {error}') from error
+    measured = copy.deepcopy(model).to(options.device)
+    if options.winograd:
+        replace_convolutions(measured)
+    measure_statistics(measured, data_of(options, flags, flags['train_split']))
+    model.load_state_dict(measured.state_dict())
+
+
 def evaluate(model: Any, options: Options, flags: dict[str, Any]) -> dict[str, Any]:
     """Loss, top-1, top-5 and the number of images of the whole split of the run."""
-    data = DataOptions(
-        dataset=options.dataset or flags.get('dataset') or '',
-        data_dir=None if options.dataset else flags.get('data_dir'), val_split=flags['val_split'],
-        input_key=flags.get('input_key'), target_key=flags.get('target_key'),
-        in_chans=getattr(model, 'in_chans', None), batch_size=250, workers=1)
     if options.winograd:
         replace_convolutions(model)
-    measured = evaluate_dataset(model, data, options.device)
+    measured = evaluate_dataset(model, data_of(options, flags, flags['val_split']), options.device)
     return {key: measured[key] for key in ('loss', 'top1', 'top5', 'images')}
 
 
@@ -209,6 +234,8 @@ def bundle(options: Options) -> dict[str, Any]:
         initial = beginning(result)
         if initial is not None:
             result['initial'] = initial
+        if options.average:
+            average(model, options, result['args'])
     except KeyError as error:
         raise ValueError(f'RUN: {options.run / RESULT} has no {error}') from error
     except OSError as error:
@@ -295,6 +322,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--note', metavar='TEXT', help='what the card should say about the data')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
                         help='arguments of the model that ships, where it was trained with others')
+    parser.add_argument('--average', nargs='+', default=(), metavar='FILE',
+                        help="what ships is the mean of the run's weights and these, with batch norms measured on "
+                             '5,000 training images')
     parser.add_argument('--license', default=Words.license, metavar='ID', help=f'default: {Words.license}')
     return parser
 
@@ -316,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = bundle(Options(
             run=args.run, name=args.name, checkpoint=args.checkpoint, in_package=args.in_package, dataset=args.dataset,
             device=args.device, winograd=args.winograd, example=args.example,
-            words=Words(args.dataset_id, args.note, args.license), model_kwargs=args.model_kwargs,
+            words=Words(args.dataset_id, args.note, args.license), model_kwargs=args.model_kwargs, average=args.average,
             command=shlex.join(['python', 'hub/bundle.py', *typed])))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f'error: {one_line(error, 10_000)}', file=sys.stderr)

@@ -149,6 +149,24 @@ def test_where_the_data_lie_now(run, place, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_average(run, place, tmp_path, capsys):
+    """The mean of the weights, in float16, and batch norms of the training images."""
+    change(run, train_split='validation')
+    state = torch.load(run / 'model_best.pth.tar')['state_dict']
+    torch.save(state, tmp_path / 'other.pth')
+    assert bundle.main([str(run), NAME, '--average', str(tmp_path / 'other.pth'), '--device', 'cpu']) == 0
+    found, own = load_file(place / NAME / 'model.safetensors'), timm.create_model(NANO, pretrained=True).state_dict()
+    for key, value in found.items():
+        if value.dtype == torch.float16:
+            torch.testing.assert_close(value.float(), (own[key] + state[key]) / 2, rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(found['backbone.stem.bn.running_mean'], own['backbone.stem.bn.running_mean'])
+    result = json.loads((place / NAME / 'result.json').read_text())
+    assert '--average' in result['shipped']['command']
+    torch.save(timm.create_model('resnet18_lossattn_caps_nano').state_dict(), tmp_path / 'other.pth')
+    assert bundle.main([str(run), NAME, '--average', str(tmp_path / 'other.pth'), '--device', 'cpu']) == 2
+    assert 'error: --average: ' in capsys.readouterr().err
+
+
 def test_classes_in_another_order(run, place, monkeypatch, capsys):
     """Data whose classes are numbered otherwise than the model's are no measure of it."""
     monkeypatch.setattr('lib.evaluate.class_names', lambda dataset: list(CIFAR10_LABELS[::-1]))
