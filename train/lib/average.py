@@ -18,7 +18,7 @@ __all__ = ['average_weights', 'measure_statistics']
 
 
 def average_weights(model: nn.Module, others: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Give a model the mean of its own parameters and those of others of its kind; buffers stay its own.
+    """Give a model the mean of its own parameters and those of others of its kind; buffers are those of the last one.
 
     Args:
         model: changed in place.
