@@ -11,7 +11,6 @@ from timm_lossattn.explanation.geometry import patches_to_pixels, spread_over_ne
 
 from .explainers import Answer, Question, Tool, pooled
 from .extras import need
-from .image_records import SPREAD
 
 try:
     from timm_lossattn.evaluation.constant_boxes import square_hits, whole_hits
@@ -19,7 +18,7 @@ try:
     from timm_lossattn.evaluation.localization import MaxBoxAccV2
     from timm_lossattn.evaluation.pointing import EnergyPointing, GridPointing, PointingGame, make_grids
 
-    from .image_records import hits_to_text
+    from .image_records import SPREAD, hits_to_text
 except ImportError:
     need('train,compare', 'torchmetrics', 'scipy')
     raise
