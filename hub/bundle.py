@@ -156,7 +156,7 @@ def average(model: Any, options: Options, flags: dict[str, Any]) -> None:
         average_weights(model, [read_checkpoint(file)[0] for file in options.average])
     except RuntimeError as error:
         raise ValueError(f'--average: {error}') from error
-    measured = copy.deepcopy(model).to(options.device)
+    measured = copy.deepcopy(model).to(options.device)  # the model that is stored keeps its device and convolutions
     if options.winograd:
         replace_convolutions(measured)
     measure_statistics(measured, data_of(options, flags, flags['train_split']))
@@ -234,12 +234,12 @@ def bundle(options: Options) -> dict[str, Any]:
         initial = beginning(result)
         if initial is not None:
             result['initial'] = initial
-        if options.average:
-            average(model, options, result['args'])
     except KeyError as error:
         raise ValueError(f'RUN: {options.run / RESULT} has no {error}') from error
     except OSError as error:
         raise ValueError(f'RUN: {error}; is the run finished?') from error
+    if options.average:  # what is wrong with other weights or data says so itself
+        average(model, options, result['args'])
     content = save(half_precision(model), metadata={'format': 'pt'})
     file = place(options, content)
     with tempfile.TemporaryDirectory() as scratch:  # all of it is made before it replaces anything

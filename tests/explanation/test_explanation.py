@@ -39,6 +39,7 @@ def test_equal_logits():
     assert [row['class'] for row in e.to_dict(1)['top5']] == [0, 1, 2, 3, 4]
     assert int(e.why_not().against[0]) == 1
     assert e.ranked(20).shape == (2, 10)
+    assert e.ranked(4, 1).tolist() == [0, 1, 2, 3]
 
 
 def test_save(tmp_path):

@@ -190,7 +190,7 @@ def footnotes(explanation: Any, index: int, canvas: Canvas) -> list[tuple[str, s
     """What stands under the panels, each with its colour."""
     labels = explanation.labels
     probabilities = explanation.probabilities[index].tolist()
-    following = explanation.ranked(4)[index, 1:].tolist()
+    following = explanation.ranked(4, index)[1:].tolist()
     others = ', '.join(f'{shorten(labels[k], 24)} {percent(probabilities[k])}' for k in following)
     height, width = explanation.input_size
     hint = explanation.unlike_training(index)

@@ -163,9 +163,12 @@ class Explanation:
         """(B,) the class with the largest logit."""
         return self.prediction.logits.argmax(dim=1)
 
-    def ranked(self, n: int = 5) -> torch.Tensor:
-        """(B, min(n, K)) classes from the predicted one on, the largest logits; of equal ones the first comes first."""
-        return self.prediction.logits.argsort(dim=1, descending=True, stable=True)[:, :n]
+    def ranked(self, n: int = 5, index: int | slice = slice(None)) -> torch.Tensor:
+        """(B, min(n, K)) classes from the predicted one on, the largest logits; of equal ones the first comes first.
+
+        With the index of one image (min(n, K),) of that one: the others are not sorted.
+        """
+        return self.prediction.logits[index].argsort(dim=-1, descending=True, stable=True)[..., :n]
 
     def why_not(self) -> Explanation:
         """The same target against one class: the one that is asked for, else the true class, else its runner-up.

@@ -29,7 +29,7 @@ def numbers_of(explanation: Any, index: int, all_classes: bool) -> dict[str, Any
         'logits': prediction.logits[index].tolist(),
         'top5': [
             {'class': k, 'label': labels[k], 'probability': float(explanation.probabilities[index, k]),
-             'logit': float(prediction.logits[index, k])} for k in explanation.ranked()[index].tolist()],
+             'logit': float(prediction.logits[index, k])} for k in explanation.ranked(5, index).tolist()],
         'target': {'class': target, 'label': labels[target]},
         'against': explanation.against if explanation.against is None or isinstance(explanation.against, str) else {
             'class': int(explanation.against[index]), 'label': labels[int(explanation.against[index])]},
